@@ -1,0 +1,314 @@
+"""The command line: `python -m nexus_min understand | generate | edit | eval`.
+
+Options as in the official `image_understanding.py`, `image_generation.py` and `image_editing.py`,
+with shorter names beside them. Whatever is wrong with what the user gave is one line on stderr and
+exit status 2; a picture appears whole or not at all. Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+PROGRAM = "nexus_min"
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES |= {name: name for name in DTYPES.values()}
+WORD = r"[a-z\u00c0-\u024f]+|[^\W\d_a-z\u00c0-\u024f]+"  # Latin letters, or other letters
+MAX_MESSAGE = 600  # characters of an error that are shown
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line without the usage."""
+
+    def error(self, message: str):
+        fail(f"{message} (try: python -m {PROGRAM} --help)")
+
+
+def fail(message: str) -> None:
+    """One line on stderr, exit status 2."""
+    line = " ".join(str(message).split())
+    line = line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ..."
+    say(sys.stderr, f"{PROGRAM}: error: {line}")
+    raise SystemExit(2)
+
+
+def say(stream, line: str) -> None:
+    """Write a line in the stream's encoding, escaping what that cannot hold."""
+    encoding = stream.encoding or "utf-8"
+    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+
+def build_parser(with_eval: bool) -> Parser:
+    """All subcommands; the options of `eval` are those of `toy.evaluate`, imported if asked for."""
+    parser = Parser(prog=f"python -m {PROGRAM}", description="Understand, draw and edit pictures.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    understand = commands.add_parser("understand", help="answer a question about a picture")
+    add_image(understand)
+    add_model(understand)
+    generate = commands.add_parser("generate", help="draw a description")
+    generate.add_argument("words", nargs="*", metavar="PROMPT", help="the description, in quotes")
+    generate.add_argument("--prompt")
+    add_drawing(generate, "generated.png")
+    add_model(generate)
+    edit = commands.add_parser("edit", help="change a picture as told")
+    add_image(edit)
+    edit.add_argument("--decoder", choices=("editing", "generation"), default="editing")
+    edit.add_argument(
+        "--use_generation_decoder", action="store_const", const="generation", dest="decoder"
+    )
+    add_drawing(edit, "edited.png")
+    add_model(edit)
+    evaluate = commands.add_parser("eval", help="score a model on the toy world")
+    if with_eval:
+        from .toy.evaluate import add_arguments
+
+        add_arguments(evaluate)
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; words may stand before, between and after the options."""
+    parser = build_parser(argv[:1] == ["eval"])
+    args, rest = parser.parse_known_args(argv)
+    if rest and (args.command == "eval" or any(word.startswith("--") for word in rest)):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if rest:
+        args.words += rest
+    return args
+
+
+def add_image(parser: argparse.ArgumentParser) -> None:
+    """A picture, and what to ask or do about it: by position or by name."""
+    parser.add_argument("words", nargs="*", metavar="IMAGE TEXT", help="the picture, then the text")
+    parser.add_argument("--input_image", "--input-image", metavar="FILE")
+    parser.add_argument("--instruction", "--question", metavar="TEXT")
+
+
+def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
+    """How a picture is drawn and where it goes; defaults are the model's own."""
+    number = {"type": int, "metavar": "N"}
+    real = {"type": float, "metavar": "X"}
+    parser.add_argument("--height", **number, help="pixels, rounded up to whole tokens")
+    parser.add_argument("--width", **number)
+    parser.add_argument("--num_inference_steps", "--steps", dest="num_steps", **number)
+    parser.add_argument("--cfg_scale", "--cfg", dest="cfg_scale", **real)
+    parser.add_argument("--embedded_guidance", "--guidance", dest="guidance", default=3.5, **real)
+    parser.add_argument("--negative_prompt", "--negative-prompt", default="", metavar="TEXT")
+    parser.add_argument("--seed", default=0, **number)
+    parser.add_argument("--language", choices=("en", "zh"), help="default: by the characters")
+    parser.add_argument(
+        "--fast_preamble", action="store_true", help="do not generate the text before the picture"
+    )
+    parser.add_argument("--output", "-o", default=output, metavar="FILE", help=f"default {output}")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, and where it runs."""
+    parser.add_argument("--model", default="tiny", metavar="DIR", help="a model's folder, or tiny")
+    parser.add_argument("--device", help="default: cuda, mps or cpu, what is there; tiny: cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on the CPU, else bf16")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N")
+
+
+def place_words(args: argparse.Namespace, *names: str) -> None:
+    """Give the positional words to those of `names` that no option has set; all must be set."""
+    free = [name for name in names if getattr(args, name) is None]
+    if len(args.words) > len(free):
+        extra = " ".join(args.words[len(free) :])
+        raise ValueError(f"what to do with {extra!r}? put quotes around a text of several words")
+    for name, word in zip(free, args.words, strict=False):
+        setattr(args, name, word)
+    if missing := [name for name in names if getattr(args, name) is None]:
+        raise ValueError(f"{args.command} needs {' and '.join('--' + name for name in missing)}")
+
+
+# ---- the commands --------------------------------------------------------------------------------
+
+
+def run_understand(args: argparse.Namespace) -> None:
+    """Print the answer."""
+    place_words(args, "input_image", "instruction")
+    image = open_image(args.input_image)
+    model = load_model(args, ["ar"])
+    answer = model.understand(image, args.instruction, max_new_tokens=args.max_new_tokens)
+    warn_unknown(args.model, args.instruction)
+    say(sys.stdout, answer)
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Draw the prompt; save and name the picture."""
+    place_words(args, "prompt")
+    check_output(args.output)
+    model = load_model(args, ["ar", "generation", "autoencoder"])
+    events = model.generate_steps(args.prompt, **drawing(args))
+    finish(args, events, {"prompt": args.prompt})
+
+
+def run_edit(args: argparse.Namespace) -> None:
+    """Edit the picture; save and name the new one."""
+    place_words(args, "input_image", "instruction")
+    check_output(args.output)
+    image = open_image(args.input_image)
+    model = load_model(args, ["ar", args.decoder, "autoencoder"])
+    events = model.edit_steps(image, args.instruction, decoder=args.decoder, **drawing(args))
+    finish(args, events, {"prompt": args.instruction, "decoder": args.decoder})
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """Score a model on the toy world."""
+    from .toy.evaluate import main as evaluate
+
+    evaluate(args)
+
+
+def drawing(args: argparse.Namespace) -> dict:
+    """The options of `generate_steps` and `edit_steps` that the command line sets."""
+    names = ("height", "width", "num_steps", "cfg_scale", "guidance", "negative_prompt", "seed")
+    names += ("language", "fast_preamble", "max_new_tokens")
+    return {name: getattr(args, name) for name in names}
+
+
+def open_image(path: str):
+    """The picture at `path`: checked before a model is loaded."""
+    from .image_processor import load_image
+
+    return load_image(path)
+
+
+def load_model(args: argparse.Namespace, parts: list[str]):
+    """The parts of the model that a command needs."""
+    import torch
+
+    from .pipeline import NexusGen
+
+    device = torch.device(args.device or best_device(args.model))
+    if device.type != "cpu" and not is_there(device):
+        raise ValueError(f"this machine or this build of torch has no device {str(device)!r}")
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    return NexusGen.load(args.model, device, dtype, parts)
+
+
+def best_device(model: str) -> str:
+    """cuda, then mps, then cpu; the tiny model needs none of the first two."""
+    found = ["cuda", "mps", "cpu"] if model != "tiny" else ["cpu"]
+    return next(name for name in found if is_there(name))
+
+
+def is_there(device) -> bool:
+    """Whether a tensor can live there."""
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return False
+    return True
+
+
+def finish(args: argparse.Namespace, events, facts: dict) -> None:
+    """Walk the events to the picture, save it with how it was made, and print its name."""
+    seen = dict(progress(events))
+    settings = {**facts, "model": args.model, **asdict(seen["sampling"])}
+    if settings["negative_prompt"] and settings["cfg_scale"] == 1:
+        say(sys.stderr, f"{PROGRAM}: warning: a negative prompt has no effect at cfg scale 1")
+    save_image(seen["image"], Path(args.output), settings)
+    warn_unknown(args.model, facts["prompt"])
+    say(sys.stdout, args.output)
+
+
+def progress(events):
+    """The same events, with a bar on a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for name, value in events:
+            if name == "sampling":
+                bar.reset(value.num_steps)
+            bar.update(name == "step")
+            yield name, value
+
+
+COMMANDS = {
+    "understand": run_understand,
+    "generate": run_generate,
+    "edit": run_edit,
+    "eval": run_eval,
+}
+
+
+# ---- output --------------------------------------------------------------------------------------
+
+
+def check_output(output: str) -> None:
+    """ValueError when no picture can be written there; asked before the work is done."""
+    path = Path(output)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"output {output!r} must end in {', '.join(FORMATS)}")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {output!r}: no file can be made there")
+
+
+def save_image(image, path: Path, settings: dict) -> None:
+    """Write the picture beside `path`, then move it there; a PNG also tells how it was made."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in settings.items():
+        info.add_text(key, str(value))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    extra = {"pnginfo": info} if path.suffix.lower() == ".png" else {"quality": 95}
+    try:
+        image.save(partial, format=FORMATS[path.suffix.lower()], **extra)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def warn_unknown(model: str, text: str) -> None:
+    """One line on stderr when the model's folder lists its words, and the text has others."""
+    from .components import model_folder
+
+    file = model_folder(model) / "toy_words.json"
+    if file.is_file() and (words := unknown_words(text, json.loads(file.read_text("utf-8")))):
+        shown = ", ".join(words[:10]) + (" ..." if len(words) > 10 else "")
+        say(sys.stderr, f"{PROGRAM}: warning: words this model has never seen: {shown}")
+
+
+def unknown_words(text: str, known: list[str]) -> list[str]:
+    """Words in Latin letters, and runs of other letters (Chinese), made of no known words."""
+    text, known = text.lower(), [word.lower() for word in known]
+    for word in sorted(known, key=len, reverse=True):
+        text = text if word.isascii() else text.replace(word, " ")
+    known = set(re.findall(WORD, " ".join(known)))
+    return [word for word in dict.fromkeys(re.findall(WORD, text)) if word not in known]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = parse(argv)
+        logging.basicConfig(format=f"{PROGRAM}: warning: %(message)s")
+        COMMANDS[args.command](args)
+    except (ValueError, OSError) as error:
+        fail(error)
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        fail(f"out of memory: {error}")
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Qwen2.5 causal decoder over embeddings: grouped-query attention, M-RoPE, an explicit cache.
+
+Each layer computes x += attn(norm(x)); x += mlp(norm(x)), with attn = softmax(q k^T / sqrt(D)) v
+over q and k turned by M-RoPE (Qwen2-VL section 2.1); Nexus-Gen figure 1a, "autoregressive model".
+Official classes: `Qwen2_5_VLModel`, `Qwen2_5_VLDecoderLayer`, `Qwen2_5_VLSdpaAttention`
+(transformers 4.49).
+
+A mask is boolean everywhere: True = may be looked at. Right padding needs none: causal attention
+never reaches it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .config import TextConfig
+from .layers import RMSNorm, SwiGLU
+from .rope import apply_rope_half, mrope_cos_sin
+
+
+class KVCache:
+    """Rotated keys and values of the tokens seen so far, one pair [B, H_kv, S, D] a layer."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens held, padding included."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the new k, v [B, H_kv, L, D] of a layer; return all of them, [B, H_kv, S + L, D]."""
+        if layer == len(self.layers):
+            self.layers.append((k, v))
+        else:
+            past_k, past_v = self.layers[layer]
+            self.layers[layer] = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
+        return self.layers[layer]
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens. ValueError when fewer are held."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
+        self.layers = [(k[:, :, :length], v[:, :, :length]) for k, v in self.layers]
+
+
+def causal_mask(length: int, past: int, padding: Tensor | None, device=None) -> Tensor | None:
+    """Mask [B or 1, 1, L, past + L] of L new tokens after `past` cached ones; None = not needed.
+
+    padding [B, past + L] is False at padded tokens. Every token sees itself, padded ones too, since
+    a row without a single visible key would be NaN. None for a single token, and for plain causal
+    attention from the start (past = 0), for which SDPA has a faster switch.
+    """
+    if padding is None and (past == 0 or length == 1):
+        return None
+    causal = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+    if padding is None:
+        return causal[None, None]
+    own = causal & ~causal.tril(past - 1)
+    return (causal & padding.bool()[:, None, None]) | own
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; q, k, v with bias, o without."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        width, D = config.hidden_size, config.head_dim
+        self.head_dim = D
+        self.q_proj = nn.Linear(width, config.num_attention_heads * D)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * D)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * D)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, L, C]."""
+        q, k, v = (
+            rearrange(proj(x), "B L (H D) -> B H L D", D=self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rope_half(q, cos, sin), apply_rope_half(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
+        return self.o_proj(rearrange(out, "B H L D -> B L (H D)"))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP. Without mask and causality it is the editing merger's layer."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KVCache | None = None,
+        layer: int = 0,
+    ) -> Tensor:
+        """x [B, L, C], cos and sin [B, 1, L, D], mask broadcast to [B, H, L, S] -> [B, L, C]."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, is_causal, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class QwenDecoder(nn.Module):
+    """Embeddings and their (t, h, w) positions in, final-normed hidden states out."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        trace: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states [B, L, C] of L new tokens, after the final norm.
+
+        inputs_embeds [B, L, C]; position_ids [3, B, L]; attention_mask [B, cached + L], False or 0
+        at padding (needed for left padding only); `cache` is read and extended; `trace`, when a
+        list is given, receives the input of each layer and the result. ValueError when the shapes
+        disagree.
+        """
+        past = cache.length if cache is not None else 0
+        self._check(inputs_embeds, position_ids, attention_mask, past)
+        cos, sin = self._rotation(position_ids, inputs_embeds.dtype)
+        L = inputs_embeds.shape[1]
+        mask = causal_mask(L, past, attention_mask, inputs_embeds.device)
+        is_causal = mask is None and past == 0
+        x = inputs_embeds
+        for i, layer in enumerate(self.layers):
+            if trace is not None:
+                trace.append(x)
+            x = layer(x, cos, sin, mask, is_causal, cache, i)
+        x = self.norm(x)
+        if trace is not None:
+            trace.append(x)
+        return x
+
+    def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos, sin [B, 1, L, D] in fp32, then cast to the activations' dtype as upstream."""
+        c = self.config
+        pair = mrope_cos_sin(position_ids, c.head_dim, c.rope_theta, c.mrope_section)
+        cos, sin = (rearrange(a, "B L D -> B 1 L D").to(dtype) for a in pair)
+        return cos, sin
+
+    def _check(self, x: Tensor, positions: Tensor, mask: Tensor | None, past: int) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"embeddings {tuple(x.shape)} should be [B, L, {self.config.hidden_size}]"
+            )
+        B, L, _ = x.shape
+        if positions.shape != (3, B, L):
+            raise ValueError(f"position_ids {tuple(positions.shape)} should be {(3, B, L)}")
+        if mask is not None and mask.shape != (B, past + L):
+            want = f"{(B, past + L)}: {past} cached + {L} new"
+            raise ValueError(f"attention_mask {tuple(mask.shape)} should be {want}")

@@ -1,0 +1,151 @@
+"""Rectified flow: straight paths from data to noise, the loss that learns them, the sampler.
+
+x_t = (1 - t) x_0 + t noise, velocity v = dx_t/dt = noise - x_0. Both decoders minimise
+|v_theta(x_t, t) - v|^2, the paper's equation 7 (which counts time the other way: its X_1 is our
+x_0, and its velocity points to the data), and sample by Euler steps from t = 1 to 0.
+
+Official class: `FlowMatchScheduler` of DiffSynth, whose timesteps are 1000 t.
+
+Conventions: t in [0, 1], t = 1 is noise. Nothing here knows the network: a velocity is any function
+(x [B, ...], t [B]) -> [B, ...]. Latents and t stay fp32 through the loop, whatever the network
+computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+SIGMA_MIN = 0.003 / 1.002  # the official last noise level, before the shift
+
+
+def per_sample(t: Tensor | float, x: Tensor) -> Tensor:
+    """t (a number, [] or [B]) shaped to multiply x [B, ...]. ValueError unless 1 or B times."""
+    t = torch.as_tensor(t, dtype=torch.float32, device=x.device).reshape(-1)
+    if len(t) not in (1, len(x)):
+        raise ValueError(f"{len(t)} times for a batch of {len(x)}")
+    return t.reshape(-1, *[1] * (x.ndim - 1))
+
+
+# ---- the path ----------------------------------------------------------------------------------
+
+
+def interpolate(x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+    """x_t = (1 - t) x_0 + t noise; x0, noise [B, ...], t a number or [B]."""
+    t = per_sample(t, x0)
+    return (1 - t) * x0 + t * noise
+
+
+def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
+    """dx_t/dt = noise - x_0, the same all along the path."""
+    return noise - x0
+
+
+# ---- times -------------------------------------------------------------------------------------
+
+
+def time_shift(t: Tensor, shift: float = 3.0) -> Tensor:
+    """s t / (1 + (s - 1) t): keeps 0 and 1, moves the times between them towards noise."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def schedule(num_steps: int, shift: float = 3.0, strength: float = 1.0) -> Tensor:
+    """Noise levels of `num_steps` Euler steps, then 0: [num_steps + 1], descending, fp32.
+
+    Levels are even before the shift, from `strength` (1 = pure noise; less starts from a noised
+    image) to the official minimum. Raises ValueError for fewer than one step.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    start = SIGMA_MIN + (1 - SIGMA_MIN) * strength
+    sigmas = time_shift(torch.linspace(start, SIGMA_MIN, num_steps), shift)
+    return torch.cat((sigmas, torch.zeros(1)))
+
+
+def training_sigmas(n: int = 1000, shift: float = 3.0) -> Tensor:
+    """The n noise levels that official training draws from: [n], descending."""
+    return schedule(n, shift)[:-1]
+
+
+def training_weights(sigmas: Tensor) -> Tensor:
+    """Loss weight of each training level [n], mean 1: a bell around t = 1/2, its minimum 0."""
+    bell = torch.exp(-2 * (sigmas - 0.5) ** 2)
+    bell = bell - bell.min()
+    return bell * (len(sigmas) / bell.sum())
+
+
+def sample_t(
+    n: int, generator: torch.Generator | None = None, kind: str = "logit_normal", shift: float = 3.0
+) -> Tensor:
+    """Draw n training times [n] in [0, 1], on the CPU.
+
+    "logit_normal" (sigmoid of a normal; SD3), "uniform", or "official" (one of `training_sigmas`).
+    The first two are not shifted. ValueError for another kind.
+    """
+    if kind == "logit_normal":
+        return torch.randn(n, generator=generator).sigmoid()
+    if kind == "uniform":
+        return torch.rand(n, generator=generator)
+    if kind == "official":
+        sigmas = training_sigmas(shift=shift)
+        return sigmas[torch.randint(len(sigmas), (n,), generator=generator)]
+    raise ValueError(f"kind must be logit_normal, uniform or official, got {kind!r}")
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def rf_loss(
+    velocity_fn: Velocity, x0: Tensor, noise: Tensor, t: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Mean of weight * (v_theta(x_t, t) - (noise - x_0))^2 over batch and elements; fp32 scalar.
+
+    x0, noise [B, ...]; t, weight [B]. ValueError when x0 and noise differ in shape.
+    """
+    if x0.shape != noise.shape:
+        raise ValueError(f"x0 {tuple(x0.shape)} and noise {tuple(noise.shape)} differ in shape")
+    t = t.expand(len(x0)) if t.ndim == 0 or len(t) == 1 else t
+    velocity = velocity_fn(interpolate(x0, noise, t), t)
+    error = (velocity.float() - velocity_target(x0, noise)).square()
+    return error.mean() if weight is None else (error * per_sample(weight, error)).mean()
+
+
+# ---- sampling ----------------------------------------------------------------------------------
+
+
+def euler_step(x: Tensor, velocity: Tensor, t: Tensor | float, t_next: Tensor | float) -> Tensor:
+    """x at t_next = x + (t_next - t) v."""
+    return x + (t_next - t) * velocity
+
+
+def cfg(v_neg: Tensor | None, v_pos: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance: v_neg + scale (v_pos - v_neg); scale 1 does not read v_neg."""
+    return v_pos if scale == 1 else v_neg + scale * (v_pos - v_neg)
+
+
+class Step(NamedTuple):
+    """One Euler step: its number, the time it reached, the sample there, its guess of x_0."""
+
+    i: int
+    t: float
+    x: Tensor
+    x0: Tensor
+
+
+def denoise(velocity_fn: Velocity, noise: Tensor, sigmas: Tensor) -> Iterator[Step]:
+    """Walk from `noise` [B, ...] at sigmas[0] down the levels [N + 1]; yield every (i, t, x_t, x0).
+
+    The last step's x is the sample (sigmas end in 0). x0 = x_t - t v is where the straight line
+    through x_t would end, seen from before the step. Gradients follow the caller's mode.
+    """
+    x = noise.float()
+    times = sigmas.tolist()
+    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+        velocity = velocity_fn(x, torch.full((len(x),), t, device=x.device)).float()
+        x0 = euler_step(x, velocity, t, 0.0)
+        x = euler_step(x, velocity, t, t_next)
+        yield Step(i, t_next, x, x0)

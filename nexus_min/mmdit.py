@@ -1,0 +1,390 @@
+"""The multimodal diffusion transformer (MMDiT) of FLUX.1-dev: velocity of the image tokens.
+
+v = MMDiT(x_t, context, t, guidance, y): V_theta of the paper's equation 7, the "diffusion
+transformer" of both decoders in figure 1 (c, d). Two streams with their own weights attend jointly
+in the double blocks, then run as one sequence through the single blocks; (t, guidance, y) act
+through shift, scale and gate alone.
+
+Official classes: black-forest-labs `Flux`, `DoubleStreamBlock`, `SingleStreamBlock`, `LastLayer`,
+whose names the attributes spell; Nexus-Gen's own files hold the same tensors under DiffSynth names.
+
+Conventions: t in [0, 1], t = 1 is noise; the factor 1000 lives in `timestep_embedding` alone.
+Context ("txt") tokens come first in the joint sequence. Positions, t and guidance stay fp32 when
+the weights are bf16; the official run rounds them too (1000 * 3.5 becomes 3504), an error that we
+do not copy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .config import MMDiTConfig
+from .rope import apply_rope_interleaved, flux_rope
+
+PATCH = 2  # latent cells along one side of an image token
+EPS = 1e-6  # of every norm in this file
+
+
+# ---- tokens and their positions ----------------------------------------------------------------
+
+
+def patchify(latents: Tensor) -> Tensor:
+    """Latents [B, C, h, w] -> tokens [B, h/2 * w/2, C*4]. ValueError when h or w is odd."""
+    height, width = latents.shape[-2:]
+    if height % PATCH or width % PATCH:
+        raise ValueError(
+            f"latents of {height} x {width} cells do not divide into {PATCH} x {PATCH}"
+        )
+    return rearrange(latents, "B C (h p) (w q) -> B (h w) (C p q)", p=PATCH, q=PATCH)
+
+
+def unpatchify(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Inverse of `patchify`: [B, N, C*4] -> latents [B, C, height, width], sizes in cells.
+
+    Raises ValueError when the tokens do not fill the latent.
+    """
+    h, w = height // PATCH, width // PATCH
+    if tokens.shape[1] != h * w:
+        raise ValueError(f"{tokens.shape[1]} tokens cannot fill {height} x {width} latent cells")
+    return rearrange(tokens, "B (h w) (C p q) -> B C (h p) (w q)", h=h, p=PATCH, q=PATCH)
+
+
+def grid_ids(index: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Every (index, row, column) of a grid, row-major: [1, rows*columns, 3], fp32."""
+    ids = torch.cartesian_prod(rows.float(), columns.float())
+    return F.pad(ids, (1, 0), value=index).unsqueeze(0)
+
+
+def image_ids(height: int, width: int) -> Tensor:
+    """Positions (0, row, column) of the tokens of a height x width latent: [1, h/2 * w/2, 3]."""
+    return grid_ids(0, torch.arange(height // PATCH), torch.arange(width // PATCH))
+
+
+def context_ids_generation(n: int) -> Tensor:
+    """Context of the generation decoder and of T5 has no place in the image: zeros [1, n, 3]."""
+    return torch.zeros(1, n, 3)
+
+
+def context_ids_editing(
+    target_grid: tuple[int, int, int],
+    ref_grid: tuple[int, int, int] | None,
+    height: int,
+    width: int,
+    merge: int = 2,
+) -> Tensor:
+    """Positions of [target, reference] embeddings, spread over the image: [1, N + M, 3].
+
+    Grids are (t, h, w) in vision patches *before* merging; height and width in latent cells. An
+    embedding of row i lies at image row i * height / h, with index 0 for the target and 1 for the
+    reference, so both views and the image tokens share one frame.
+    """
+    ids = []
+    for index, (_, h, w) in enumerate(g for g in (target_grid, ref_grid) if g is not None):
+        rows = torch.arange(h // merge) * (height / h)
+        ids.append(grid_ids(index, rows, torch.arange(w // merge) * (width / w)))
+    return torch.cat(ids, dim=1)
+
+
+# ---- the condition vector ----------------------------------------------------------------------
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """t [B] in [0, 1] (or a guidance scale) -> [cos, sin] sinusoid [B, dim] of 1000 t, fp32."""
+    k = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    freqs = torch.exp(-math.log(10_000) * k / (dim // 2))
+    angles = (1000 * t.to(torch.promote_types(t.dtype, torch.float32))).float()[:, None] * freqs
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class MLPEmbedder(nn.Module):
+    """Linear, SiLU, Linear: [B, in_dim] -> [B, C]."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, dim)
+        self.out_layer = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class ModulationOut(NamedTuple):
+    """Shift and scale of a normed input, gate of the residual: [B, 1, C] each."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+class Modulation(nn.Module):
+    """SiLU(vec) [B, C] -> one `ModulationOut`, or two (attention, MLP) for a double block."""
+
+    def __init__(self, dim: int, double: bool):
+        super().__init__()
+        self.count = 2 if double else 1
+        self.lin = nn.Linear(dim, 3 * self.count * dim)
+
+    def forward(self, cond: Tensor) -> list[ModulationOut]:
+        parts = self.lin(cond).unsqueeze(1).chunk(3 * self.count, dim=-1)
+        return [ModulationOut(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
+
+
+class Modulations(NamedTuple):
+    """What (t, guidance, y) say to every block: all of the network's dependence on them."""
+
+    double: list[tuple[list[ModulationOut], list[ModulationOut]]]  # (image, context) of each block
+    single: list[ModulationOut]
+    final: tuple[Tensor, Tensor]  # shift, scale
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) * LayerNorm(x) + shift; x [B, L, C], shift and scale [B, 1, C]."""
+    return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=EPS))
+
+
+# ---- attention ---------------------------------------------------------------------------------
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over the head dimension; the released files call its weight `scale`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+
+class QKNorm(nn.Module):
+    """RMSNorm of queries and keys, each with its own scale: [2, B, H, L, D] -> same."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.query_norm = HeadNorm(dim)
+        self.key_norm = HeadNorm(dim)
+
+    def forward(self, qk: Tensor) -> Tensor:
+        scale = torch.stack((self.query_norm.scale, self.key_norm.scale))
+        return F.rms_norm(qk, qk.shape[-1:], eps=EPS) * scale[:, None, None, None]
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Fused [B, L, 3*H*D] -> queries and keys [2, B, H, L, D], values [B, H, L, D]."""
+    qkv = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=num_heads)
+    return qkv[:2], qkv[2]
+
+
+def attention(qk: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate queries and keys together, attend over the joint sequence: -> [B, L, H*D]."""
+    q, k = apply_rope_interleaved(qk, *rope)
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)")
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream; the attention itself is joint, in `DoubleStreamBlock`."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm = QKNorm(dim // num_heads)
+        self.proj = nn.Linear(dim, dim)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, L, C] -> normed queries and keys [2, B, H, L, D], values [B, H, L, D]."""
+        qk, v = split_heads(self.qkv(x), self.num_heads)
+        return self.norm(qk), v
+
+
+# ---- blocks ------------------------------------------------------------------------------------
+
+
+def mlp(dim: int, ratio: float) -> nn.Sequential:
+    """Linear, tanh-GELU, Linear."""
+    hidden = int(dim * ratio)
+    return nn.Sequential(
+        nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim)
+    )
+
+
+class DoubleStreamBlock(nn.Module):
+    """Joint attention of context and image, each stream with its own norms, projections and MLP."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        dim = config.hidden_size
+        self.img_mod = Modulation(dim, double=True)
+        self.img_attn = SelfAttention(dim, config.num_heads)
+        self.img_mlp = mlp(dim, config.mlp_ratio)
+        self.txt_mod = Modulation(dim, double=True)
+        self.txt_attn = SelfAttention(dim, config.num_heads)
+        self.txt_mlp = mlp(dim, config.mlp_ratio)
+
+    def forward(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        mods: tuple[list[ModulationOut], list[ModulationOut]],
+        rope: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """img [B, N, C], txt [B, L, C] -> both, updated; `mods` are those of (image, context)."""
+        (img_mod1, img_mod2), (txt_mod1, txt_mod2) = mods
+        img_qk, img_v = self.img_attn.heads(modulated_norm(img, *img_mod1[:2]))
+        txt_qk, txt_v = self.txt_attn.heads(modulated_norm(txt, *txt_mod1[:2]))
+        joint = attention(torch.cat((txt_qk, img_qk), 3), torch.cat((txt_v, img_v), 2), rope)
+        txt_attn, img_attn = joint.split((txt.shape[1], img.shape[1]), dim=1)
+        img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_attn))
+        txt = torch.addcmul(txt, txt_mod1.gate, self.txt_attn.proj(txt_attn))
+        img = torch.addcmul(img, img_mod2.gate, self.img_mlp(modulated_norm(img, *img_mod2[:2])))
+        txt = torch.addcmul(txt, txt_mod2.gate, self.txt_mlp(modulated_norm(txt, *txt_mod2[:2])))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and MLP side by side on the joint sequence: one Linear in, one out."""
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        dim, hidden = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        self.num_heads = config.num_heads
+        self.widths = (3 * dim, hidden)
+        self.linear1 = nn.Linear(dim, 3 * dim + hidden)
+        self.linear2 = nn.Linear(dim + hidden, dim)
+        self.norm = QKNorm(dim // config.num_heads)
+        self.modulation = Modulation(dim, double=False)
+
+    def forward(self, x: Tensor, mod: ModulationOut, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x [B, L, C] (context first) -> [B, L, C]."""
+        qkv, hidden = self.linear1(modulated_norm(x, *mod[:2])).split(self.widths, dim=-1)
+        qk, v = split_heads(qkv, self.num_heads)
+        attn = attention(self.norm(qk), v, rope)
+        out = self.linear2(torch.cat((attn, F.gelu(hidden, approximate="tanh")), dim=-1))
+        return torch.addcmul(x, mod.gate, out)
+
+
+class LastLayer(nn.Module):
+    """Modulated LayerNorm, then Linear to the token's channels.
+
+    Its modulation is stored as [shift; scale]. DiffSynth files (Nexus-Gen's two `.bin`) hold
+    [scale; shift].
+    """
+
+    def __init__(self, dim: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, mod: tuple[Tensor, Tensor]) -> Tensor:
+        return self.linear(modulated_norm(x, *mod))
+
+
+# ---- the network -------------------------------------------------------------------------------
+
+
+class MMDiT(nn.Module):
+    """Velocity of the image tokens; attributes spell the keys of `flux1-dev.safetensors`.
+
+    `forward` = `condition` (one vector) -> `modulations` (depend on t, guidance, y only: a sampler
+    may evaluate the whole schedule ahead and drop a quarter of the weights) -> `velocity` (pure
+    tensor code, the part to `torch.compile`). Positions enter through `rope`, which a caller with
+    fixed sizes computes once.
+    """
+
+    def __init__(self, config: MMDiTConfig):
+        super().__init__()
+        if sum(config.axes_dim) * config.num_heads != config.hidden_size:
+            raise ValueError(
+                f"axes_dim {config.axes_dim} must add up to hidden_size/num_heads = "
+                f"{config.hidden_size}/{config.num_heads}"
+            )
+        self.config = config
+        dim = config.hidden_size
+        self.img_in = nn.Linear(config.in_channels, dim)
+        self.txt_in = nn.Linear(config.context_in_dim, dim)
+        self.time_in = MLPEmbedder(config.time_embed_dim, dim)
+        self.vector_in = MLPEmbedder(config.vec_in_dim, dim)
+        self.guidance_in = MLPEmbedder(config.time_embed_dim, dim)
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(config) for _ in range(config.depth))
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(config) for _ in range(config.depth_single_blocks)
+        )
+        self.final_layer = LastLayer(dim, config.in_channels)
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor | None,
+        txt: Tensor,
+        txt_ids: Tensor | None,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Return the velocity noise - data as tokens [B, N, in_channels].
+
+        img [B, N, in_channels] noisy latents from `patchify`; txt [B, L, context_in_dim]; timesteps
+        [B] in [0, 1]; y [B, vec_in_dim] pooled CLIP vector; guidance [B] (FLUX.1-dev's distilled
+        guidance, 3.5); ids [1 or B, N or L, 3], or None when `rope` = `self.rope(img_ids, txt_ids)`
+        is given. A batch of one in timesteps, y or guidance serves the whole batch. Raises
+        ValueError when sizes disagree.
+        """
+        rope = self.rope(img_ids, txt_ids) if rope is None else rope
+        self.check(img, txt, timesteps=timesteps, y=y, guidance=guidance, positions=rope[0])
+        mods = self.modulations(self.condition(timesteps, y, guidance))
+        return self.velocity(img, txt, mods, rope)
+
+    def rope(self, img_ids: Tensor, txt_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of the joint sequence -> cos, sin [1 or B, 1, L + N, D/2], fp32."""
+        batch = max(len(img_ids), len(txt_ids))
+        if not {len(img_ids), len(txt_ids)} <= {1, batch}:
+            raise ValueError(f"ids for {len(img_ids)} images, but for {len(txt_ids)} contexts")
+        ids = torch.cat([i.float().expand(batch, -1, -1) for i in (txt_ids, img_ids)], dim=1)
+        return flux_rope(ids, self.config.axes_dim, self.config.theta)
+
+    def condition(self, timesteps: Tensor, y: Tensor, guidance: Tensor) -> Tensor:
+        """vec = time + guidance + pooled text: [B, C]."""
+        dtype, dim = self.img_in.weight.dtype, self.config.time_embed_dim
+        time = self.time_in(timestep_embedding(timesteps, dim).to(dtype))
+        strength = self.guidance_in(timestep_embedding(guidance, dim).to(dtype))
+        return time + strength + self.vector_in(y.to(dtype))
+
+    def modulations(self, vec: Tensor) -> Modulations:
+        """vec [B, C] -> the shifts, scales and gates of every block."""
+        cond = F.silu(vec)
+        final = self.final_layer.adaLN_modulation(vec).unsqueeze(1)
+        return Modulations(
+            [(block.img_mod(cond), block.txt_mod(cond)) for block in self.double_blocks],
+            [block.modulation(cond)[0] for block in self.single_blocks],
+            final.chunk(2, dim=-1),
+        )
+
+    def velocity(
+        self, img: Tensor, txt: Tensor, mods: Modulations, rope: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The transformer proper: img [B, N, in_channels], txt [B, L, context_in_dim] -> as img."""
+        img, txt = self.img_in(img), self.txt_in(txt)
+        for block, mod in zip(self.double_blocks, mods.double, strict=True):
+            img, txt = block(img, txt, mod, rope)
+        x = torch.cat((txt, img), dim=1)
+        for block, mod in zip(self.single_blocks, mods.single, strict=True):
+            x = block(x, mod, rope)
+        return self.final_layer(x[:, txt.shape[1] :], mods.final)
+
+    def check(self, img: Tensor, txt: Tensor, **others: Tensor) -> None:
+        """Raise ValueError naming the sizes when inputs do not fit the network or each other."""
+        c, B = self.config, len(img)
+        got = img.shape[-1], txt.shape[-1], others["y"].shape[-1]
+        want = c.in_channels, c.context_in_dim, c.vec_in_dim
+        if got != want:
+            raise ValueError(f"widths of img, txt, y are {got}, the network takes {want}")
+        sizes = {"txt": len(txt)} | {k: len(v) for k, v in others.items() if len(v) != 1}
+        if any(n != B for n in sizes.values()):
+            raise ValueError(f"batch of img is {B}, but those of the others are {sizes}")
+        tokens, positions = txt.shape[1] + img.shape[1], others["positions"].shape[-2]
+        if positions != tokens:
+            raise ValueError(f"{positions} positions for {tokens} tokens (context + image)")

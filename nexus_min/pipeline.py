@@ -1,0 +1,399 @@
+"""The whole chain: words and pictures in, words and pictures out.
+
+    prompt, image -> AR model -> image embeddings [B, N, C] -> projector -> MMDiT <- noise
+                                                                 latents -> autoencoder -> picture
+
+Figure 2 of the paper. Understanding reads the AR model's text; generation and editing read the
+embeddings of one picture from its prefilled slots and hand them to the generation or the editing
+decoder. Official modules: `NexusGenGenerationPipeline`, `NexusGenEditingPipeline` and the
+`image_*.py` scripts of modelscope/Nexus-Gen.
+
+`generate` and `edit` only drive `generate_steps` and `edit_steps`, which yield every intermediate.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import autoregressive, flow
+from .components import (
+    PARTS,
+    EditingDecoder,
+    GenerationDecoder,
+    TextEncoders,
+    has_text_encoders,
+    model_folder,
+    read_empty_prompt,
+    read_part,
+    read_text_encoders,
+    read_tokenizer,
+    text_context,
+)
+from .config import NexusGenConfig
+from .image_processor import bound_image, load_image, reference_view, to_image, to_patches
+from .mmdit import MMDiT, context_ids_editing, context_ids_generation
+from .sampling import Context, Sampling, guided, velocity_field
+from .tokenizer import (
+    EDITING_PROMPT,
+    EDITING_REPLY,
+    GENERATION_PROMPT,
+    GENERATION_REPLY,
+    IMAGE,
+    QwenTokenizer,
+)
+from .tokenizer import language as detect_language
+
+if TYPE_CHECKING:
+    from .autoencoder import AutoEncoder
+    from .autoregressive import NexusGenAR
+
+logger = logging.getLogger(__name__)
+
+NOUNS = {
+    "ar": "autoregressive model",
+    "generation": "generation decoder",
+    "editing": "editing decoder",
+    "text_encoders": "text encoders (CLIP and T5), which a negative prompt needs",
+    "empty_prompt": "constants of the empty prompt",
+}
+
+ImageLike = Any  # a path, bytes, an array or a PIL image: see `load_image`
+Event = tuple[str, Any]
+
+
+class ChatInputs(NamedTuple):
+    """What the AR model reads: a conversation up to the assistant's turn."""
+
+    input_ids: Tensor  # [1, L]
+    image_embeds: Tensor | None  # [n, C], all pictures in reading order
+    image_grid_thw: Tensor | None  # [pictures, 3]
+
+
+def check_text(text: str, name: str) -> None:
+    """ValueError when a text is empty, or no Unicode at all (undecodable bytes of a shell)."""
+    if not text.strip():
+        raise ValueError(f"the {name} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} is not valid Unicode text") from error
+
+
+def pick_language(language: str | None, text: str) -> str:
+    """ "en" or "zh" as asked, else by the text's characters. ValueError for another language."""
+    language = language or detect_language(text)
+    if language not in GENERATION_PROMPT:
+        raise ValueError(f"language must be one of {list(GENERATION_PROMPT)}, got {language!r}")
+    return language
+
+
+@dataclass
+class NexusGen:
+    """All components of one model; what no task needs may be None."""
+
+    config: NexusGenConfig
+    tokenizer: QwenTokenizer | None = None
+    ar: NexusGenAR | None = None
+    autoencoder: AutoEncoder | None = None
+    generation: GenerationDecoder | None = None
+    editing: EditingDecoder | None = None
+    empty_prompt: dict[str, Tensor] | None = None  # CLIP's pooled [1, V], T5's context [1, L, C]
+    text_encoders: TextEncoders | None = None
+    read_text_encoders: Callable[[], TextEncoders] | None = None  # called when first needed
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path = "tiny",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        parts: Sequence[str] = PARTS,
+    ) -> NexusGen:
+        """The shipped tiny model, or a folder laid out as the official release.
+
+        dtype None is fp32 on the CPU and bf16 elsewhere. `parts` says what to load, of `PARTS`:
+        understanding needs "ar" alone. ValueError for a folder that is not there, lacks a file, or
+        holds one of other sizes than its configuration says.
+        """
+        import weights_loader as loader
+
+        folder = model_folder(model)
+        if dtype is None:
+            dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        config, place = loader.load_config(folder), {"device": device, "dtype": dtype}
+        self = cls(config, read_tokenizer(folder, config))
+        for name in parts:
+            setattr(self, name, read_part(name, folder, config, place))
+        if has_text_encoders(folder):
+            self.read_text_encoders = lambda: read_text_encoders(folder, config, place)
+        if "generation" in parts or "editing" in parts:
+            self.empty_prompt = read_empty_prompt(folder, config, place)
+        return self
+
+    def need(self, name: str) -> Any:
+        """The component of that name. ValueError when this model was loaded without it."""
+        if name == "text_encoders" and not self.text_encoders and self.read_text_encoders:
+            self.text_encoders = self.read_text_encoders()
+        if (part := getattr(self, name)) is None:
+            raise ValueError(f"this model has no {NOUNS.get(name, name)}")
+        return part
+
+    # ---- the autoregressive half ---------------------------------------------------------------
+
+    def embed_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Pictures with sides of whole tokens -> embeddings [n, C] of all, grids [pictures, 3]."""
+        visual = self.need("ar").visual
+        pixels, grid = to_patches(list(images))
+        return visual(pixels.to(visual.patch_embed.proj.weight), grid), grid
+
+    def chat_inputs(self, text: str, images: Sequence[ImageLike] = ()) -> ChatInputs:
+        """One user message, with `<image>` where each picture stands -> what the AR model reads.
+
+        Pictures are brought within the config's `min_pixels` and `max_pixels`. ValueError when
+        placeholders and pictures differ in number, or for more tokens than there are positions.
+        """
+        bounds = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
+        views = [bound_image(load_image(image), **bounds) for image in images]
+        embeds, grid = self.embed_images(views) if views else (None, None)
+        merge = self.config.ar.vision.spatial_merge_size
+        counts = [t * h * w // merge**2 for t, h, w in grid.tolist()] if views else []
+        ids = self.need("tokenizer").encode_chat([{"role": "user", "content": text}], counts)
+        if len(ids) > (room := self.room()):
+            raise ValueError(f"the prompt is {len(ids)} tokens long; this model reads {room}")
+        device = self.need("ar").lm_head.weight.device
+        return ChatInputs(torch.tensor([ids], device=device), embeds, grid)
+
+    def room(self) -> int:
+        """Positions for a prompt: all but those of a fixed sentence and a picture."""
+        ar = self.config.ar
+        return ar.text.max_position_embeddings - ar.num_image_slots - 64
+
+    def generation_inputs(self, prompt: str, language: str | None = None) -> ChatInputs:
+        """A description in the template of its language ("en", "zh"; None: by its characters)."""
+        check_text(prompt, "prompt")
+        return self.chat_inputs(GENERATION_PROMPT[pick_language(language, prompt)].format(prompt))
+
+    def editing_inputs(self, image: ImageLike, instruction: str) -> ChatInputs:
+        """The source picture, then the instruction, which may place it itself (`<image>`)."""
+        check_text(instruction, "instruction")
+        text = instruction if IMAGE in instruction else EDITING_PROMPT.format(instruction)
+        return self.chat_inputs(text, [image])
+
+    def reply(self, inputs: ChatInputs, max_new_tokens: int = 1024) -> Iterator[Event]:
+        """The AR model's reply as it comes: ("token", id) and ("image", embeddings [N, C])."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        left = self.config.ar.text.max_position_embeddings - inputs.input_ids.shape[1]
+        return autoregressive.generate(
+            self.need("ar"),
+            inputs.input_ids,
+            image_embeds=inputs.image_embeds,
+            image_grid_thw=inputs.image_grid_thw,
+            max_new_tokens=min(max_new_tokens, left - self.config.ar.num_image_slots),
+        )
+
+    @torch.no_grad()
+    def predict_embeddings(
+        self, inputs: ChatInputs, sentence: str, fast: bool = False, max_new_tokens: int = 1024
+    ) -> tuple[str, Tensor]:
+        """What the model says before its picture, and the picture's embeddings [1, N, C].
+
+        The text is generated, then all slots come from one pass. `fast` takes the training data's
+        `sentence` ("Here is the image: <image>") instead; so does a reply without a picture.
+        """
+        preamble = sentence.removesuffix(IMAGE)
+        ids = []
+        for kind, value in () if fast else self.reply(inputs, max_new_tokens):
+            if kind == "image":
+                return self.tokenizer.decode(ids).removesuffix(IMAGE), value[None]
+            ids.append(value)
+        if not fast:
+            logger.warning("the model's reply holds no picture; drawing after %r", preamble)
+        return preamble, self.prefill(inputs, preamble)
+
+    def prefill(self, inputs: ChatInputs, preamble: str) -> Tensor:
+        """Embeddings [1, N, C] of the picture that follows a fixed sentence, in one pass."""
+        tail = [*self.need("tokenizer").encode(preamble), self.config.ar.vision_start_token_id]
+        return autoregressive.prefill_image_slots(
+            self.need("ar"),
+            torch.cat((inputs.input_ids, inputs.input_ids.new_tensor([tail])), dim=1),
+            image_embeds=inputs.image_embeds,
+            image_grid_thw=inputs.image_grid_thw,
+        )
+
+    # ---- what the decoders are told ------------------------------------------------------------
+
+    def generation_context(self, embeds: Tensor) -> Context:
+        """Embeddings [B, N, C] -> N context tokens of the generation decoder, all at position 0."""
+        txt = self.need("generation").adapter(embeds)
+        return self.context(txt, context_ids_generation(txt.shape[1]))
+
+    def editing_context(
+        self, embeds: Tensor, ref_embeds: Tensor | None, height: int, width: int
+    ) -> Context:
+        """Target [B, N, C] and source embeddings [B, M, C] (or None) -> N + M context tokens.
+
+        Their positions are spread over the picture, which has height x width latent cells.
+        """
+        grid = self.config.ar.slot_grid
+        side = self.config.reference_size // self.config.ar.vision.patch_size
+        ref_grid = None if ref_embeds is None else (1, side, side)
+        txt = self.need("editing").merger(embeds, grid, ref_embeds, ref_grid)
+        return self.context(txt, context_ids_editing(grid, ref_grid, height, width))
+
+    def context(self, txt: Tensor, ids: Tensor) -> Context:
+        """With CLIP's vector of the empty prompt: Nexus-Gen's positive prompt is never text."""
+        return Context(txt, ids.to(txt.device), self.need("empty_prompt")["pooled"].to(txt.device))
+
+    def negative_context(self, prompt: str = "") -> Context:
+        """T5's states [1, L, C] of a negative prompt, at position 0, and CLIP's vector of it."""
+        if prompt:
+            encoders = self.need("text_encoders")
+            return text_context(encoders, *encoders.ids(prompt))
+        empty = self.need("empty_prompt")
+        txt = empty["context"]
+        return Context(txt, context_ids_generation(txt.shape[1]), empty["pooled"])
+
+    @torch.no_grad()
+    def reference_embeds(self, image: ImageLike) -> Tensor:
+        """The source as the editing decoder sees it, at `config.reference_size`: [1, M, C]."""
+        view = reference_view(load_image(image), self.config.reference_size)
+        return self.embed_images([view])[0].unsqueeze(0)
+
+    # ---- drawing -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def denoise_steps(
+        self,
+        mmdit: MMDiT,
+        context: Context,
+        noise: Tensor,
+        sampling: Sampling,
+        negative: Context | None = None,
+    ) -> Iterator[flow.Step]:
+        """Euler steps (i, t, x_t, x0) from noise [B, z, h, w] to latents; `sampling` is resolved.
+
+        `negative` is what cfg leads away from; default: the context of `sampling.negative_prompt`.
+        """
+        size = (*noise.shape[-2:], sampling.guidance)
+        away = None
+        if sampling.cfg_scale != 1:
+            negative = negative or self.negative_context(sampling.negative_prompt)
+            away = velocity_field(mmdit, negative, *size)
+        field = guided(velocity_field(mmdit, context, *size), away, sampling.cfg_scale)
+        noise = noise.to(mmdit.img_in.weight.device)
+        yield from flow.denoise(field, noise, flow.schedule(sampling.num_steps))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Latents [B, z, h, w] -> B pictures."""
+        vae = self.need("autoencoder")
+        return [to_image(x) for x in vae.decode(latents.to(vae.decoder.conv_in.weight)).float()]
+
+    def draw_steps(self, mmdit: MMDiT, context: Context, sampling: Sampling) -> Iterator[Event]:
+        """Yield ("sampling", Sampling), ("context", Context), ("step", Step)..., ("image", PIL)."""
+        yield "sampling", sampling
+        yield "context", context
+        for step in self.denoise_steps(mmdit, context, sampling.noise(self.config), sampling):
+            yield "step", step
+        yield "image", self.decode(step.x)[0]
+
+    # ---- the three tasks -----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def understand(
+        self, image: ImageLike | Sequence[ImageLike], question: str, *, max_new_tokens: int = 1024
+    ) -> str:
+        """Answer a question about a picture, or several; None or an empty list asks without any.
+
+        ValueError for an empty or overlong question and for what is no picture.
+        """
+        check_text(question, "question")
+        images = list(image) if isinstance(image, (list, tuple)) else [image]
+        images = [i for i in images if i is not None]
+        text = question if IMAGE in question else IMAGE * len(images) + question
+        events = self.reply(self.chat_inputs(text, images), max_new_tokens)
+        return self.tokenizer.decode([value for kind, value in events if kind == "token"]).strip()
+
+    @torch.no_grad()
+    def generate_steps(
+        self,
+        prompt: str,
+        *,
+        language: str | None = None,
+        fast_preamble: bool = False,
+        max_new_tokens: int = 1024,
+        **sampling,
+    ) -> Iterator[Event]:
+        """`generate` step by step: ("text", str), ("embeddings", [1, N, C]), then `draw_steps`."""
+        decoder = self.need("generation")
+        settings = Sampling(**sampling).resolve(self.config, self.config.cfg_scale)
+        sentence = GENERATION_REPLY[pick_language(language, prompt)]
+        inputs = self.generation_inputs(prompt, language)
+        text, embeds = self.predict_embeddings(inputs, sentence, fast_preamble, max_new_tokens)
+        yield "text", text
+        yield "embeddings", embeds
+        yield from self.draw_steps(decoder.mmdit, self.generation_context(embeds), settings)
+
+    def generate(self, prompt: str, **options) -> Image.Image:
+        """Draw a description, English or Chinese.
+
+        Options: language "en" or "zh" (default: by the characters); fast_preamble, which says the
+        training data's sentence instead of generating it; max_new_tokens; and the fields of
+        `Sampling`: height, width, num_steps, cfg_scale, guidance, negative_prompt, seed. ValueError
+        for an empty or overlong prompt and for options out of range.
+        """
+        return last_image(self.generate_steps(prompt, **options))
+
+    @torch.no_grad()
+    def edit_steps(
+        self,
+        image: ImageLike,
+        instruction: str,
+        *,
+        decoder: str = "editing",
+        language: str | None = None,
+        fast_preamble: bool = False,
+        max_new_tokens: int = 1024,
+        **sampling,
+    ) -> Iterator[Event]:
+        """`edit` step by step: ("text", str), ("embeddings", [1, N, C]), then `draw_steps`."""
+        if decoder not in ("editing", "generation"):
+            raise ValueError(f"decoder must be editing or generation, got {decoder!r}")
+        mmdit = self.need(decoder).mmdit
+        cfg_scale = 1.0 if decoder == "editing" else self.config.cfg_scale
+        settings = Sampling(**sampling).resolve(self.config, cfg_scale)
+        sentence = EDITING_REPLY[pick_language(language, instruction)]
+        source = load_image(image)
+        inputs = self.editing_inputs(source, instruction)
+        text, embeds = self.predict_embeddings(inputs, sentence, fast_preamble, max_new_tokens)
+        yield "text", text
+        yield "embeddings", embeds
+        if decoder == "generation":
+            context = self.generation_context(embeds)
+        else:
+            size = settings.latent_shape(self.config)[2:]
+            context = self.editing_context(embeds, self.reference_embeds(source), *size)
+        yield from self.draw_steps(mmdit, context, settings)
+
+    def edit(self, image: ImageLike, instruction: str, **options) -> Image.Image:
+        """Change a picture as told.
+
+        Options: decoder "editing" (keeps what is not told to change; default) or "generation" (for
+        conceptual edits: the picture is drawn anew); else as `generate`. ValueError also for what
+        is no picture.
+        """
+        return last_image(self.edit_steps(image, instruction, **options))
+
+
+def last_image(events: Iterator[Event]) -> Image.Image:
+    """Run a generator of events to its end, which is the picture."""
+    return dict(events)["image"]

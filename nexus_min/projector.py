@@ -1,0 +1,107 @@
+"""Image embeddings -> context tokens of the MMDiT, one projector for each decoder.
+
+Generation: a two-layer MLP maps the 81 embeddings one by one (paper, figure 1 c). Editing: a joint
+attention layer lets the 81 target embeddings and the 324 of the source picture see each other, then
+an MLP maps all 405 (figure 1 d). Their output takes the place of FLUX's T5 states.
+
+Official classes: the `adapter` of Nexus-Gen's generation decoder, `ImageEmbeddingMerger` of its
+editing decoder.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .config import TextConfig
+from .decoder import DecoderLayer
+from .layers import RMSNorm
+from .rope import mrope_cos_sin
+
+BASE_GRID = 72  # every grid of patches is stretched to 72 x 72 positions
+MERGE = 2  # patches along one side of an embedding
+
+
+class GenerationAdapter(nn.Module):
+    """Linear, LayerNorm, ReLU, Linear, LayerNorm: [B, N, in_dim] -> [B, N, out_dim]."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__()
+        self.adapter = nn.Sequential(
+            nn.Linear(in_dim, out_dim),
+            nn.LayerNorm(out_dim, eps=1e-5),
+            nn.ReLU(),
+            nn.Linear(out_dim, out_dim),
+            nn.LayerNorm(out_dim, eps=1e-5),
+        )
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        return self.adapter(embeds)
+
+
+def merger_positions(grid: tuple[int, int, int], device=None) -> Tensor:
+    """Positions (0, i 72/h, j 72/w) of a grid (t, h, w) in patches *before* merging: [3, 1, N].
+
+    Target and reference cover the same range at different steps: 18 patches -> steps of 4, 36 -> 2.
+    """
+    _, h, w = grid
+    rows = torch.arange(h // MERGE, device=device) * (BASE_GRID / h)
+    columns = torch.arange(w // MERGE, device=device) * (BASE_GRID / w)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack((torch.zeros_like(row), row, column)).reshape(3, 1, -1)
+
+
+class ImageEmbeddingMerger(nn.Module):
+    """One decoder layer *without* mask over [target, reference], then an MLP."""
+
+    def __init__(self, config: TextConfig, out_dim: int, expand_ratio: int = 4):
+        super().__init__()
+        self.config = config
+        hidden = out_dim * expand_ratio
+        self.layers = nn.ModuleList([DecoderLayer(config)])
+        self.projector = nn.Sequential(
+            RMSNorm(config.hidden_size),
+            nn.Linear(config.hidden_size, hidden),
+            RMSNorm(hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, out_dim),
+            RMSNorm(out_dim),
+        )
+
+    def forward(
+        self,
+        embeds: Tensor,
+        grid: tuple[int, int, int],
+        ref_embeds: Tensor | None = None,
+        ref_grid: tuple[int, int, int] | None = None,
+    ) -> Tensor:
+        """embeds [B, N, C], ref_embeds [B, M, C] -> context [B, N (+ M), out_dim].
+
+        Grids are (t, h, w) in patches before merging, one for the whole batch. Raises ValueError
+        when a grid does not hold its embeddings, batches differ, or only one of ref_embeds and
+        ref_grid is given.
+        """
+        if (ref_embeds is None) != (ref_grid is None):
+            raise ValueError("ref_embeds and ref_grid go together: give both or neither")
+        if ref_embeds is not None and len(ref_embeds) != len(embeds):
+            raise ValueError(f"{len(ref_embeds)} references for a batch of {len(embeds)}")
+        parts = [(embeds, grid)] if ref_embeds is None else [(embeds, grid), (ref_embeds, ref_grid)]
+        x = torch.cat([self.check(e, g) for e, g in parts], dim=1)
+        positions = torch.cat([merger_positions(g, x.device) for _, g in parts], dim=-1)
+        c = self.config
+        pair = mrope_cos_sin(positions, c.head_dim, c.rope_theta, c.mrope_section)
+        cos, sin = (rearrange(a, "B L D -> B 1 L D").to(x.dtype) for a in pair)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.projector(x)
+
+    def check(self, embeds: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Return `embeds` if they are [B, h/2 * w/2, C] for (t, h, w), else raise ValueError."""
+        want = (grid[1] // MERGE) * (grid[2] // MERGE), self.config.hidden_size
+        if tuple(embeds.shape[1:]) != want:
+            raise ValueError(
+                f"embeddings {tuple(embeds.shape)} on a grid of {tuple(grid)} patches: "
+                f"should be [B, {want[0]}, {want[1]}]"
+            )
+        return embeds

@@ -1,0 +1,113 @@
+"""How one picture is drawn: the settings, what the MMDiT is told, the MMDiT as a velocity field.
+
+v(x_t, t) = v_neg + cfg (v_pos - v_neg), each from one pass of the MMDiT with its own context: the
+positive one made of image embeddings, the negative one of T5 states. `flow` and `mmdit` do not know
+each other; this file introduces them. Official: `FluxImagePipeline.__call__` of DiffSynth, with the
+defaults of Nexus-Gen's `image_generation.py` and `image_editing.py`.
+
+Latents, positions and times stay fp32 whatever the network computes in. Noise is drawn on the CPU,
+so that a seed means the same picture on every device; the official run draws on the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import flow
+from .config import NexusGenConfig
+from .mmdit import PATCH, MMDiT, image_ids, patchify, unpatchify
+
+MAX_STEPS = 1000  # no finer than the noise levels of training
+MAX_SCALE = 8  # sides of at most 8 times the model's own
+
+
+class Context(NamedTuple):
+    """What an MMDiT is told about the picture."""
+
+    txt: Tensor  # [B, L, context_in_dim]
+    txt_ids: Tensor  # [1, L, 3], fp32
+    pooled: Tensor  # [B, vec_in_dim]; B of 1 serves every batch
+
+    def like(self, batch: int, weight: Tensor) -> Context:
+        """The same for a batch (from one, or from as many), in the dtype and place of `weight`."""
+        txt = self.txt.to(weight).expand(batch, -1, -1)
+        return Context(txt, self.txt_ids.to(weight.device), self.pooled.to(weight))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw; None takes the model's default.
+
+    height, width: pixels, rounded up to whole image tokens (multiples of 16 at full size).
+    num_steps: Euler steps. cfg_scale: classifier-free guidance away from `negative_prompt`, 1 is
+    off. guidance: FLUX's distilled guidance, an input of the network. seed: of the noise.
+    """
+
+    height: int | None = None
+    width: int | None = None
+    num_steps: int | None = None
+    cfg_scale: float | None = None
+    guidance: float = 3.5
+    negative_prompt: str = ""
+    seed: int = 0
+
+    def resolve(self, config: NexusGenConfig, cfg_scale: float) -> Sampling:
+        """Fill in the defaults, round the sides up. ValueError naming what is out of range."""
+        steps = config.num_steps if self.num_steps is None else self.num_steps
+        if not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"the number of steps must be 1 to {MAX_STEPS}, got {steps}")
+        scale = cfg_scale if self.cfg_scale is None else self.cfg_scale
+        for name, value in (("cfg scale", scale), ("guidance", self.guidance)):
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} must be a number from 0 up, got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"the seed must be 0 to 2^63 - 1, got {self.seed}")
+        height, width = (whole_side(side, config) for side in (self.height, self.width))
+        return replace(self, height=height, width=width, num_steps=steps, cfg_scale=scale)
+
+    def latent_shape(self, config: NexusGenConfig) -> tuple[int, int, int, int]:
+        """(1, z, h, w) of the latents; for a resolved Sampling."""
+        vae = config.autoencoder
+        return 1, vae.z_channels, self.height // vae.downsample, self.width // vae.downsample
+
+    def noise(self, config: NexusGenConfig) -> Tensor:
+        """x_1 [1, z, h, w], fp32 on the CPU, the same for one seed everywhere."""
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        return torch.randn(self.latent_shape(config), generator=generator)
+
+
+def whole_side(side: int | None, config: NexusGenConfig) -> int:
+    """Pixels of a side, rounded up to whole image tokens. ValueError when out of range."""
+    unit, most = PATCH * config.autoencoder.downsample, MAX_SCALE * config.image_size
+    side = config.image_size if side is None else side
+    if not 1 <= side <= most:
+        raise ValueError(f"height and width must be 1 to {most} pixels for this model, got {side}")
+    return -(-side // unit) * unit
+
+
+def velocity_field(
+    mmdit: MMDiT, context: Context, height: int, width: int, guidance: float = 3.5
+) -> flow.Velocity:
+    """The MMDiT as a function of x_t [B, z, height, width] (latent cells) and t [B] alone."""
+    weight = mmdit.img_in.weight
+    rope = mmdit.rope(image_ids(height, width).to(weight.device), context.txt_ids)
+    strength = torch.full((1,), guidance, device=weight.device)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        txt, _, pooled = context.like(len(x), weight)
+        tokens = mmdit(patchify(x).to(weight), None, txt, None, t, pooled, strength, rope)
+        return unpatchify(tokens.float(), height, width)
+
+    return velocity
+
+
+def guided(positive: flow.Velocity, negative: flow.Velocity | None, scale: float) -> flow.Velocity:
+    """Classifier-free guidance of two fields; without a negative one, the positive field itself."""
+    if negative is None:
+        return positive
+    return lambda x, t: flow.cfg(negative(x, t), positive(x, t), scale)

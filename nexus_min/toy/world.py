@@ -1,0 +1,188 @@
+"""The toy world: small scenes of coloured shapes, drawn as anti-aliased vectors.
+
+A scene is one to four shapes on a 3x3 grid of cells, over a plain background; it is filled or an outline
+drawing. Three things are random and named by no caption: the sub-cell jitter of every object, and, in
+*detailed* pictures, a faint background texture with its own angle, period and phase. They are what an
+editing decoder has to carry over from the source picture. The nine cells do not line up with the 4x4 grid of
+image slots, so no slot owns an object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+CANVAS = 64  # pixels a side
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+COLOURS = {
+    "red": (220, 35, 40),
+    "green": (40, 160, 60),
+    "blue": (45, 75, 220),
+    "yellow": (245, 220, 50),
+    "purple": (140, 50, 175),
+    "orange": (245, 135, 25),
+    "cyan": (60, 205, 220),
+    "pink": (250, 150, 200),
+}
+BACKGROUNDS = {
+    "white": (250, 250, 250),
+    "gray": (128, 128, 128),
+    "black": (15, 15, 15),
+    "brown": (110, 70, 38),
+}
+RADIUS = {"small": 6.0, "large": 9.0}  # canvas pixels
+STYLES = ("filled", "outline")
+STROKE = 1.8  # width of an outline, canvas pixels
+CENTRES = (11, 32, 53)  # of the 3x3 cells, along one axis
+CROP = 22  # side of the square around a cell's centre that holds any object in it
+JITTER = np.arange(-3, 4) / 2  # offsets of an object from its cell's centre, canvas pixels
+# What a prompt leaves open has one fixed answer: a regression cannot choose, it would average.
+CANONICAL_COLOUR = dict(zip(SHAPES, ("red", "blue", "green", "yellow", "purple"), strict=True))
+
+
+@dataclass(frozen=True)
+class Object:
+    """One shape: what it is, which cell it is in (0..8, row-major) and its jitter in canvas pixels."""
+
+    shape: str
+    colour: str
+    size: str = "large"
+    cell: int = 4
+    dx: float = 0.0
+    dy: float = 0.0
+
+    @property
+    def key(self) -> tuple:
+        """Everything a caption can name."""
+        return self.shape, self.colour, self.size, self.cell
+
+
+@dataclass(frozen=True)
+class Texture:
+    """A faint wave over the background: angle (radians), period (px), phase (radians), grey levels."""
+
+    angle: float
+    period: float
+    phase: float
+    amplitude: float
+    checks: bool
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture of the toy world."""
+
+    objects: tuple[Object, ...]
+    background: str = "white"
+    style: str = "filled"
+    texture: Texture | None = None
+
+    @property
+    def key(self) -> tuple:
+        """Everything a caption can name, whatever the order of the objects."""
+        return tuple(sorted(o.key for o in self.objects)), self.background, self.style
+
+
+def held_out(*key: object) -> bool:
+    """True for one combination in ten, by hash: those are never trained on."""
+    return hashlib.md5(repr(key).encode()).digest()[0] < 26
+
+
+def random_texture(rng: np.random.Generator) -> Texture:
+    """A texture with random angle, period 5-12 px, phase and strength."""
+    return Texture(
+        angle=float(rng.uniform(0, np.pi)),
+        period=float(rng.uniform(5, 12)),
+        phase=float(rng.uniform(0, 2 * np.pi)),
+        amplitude=float(rng.uniform(12, 20)),
+        checks=bool(rng.random() < 0.5),
+    )
+
+
+def jittered(rng: np.random.Generator, obj: Object) -> Object:
+    """The same object at a new random place within its cell."""
+    dx, dy = rng.choice(JITTER, 2)
+    return replace(obj, dx=float(dx), dy=float(dy))
+
+
+def random_object(rng: np.random.Generator, cell: int) -> Object:
+    """An object with uniformly random shape, colour, size and jitter in `cell`."""
+    shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
+    size = rng.choice(list(RADIUS))
+    return jittered(rng, Object(str(shape), str(colour), str(size), cell))
+
+
+def random_scene(rng: np.random.Generator, count: int | None = None, detail: float = 0.0) -> Scene:
+    """A random scene of `count` (default 1 to 4) objects, textured with probability `detail`."""
+    count = count or int(rng.integers(1, 5))
+    cells = rng.choice(9, count, replace=False)
+    return Scene(
+        objects=tuple(random_object(rng, int(c)) for c in cells),
+        background=str(rng.choice(list(BACKGROUNDS))),
+        style=STYLES[int(rng.random() < 0.25)],
+        texture=random_texture(rng) if rng.random() < detail else None,
+    )
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+    """Distance in canvas pixels to the edge of a shape of radius `r` at the origin; negative inside."""
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.88 * r
+    if shape == "triangle":
+        slope = np.hypot(2.0, 1.0)
+        return np.maximum(y - 0.85 * r, (2.0 * abs(x) - y - r) / slope)
+    if shape == "cross":
+        arm = 0.42 * r
+        across = np.maximum(abs(x) - r, abs(y) - arm)
+        return np.minimum(across, np.maximum(abs(x) - arm, abs(y) - r))
+    if shape == "star":  # fold the plane into one tenth of the star, then one edge
+        sector = 2 * np.pi / 5
+        angle = np.arctan2(x, -y)
+        angle = abs((angle + sector / 2) % sector - sector / 2)
+        px, py = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
+        bx, by = 0.46 * r * np.cos(sector / 2), 0.46 * r * np.sin(sector / 2)
+        nx, ny = by, r - bx
+        return ((px - r) * nx + py * ny) / np.hypot(nx, ny)
+    raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+
+
+@lru_cache(maxsize=None)
+def sprite(shape: str, size: str, style: str, dx: float, dy: float, scale: int = 1) -> np.ndarray:
+    """Coverage in [0, 1] of one object over its cell's CROP x CROP square, at `scale` pixels a pixel."""
+    axis = (np.arange(CROP * scale) + 0.5) / scale - CROP / 2
+    edge = signed_distance(shape, axis[None, :] - dx, axis[:, None] - dy, RADIUS[size])
+    if style == "outline":
+        edge = np.maximum(edge, -(edge + STROKE))
+    return np.clip(0.5 - edge * scale, 0.0, 1.0).astype(np.float32)
+
+
+def _background(scene: Scene, size: int) -> np.ndarray:
+    image = np.empty((size, size, 3), np.float32)
+    image[:] = BACKGROUNDS[scene.background]
+    if scene.texture:
+        t = scene.texture
+        axis = (np.arange(size, dtype=np.float32) + 0.5) * (CANVAS / size)
+        u = np.cos(t.angle) * axis[None, :] + np.sin(t.angle) * axis[:, None]
+        wave = np.cos(2 * np.pi / t.period * u + t.phase)
+        if t.checks:
+            v = np.cos(t.angle) * axis[:, None] - np.sin(t.angle) * axis[None, :]
+            wave = wave * np.cos(2 * np.pi / t.period * v + t.phase)
+        image += (t.amplitude * wave)[..., None]
+    return image
+
+
+def render(scene: Scene, scale: int = 1) -> np.ndarray:
+    """Draw a scene: uint8 [64*scale, 64*scale, 3]. Objects are vectors, so any scale is sharp."""
+    image = _background(scene, CANVAS * scale)
+    for o in scene.objects:
+        top = (CENTRES[o.cell // 3] - CROP // 2) * scale
+        left = (CENTRES[o.cell % 3] - CROP // 2) * scale
+        window = image[top : top + CROP * scale, left : left + CROP * scale]
+        alpha = sprite(o.shape, o.size, scene.style, o.dx, o.dy, scale)[..., None]
+        window += alpha * (np.float32(COLOURS[o.colour]) - window)
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
