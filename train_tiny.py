@@ -1,253 +1,224 @@
 """Train the tiny Nexus-Gen through the paper's stages, on a laptop CPU.
 
-    python train_tiny.py --minutes 30            # everything, from nothing, into runs/tiny
-    python train_tiny.py --stage ar --minutes 10 # one stage, on top of what the folder holds
+    python train_tiny.py --minutes 30              # everything, from nothing, into runs/tiny
+    python train_tiny.py --stage ar --minutes 10   # one stage, on top of what the folder holds
 
-Stages: `vae` (FLUX's, at toy width), `vision` (the tower learns to see by grounding: it stands in for
-Qwen2.5-VL's pre-training), `ar` (paper section 4.1, multi-task), `generation` and `editing` (4.2, 4.3).
+Stages: `vae` (FLUX's, at toy width) and `vision` (grounding, the stand-in for Qwen2.5-VL's pre-training) make
+the base; `generation` learns to reconstruct pictures from their own image embeddings (paper section 4.2), `ar`
+is the multi-task training (4.1), `editing` learns from the embeddings that the AR model *predicts* (4.3).
+The folder always holds a model in the official layout under `model/`; a run that is stopped goes on where it
+was when the same command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from einops import rearrange
-from PIL import Image
-from torch import Tensor, nn
 
+import weights_loader as loader
 from nexus_min.autoencoder import AutoEncoder
+from nexus_min.autoregressive import NexusGenAR
 from nexus_min.config import NexusGenConfig
-from nexus_min.image_processor import patchify
-from nexus_min.toy import score
-from nexus_min.toy.world import (
-    BACKGROUNDS,
-    CENTRES,
-    COLOURS,
-    RADIUS,
-    SHAPES,
-    STYLES,
-    Scene,
-    random_scene,
-    render,
-)
-from nexus_min.training import Run, Stage, fit
-from nexus_min.vision import QwenViT
+from nexus_min.mmdit import MMDiT
+from nexus_min.tokenizer import QwenTokenizer
+from nexus_min.toy import stages as toy
+from nexus_min.toy.vocabulary import build_tokenizer
+from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
-DETAIL = 0.4  # share of textured pictures in the base stages
+STAGES = ("vae", "vision", "generation", "ar", "editing")
+SHARES = {"vae": 0.08, "vision": 0.15, "generation": 0.17, "ar": 0.44, "editing": 0.16}  # of --minutes
+BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}  # over all workers
 
 
-def to_unit(images: list[np.ndarray]) -> Tensor:
-    """uint8 pictures -> [B, 3, H, W] in [0, 1]."""
-    return rearrange(torch.from_numpy(np.stack(images)), "B h w C -> B C h w").float() / 255
+class Folder:
+    """The model of a run as it grows, in the official layout under `model/`."""
+
+    def __init__(self, path: Path):
+        self.path, self.model = path, path / "model"
+
+    @property
+    def config(self) -> NexusGenConfig:
+        return loader.load_config(self.model) if self.model.exists() else NexusGenConfig.tiny()
+
+    def save(self, config: NexusGenConfig, **components) -> None:
+        """Write components as rank 0; every rank waits until they are there."""
+        if world()[0] == 0:
+            loader.save_checkpoint(self.model, config, dtype=None, **components)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def vae(self) -> AutoEncoder:
+        return loader.load_autoencoder(self.model / loader.FLUX_FOLDER, self.config)
+
+    def ar(self) -> NexusGenAR:
+        return loader.load_ar(self.model / loader.AR_FOLDER, self.config)
+
+    def tokenizer(self) -> QwenTokenizer:
+        return QwenTokenizer(self.model / loader.AR_FOLDER / "tokenizer.json")
+
+    def empty_prompt(self) -> dict:
+        return loader.load_empty_prompt(self.model, self.config)
+
+    def generation(self) -> tuple:
+        file = self.model / loader.AR_FOLDER / "generation_decoder.safetensors"
+        config = self.config
+        return loader.load_mmdit(file, config), loader.load_generation_adapter(file, config)
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """Bicubic, as PIL does it: [B, 3, H, W] in [0, 1] -> [B, 3, size, size]."""
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+def train_vae(folder: Folder, run: Run, batch: int) -> None:
+    config = folder.config
+    vae = toy.init_vae(AutoEncoder(config.autoencoder))
+    fit(toy.vae_stage(vae, batch), run)
+    scale, shift = toy.latent_statistics(vae)
+    sizes = replace(config.autoencoder, scale_factor=scale, shift_factor=shift)
+    folder.save(replace(config, autoencoder=sizes), autoencoder=vae)
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
-    """[-1, 1] -> uint8 [B, H, W, 3], truncating as the official code does."""
-    pixels = ((images.detach() / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
-    return rearrange(pixels, "B C h w -> B h w C").numpy()
+def train_vision(folder: Folder, run: Run, batch: int) -> None:
+    config = folder.config
+    ar = toy.init_ar(NexusGenAR(config.ar))
+    fit(toy.vision_stage(ar.visual, config, batch), run)
+    toy.standardise(ar.visual, config)
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        build_tokenizer(config).save(file.name)
+        empty = toy.empty_prompt(config)
+        folder.save(config, ar=ar, empty_prompt=empty, tokenizer_file=file.name)
 
 
-def save_grid(path: Path, rows: list[np.ndarray], scale: int = 2) -> None:
-    """Write a PNG whose rows are strips of equally many pictures uint8 [n, H, W, 3]."""
-    strips = [rearrange(r, "n h w C -> h (n w) C") for r in rows]
-    image = Image.fromarray(np.concatenate(strips))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+def train_generation(folder: Folder, run: Run, batch: int) -> None:
+    config, vae, visual = folder.config, folder.vae(), folder.ar().visual
+    started = time.perf_counter()
+    pool = toy.reconstruction_pool(visual, vae, config, run)
+    run = run.less(time.perf_counter() - started)
+    mmdit, adapter = toy.init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
+    fit(toy.generation_stage(mmdit, adapter, folder.empty_prompt(), pool, vae, config, batch), run)
+    folder.save(config, generation=(mmdit, adapter))
 
 
-def scenes(rng: np.random.Generator, n: int, detail: float = DETAIL) -> list[Scene]:
-    return [random_scene(rng, detail=detail) for _ in range(n)]
+def train_ar(folder: Folder, run: Run, batch: int) -> None:
+    config, ar = folder.config, folder.ar()
+    try:
+        painter = toy.Painter(folder.vae(), *folder.generation(), folder.empty_prompt(), config)
+    except ValueError:  # no decoder yet: learn without pictures of progress
+        painter = None
+    fit(toy.ar_stage(ar, folder.tokenizer(), config, batch, painter), run)
+    folder.save(config, ar=ar)
 
 
-# ---------------------------------------------------------------- base: the autoencoder
+def train_editing(folder: Folder, run: Run, batch: int) -> None:
+    config, vae, ar = folder.config, folder.vae(), frozen_copy(folder.ar())
+    started = time.perf_counter()
+    pool = toy.editing_pool(ar, vae, folder.tokenizer(), config, run)
+    run = run.less(time.perf_counter() - started)
+    mmdit, merger = folder.generation()[0], loader.make_merger(config)
+    merger.layers[0].load_state_dict(ar.model.layers[0].state_dict())
+    fit(toy.editing_stage(mmdit, merger, folder.empty_prompt(), pool, vae, config, batch), run)
+    folder.save(config, editing=(mmdit, merger))
 
 
-def vae_stage(vae: AutoEncoder, batch: int) -> Stage:
-    """L1 + L2 reconstruction with a whisper of KL; the latent is sampled, so the decoder is robust."""
-    vae.to(memory_format=torch.channels_last)
-
-    def loss(rng, progress):
-        x = to_unit([render(s) for s in scenes(rng, batch)]) * 2 - 1
-        mean, logvar = vae.moments(x.to(memory_format=torch.channels_last)).chunk(2, 1)
-        logvar = logvar.clamp(-12, 4)
-        z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
-        error = vae.decoder(z) - x
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        total = error.abs().mean() + 4 * error.square().mean() + 1e-4 * kl
-        return total, {"l1": error.abs().mean(), "psnr": -10 * (error.square().mean() / 4).log10()}
-
-    def sample(path):
-        x = to_unit([render(s) for s in scenes(np.random.default_rng(1), 10)]) * 2 - 1
-        with torch.no_grad():
-            save_grid(path, [to_uint8(x), to_uint8(vae.decode(vae.encode(x)))])
-
-    return Stage("vae", nn.ModuleDict({"vae": vae}), loss, lr=2e-3, ema=0.995, sample=sample)
+TRAIN = {
+    "vae": train_vae,
+    "vision": train_vision,
+    "generation": train_generation,
+    "ar": train_ar,
+    "editing": train_editing,
+}
 
 
-def latent_statistics(vae: AutoEncoder) -> tuple[float, float]:
-    """(scale, shift) that give latents of mean 0 and deviation 1 over random scenes."""
-    x = to_unit([render(s) for s in scenes(np.random.default_rng(2), 256)]) * 2 - 1
-    with torch.no_grad():
-        mean = vae.moments(x).chunk(2, 1)[0]
-    return float(1 / mean.std()), float(mean.mean())
+def train(args: argparse.Namespace, workers: int) -> None:
+    """Run the chosen stages one after the other, in this process."""
+    folder = Folder(Path(args.out))
+    chosen = STAGES if args.stage == "all" else (args.stage,)
+    for name in chosen:
+        share = SHARES[name] if args.stage == "all" else 1.0
+        seconds = None if args.steps else args.minutes * 60 * share
+        torch.manual_seed(args.seed)
+        bf16 = name != "vae" and bf16_pays()  # its convolutions gain nothing
+        run = Run(folder.path, args.seed, seconds, args.steps, quiet=args.quiet, bf16=bf16)
+        TRAIN[name](folder, run, max(1, BATCH[name] // workers))
 
 
-# ---------------------------------------------------------------- base: the vision tower
-
-
-class GroundingHead(nn.Module):
-    """Thrown away after pre-training: one query per cell reads shape, colour, size and jitter out of
-    the image embeddings; two more queries read background and style; each embedding redraws its part
-    of the picture, without the texture, at a quarter of its resolution."""
-
-    def __init__(self, width: int, dim: int = 128):
-        super().__init__()
-        self.query = nn.Parameter(torch.randn(11, dim) * 0.5)
-        self.kv = nn.Linear(width, 2 * dim)
-        self.heads = 4
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-        self.shape = nn.Linear(dim, len(SHAPES) + 1)
-        self.colour = nn.Linear(dim, len(COLOURS))
-        self.size = nn.Linear(dim, len(RADIUS))
-        self.jitter = nn.Linear(dim, 2)
-        self.background = nn.Linear(dim, len(BACKGROUNDS))
-        self.style = nn.Linear(dim, len(STYLES))
-        self.pixels = nn.Linear(width, 8 * 8 * 3)
-
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        """tokens [B, N, C] -> logits by name, and `pixels` [B, N, 192]."""
-        k, v = rearrange(self.kv(tokens), "B N (two H D) -> two B H N D", two=2, H=self.heads)
-        q = rearrange(self.query, "Q (H D) -> 1 H Q D", H=self.heads).expand(len(tokens), -1, -1, -1)
-        x = rearrange(F.scaled_dot_product_attention(q, k, v), "B H Q D -> B Q (H D)")
-        x = F.rms_norm(x + self.query, x.shape[-1:])
-        x = x + self.mlp(x)
-        cells = x[:, :9]
-        return {
-            "shape": self.shape(cells),
-            "colour": self.colour(cells),
-            "size": self.size(cells),
-            "jitter": self.jitter(cells),
-            "background": self.background(x[:, 9]),
-            "style": self.style(x[:, 10]),
-            "pixels": self.pixels(tokens),
-        }
-
-
-def grounding_targets(batch: list[Scene]) -> dict[str, Tensor]:
-    """What the head should say: class ids [B, 9] (shape 0 = empty, others -100 there), etc."""
-    B = len(batch)
-    out = {k: torch.full((B, 9), -100) for k in ("colour", "size")}
-    out["shape"] = torch.zeros(B, 9, dtype=torch.long)
-    out["jitter"] = torch.zeros(B, 9, 2)
-    for i, scene in enumerate(batch):
-        for o in scene.objects:
-            out["shape"][i, o.cell] = 1 + SHAPES.index(o.shape)
-            out["colour"][i, o.cell] = list(COLOURS).index(o.colour)
-            out["size"][i, o.cell] = list(RADIUS).index(o.size)
-            out["jitter"][i, o.cell] = torch.tensor([o.dx, o.dy]) / 1.5
-    out["background"] = torch.tensor([list(BACKGROUNDS).index(s.background) for s in batch])
-    out["style"] = torch.tensor([STYLES.index(s.style) for s in batch])
-    return out
-
-
-def grounding_loss(said: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[Tensor, dict]:
-    there = want["shape"] > 0
-    ce = {
-        k: F.cross_entropy(said[k].flatten(0, -2), want[k].flatten())
-        for k in ("shape", "colour", "size", "background", "style")
-    }
-    jitter = (said["jitter"] - want["jitter"])[there].square().mean()
-    pixels = (said["pixels"] - want["pixels"]).square().mean()
-    right = {f"{k}_acc": (said[k].argmax(-1) == want[k])[there].float().mean() for k in ("shape", "colour", "size")}
-    loss = 3 * ce["shape"] + ce["colour"] + ce["size"] + 0.3 * ce["background"] + 0.3 * ce["style"] + 0.5 * jitter + pixels
-    return loss, {**right, "jitter": jitter, "pixels": pixels}
-
-
-def vision_stage(visual: QwenViT, config: NexusGenConfig, batch: int) -> Stage:
-    """Grounding at the target's resolution, every fifth batch at the reference's."""
-    head = GroundingHead(config.ar.vision.out_hidden_size)
-    small, large = config.target_size, config.reference_size
-
-    def loss(rng, progress):
-        big = rng.random() < 0.2
-        n, side = (max(1, batch // 4), large) if big else (batch, small)
-        batch_scenes = scenes(rng, n)
-        want = grounding_targets(batch_scenes)
-        plain = to_unit([render(replace(s, texture=None)) for s in batch_scenes]) * 2 - 1
-        view = resize(to_unit([render(s) for s in batch_scenes]), side)
-        pixel_values, grid = patchify(view)
-        tokens = rearrange(visual(pixel_values, grid), "(B N) C -> B N C", B=n)
-        grid_side = side // 28
-        plain = F.interpolate(plain, size=(8 * grid_side,) * 2, mode="bilinear", antialias=True)
-        want["pixels"] = rearrange(plain, "B C (h p) (w q) -> B (h w) (p q C)", p=8, q=8)
-        return grounding_loss(head(tokens), want)
-
-    modules = nn.ModuleDict({"visual": visual, "head": head})
-    return Stage("vision", modules, loss, ema=0.995, adamw_only=("head", "patch_embed"))
-
-
-def embed_views(visual: QwenViT, images: Tensor, size: int) -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1] -> image embeddings [B, N, C] of their view at `size` px."""
-    pixel_values, grid = patchify(resize(images, size))
-    return rearrange(visual(pixel_values, grid), "(B N) C -> B N C", B=len(images))
-
-
-@torch.no_grad()
-def standardise(visual: QwenViT, config: NexusGenConfig) -> None:
-    """Fold mean and deviation of the embeddings into the merger, so that MSE 1 = predicting the mean."""
-    x = to_unit([render(s) for s in scenes(np.random.default_rng(3), 512, 0.0)])
-    tokens = embed_views(visual, x, config.target_size).flatten(0, 1)
-    last = visual.merger.mlp[2]
-    last.weight /= tokens.std(0)[:, None]
-    last.bias.copy_((last.bias - tokens.mean(0)) / tokens.std(0))
-
-
-# ---------------------------------------------------------------- driver (development)
-
-
-def launch(fn, workers: int, *args) -> None:
-    """Run fn(*args) in `workers` processes of one thread each that average their gradients."""
-    if workers == 1:
-        return fn(*args)
-    store = tempfile.mktemp(prefix="nexus_min_store_")
-    torch.multiprocessing.spawn(_worker, args=(workers, store, fn, args), nprocs=workers)
-
-
-def _worker(rank: int, workers: int, store: str, fn, args) -> None:
+def _worker(rank: int, args: argparse.Namespace, workers: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
-    fn(*args)
+    train(args, workers)
     dist.destroy_process_group()
 
 
-def base(folder: str, which: str, minutes: float, workers: int) -> None:
-    config = NexusGenConfig.tiny()
-    torch.manual_seed(0)
-    run = Run(Path(folder), seconds=minutes * 60)
-    if which == "vae":
-        print(fit(vae_stage(AutoEncoder(config.autoencoder), 16 // workers), run))
-    else:
-        print(fit(vision_stage(QwenViT(config.ar.vision), config, 32 // workers), run))
+def launch(args: argparse.Namespace) -> None:
+    """One single-threaded process a worker; they average their gradients."""
+    if args.workers == 1:
+        return train(args, 1)
+    with tempfile.TemporaryDirectory() as place:
+        store = os.path.join(place, "store")
+        arguments = (args, args.workers, store)
+        torch.multiprocessing.spawn(_worker, args=arguments, nprocs=args.workers)
+
+
+def ship(folder: Path, goal: Path, metadata: dict[str, str]) -> None:
+    """Copy a run's model into `goal` in fp16, with `metadata` in every file."""
+    run, config = Folder(folder), Folder(folder).config
+    edit = run.model / loader.AR_FOLDER / "edit_decoder.safetensors"
+    loader.save_checkpoint(
+        goal,
+        config,
+        ar=run.ar(),
+        generation=run.generation(),
+        editing=(loader.load_mmdit(edit, config), loader.load_embedding_merger(edit, config)),
+        autoencoder=run.vae(),
+        empty_prompt=run.empty_prompt(),
+        tokenizer_file=run.model / loader.AR_FOLDER / "tokenizer.json",
+        dtype=torch.float16,
+        metadata=metadata,
+    )
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line. ValueError for values that make no sense."""
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
+    parser.add_argument("--minutes", type=float, default=30.0, help="budget of the chosen stages")
+    parser.add_argument("--steps", type=int, help="steps of each stage, instead of minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs/tiny", help="folder of the run (default runs/tiny)")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--ship", type=Path, help="write the finished model to this folder in fp16")
+    args = parser.parse_args(argv)
+    if args.minutes <= 0 or (args.steps is not None and args.steps < 1) or args.workers < 1:
+        raise ValueError("--minutes, --steps and --workers must be positive")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; 0, or 2 after one clear line on standard error."""
+    try:
+        args = parse(argv)
+        started = time.perf_counter()
+        launch(args)
+        minutes = (time.perf_counter() - started) / 60
+        print(f"trained {args.stage} in {minutes:.1f} minutes: {args.out}/model")
+        if args.ship:
+            words = " ".join(sys.argv[1:] if argv is None else argv)
+            facts = {"command": f"python train_tiny.py {words}", "seed": str(args.seed)}
+            ship(Path(args.out), args.ship, facts | {"minutes": f"{minutes:.1f}"})
+    except (ValueError, OSError) as error:
+        print(f"train_tiny: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train_tiny: stopped; the same command goes on from the last checkpoint")
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--stage")
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", default="runs/dev")
-    a = parser.parse_args()
-    launch(base, a.workers, a.out, a.stage, a.minutes, a.workers)
+    sys.exit(main())

@@ -132,7 +132,7 @@ def place_words(args: argparse.Namespace, *names: str) -> None:
         raise ValueError(f"{args.command} needs {' and '.join('--' + name for name in missing)}")
 
 
-# ---- the commands --------------------------------------------------------------------------------
+# ---- the commands ------------------------------------------------------------------------------
 
 
 def run_understand(args: argparse.Namespace) -> None:
@@ -191,26 +191,29 @@ def load_model(args: argparse.Namespace, parts: list[str]):
 
     from .pipeline import NexusGen
 
-    device = torch.device(args.device or best_device(args.model))
-    if device.type != "cpu" and not is_there(device):
-        raise ValueError(f"this machine or this build of torch has no device {str(device)!r}")
+    device = find_device(args.device, args.model)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     return NexusGen.load(args.model, device, dtype, parts)
 
 
-def best_device(model: str) -> str:
-    """cuda, then mps, then cpu; the tiny model needs none of the first two."""
-    found = ["cuda", "mps", "cpu"] if model != "tiny" else ["cpu"]
-    return next(name for name in found if is_there(name))
+def find_device(name: str | None, model: str) -> str:
+    """The device asked for, else the first of cuda, mps, cpu that is there; tiny: the CPU."""
+    if name is None:
+        return next(d for d in ("cuda", "mps", "cpu") if is_there(d)) if model != "tiny" else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"the device must be cuda, cuda:N, mps or cpu, got {name!r}")
+    if not is_there(name):
+        raise ValueError(f"this machine, or this build of torch, has no {name}")
+    return name
 
 
-def is_there(device) -> bool:
+def is_there(device: str) -> bool:
     """Whether a tensor can live there."""
     import torch
 
     try:
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):  # torch built without it, or no such hardware
         return False
     return True
 
@@ -246,7 +249,7 @@ COMMANDS = {
 }
 
 
-# ---- output --------------------------------------------------------------------------------------
+# ---- output ------------------------------------------------------------------------------------
 
 
 def check_output(output: str) -> None:

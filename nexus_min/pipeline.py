@@ -256,6 +256,7 @@ class NexusGen:
     def negative_context(self, prompt: str = "") -> Context:
         """T5's states [1, L, C] of a negative prompt, at position 0, and CLIP's vector of it."""
         if prompt:
+            check_text(prompt, "negative prompt")
             encoders = self.need("text_encoders")
             return text_context(encoders, *encoders.ids(prompt))
         empty = self.need("empty_prompt")

@@ -19,13 +19,16 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
@@ -38,7 +41,8 @@ class Stage:
     """What one stage trains: modules, the loss of a batch, and how to draw samples of progress.
 
     `loss(rng, progress)` returns the scalar to minimise and a dict of floats or tensors to log; `progress`
-    runs from 0 to 1. `sample(path)` writes a PNG. Muon leaves out parameters whose name holds a word of
+    runs from 0 to 1. `sample(path)` writes a PNG and returns
+    numbers to log. Muon leaves out parameters whose name holds a word of
     `adamw_only` (embeddings, heads, first and last layers).
     """
 
@@ -49,7 +53,7 @@ class Stage:
     adamw_lr: float | None = None
     ema: float = 0.998
     adamw_only: tuple[str, ...] = ()
-    sample: Callable[[Path], None] | None = None
+    sample: Callable[[Path], dict[str, float]] | None = None
 
 
 @dataclass
@@ -63,7 +67,11 @@ class Run:
     sample_every: float = 60.0  # seconds between sample grids
     save_every: float = 60.0  # seconds between checkpoints
     quiet: bool = False
-    extra: dict = field(default_factory=dict)  # recorded with every metrics line
+    bf16: bool = False  # bf16 matrix products in training, over fp32 weights
+
+    def less(self, seconds: float) -> Run:
+        """The same run with `seconds` of its budget already spent."""
+        return self if self.seconds is None else replace(self, seconds=max(1.0, self.seconds - seconds))
 
 
 def world() -> tuple[int, int]:
@@ -72,13 +80,16 @@ def world() -> tuple[int, int]:
 
 
 def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices, AdamW for everything else."""
+    """Muon for hidden matrices (and convolutions, as matrices), AdamW for everything else."""
     matrices, others = [], []
     for name, p in stage.modules.named_parameters():
         if not p.requires_grad:
             continue
-        hidden = p.ndim == 2 and not any(word in name for word in stage.adamw_only)
-        (matrices if hidden else others).append(p)
+        p.grad = torch.zeros_like(p)  # kept for good: `as_matrix` shares it
+        if p.ndim < 2 or any(word in name for word in stage.adamw_only):
+            others.append(p)
+        else:
+            matrices.append(p if p.ndim == 2 else as_matrix(p))
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(
@@ -93,6 +104,20 @@ def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
     return optimizers
+
+
+def as_matrix(kernel: nn.Parameter) -> nn.Parameter:
+    """A convolution's kernel [O, I, h, w] as a matrix [O, I*h*w] that shares its memory and gradient."""
+    last = kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
+
+    def flat(x: Tensor) -> Tensor:
+        return (x.permute(0, 2, 3, 1) if last else x).flatten(1)
+
+    matrix = nn.Parameter(flat(kernel.data))
+    matrix.grad = flat(kernel.grad)
+    if matrix.data_ptr() != kernel.data_ptr() or matrix.grad.data_ptr() != kernel.grad.data_ptr():
+        raise ValueError(f"a kernel of {tuple(kernel.shape)} cannot be viewed as a matrix")
+    return matrix
 
 
 def average_over_ranks(parameters: list[nn.Parameter], numbers: Tensor) -> Tensor:
@@ -194,6 +219,31 @@ class Clock:
         return self.total is not None and self.step >= self.total
 
 
+@lru_cache(maxsize=1)
+def bf16_pays() -> bool:
+    """Whether this CPU multiplies matrices at least twice as fast in bf16 as in fp32: measured."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        a @ b
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        seconds.append(time.perf_counter() - start)
+    return seconds[0] > 2 * seconds[1]
+
+
+@contextmanager
+def mixed_precision(enabled: bool) -> Iterator[None]:
+    """bf16 matrix products over fp32 weights on the CPU; attention as plain products, whose bf16
+    backward is several times faster there than the fused one's."""
+    if not enabled:
+        yield
+        return
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 def _rng(run: Run, stage: Stage, step: int) -> np.random.Generator:
     rank, _ = world()
     return np.random.default_rng([run.seed, zlib.crc32(stage.name.encode()), step, rank])
@@ -205,12 +255,13 @@ def _update_average(average: list[Tensor], parameters: list[Tensor], decay: floa
 
 def _take_step(stage, optimizers, parameters, run, clock) -> dict[str, float]:
     """One optimiser step; returns the metrics averaged over processes."""
-    loss, metrics = stage.loss(_rng(run, stage, clock.steps_taken), clock.progress())
+    with mixed_precision(run.bf16):
+        loss, metrics = stage.loss(_rng(run, stage, clock.steps_taken), clock.progress())
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=False)
     loss.backward()
     metrics = {"loss": loss.detach(), **metrics}
-    numbers = torch.tensor([float(v) for v in metrics.values()])
+    numbers = torch.tensor([float(torch.as_tensor(v).detach()) for v in metrics.values()])
     numbers = average_over_ranks(parameters, numbers)
     norm = float(nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True))
     if not (math.isfinite(norm) and torch.isfinite(numbers).all()):
@@ -246,8 +297,6 @@ def fit(stage: Stage, run: Run) -> dict:
     optimizers = make_optimizers(stage)
     clock, checkpoint = Clock(run), Checkpoint(run.folder / f"{stage.name}.ckpt")
     torch.manual_seed(run.seed * 1000 + rank)
-    for p in parameters:
-        p.grad = torch.zeros_like(p)
     if state := checkpoint.load():
         _restore(stage, optimizers, average, clock, state)
     start = time.perf_counter() - clock.elapsed
@@ -269,14 +318,14 @@ def fit(stage: Stage, run: Run) -> dict:
         if rank == 0 and stage.sample and clock.elapsed - last_sample > run.sample_every:
             last_sample = clock.elapsed
             with swapped(parameters, average):
-                stage.sample(run.folder / f"{stage.name}_{clock.steps_taken:06d}.png")
+                _sample(stage, run, clock, f"{clock.steps_taken:06d}")
     bar.close()
     for p, a in zip(parameters, average, strict=True):
         p.data.copy_(a)
     if rank == 0:
         checkpoint.save(_state(stage, optimizers, average, clock))
         if stage.sample:
-            stage.sample(run.folder / f"{stage.name}_final.png")
+            _sample(stage, run, clock, "final")
     return {"stage": stage.name, "steps": clock.steps_taken, "seconds": clock.elapsed, "ranks": size}
 
 
@@ -328,23 +377,27 @@ def _report(stage: Stage, run: Run, clock: Clock, window: list[dict], bar: tqdm)
         "seconds": round(clock.elapsed, 1),
         "lr_scale": round(clock.lr_scale(), 4),
         **{k: round(v, 5) for k, v in mean.items()},
-        **run.extra,
     }
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with open(run.folder / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(line) + "\n")
+    _log(run, line)
     done = clock.progress() if run.steps else clock.elapsed / run.seconds
     bar.n = round(100 * min(1.0, done), 1)
     rate = clock.steps_taken / max(clock.elapsed, 1e-9)
     bar.set_postfix_str(f"{rate:.1f} step/s loss {mean['loss']:.4f}")
 
 
+def _sample(stage: Stage, run: Run, clock: Clock, tag: str) -> None:
+    numbers = stage.sample(run.folder / f"{stage.name}_{tag}.png")
+    line = {"stage": stage.name, "step": clock.steps_taken, "seconds": round(clock.elapsed, 1)}
+    _log(run, {**line, **{k: round(v, 5) for k, v in numbers.items()}})
+
+
+def _log(run: Run, line: dict) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with open(run.folder / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(line) + "\n")
+
+
 def frozen_copy(module: nn.Module) -> nn.Module:
     """A copy without gradients, in evaluation mode."""
     return copy.deepcopy(module).eval().requires_grad_(False)
 
-
-def chunks(items: list, size: int) -> Iterator[list]:
-    """Consecutive parts of `items` of at most `size`."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -1,0 +1,277 @@
+"""`python -m nexus_min eval`: scores a model in the toy world, on prompts and scenes it never saw.
+
+GenEval's six categories, long captions, questions, edits and reconstruction, each with a 95 % interval. The
+checker reads every picture back (score.py); nothing is judged by eye or by another model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..pipeline import NexusGen
+from ..sampling import Sampling
+from ..tokenizer import EDITING_REPLY, GENERATION_REPLY
+from . import score
+from .tasks import CATEGORIES, EDITS, QUESTIONS, Example, example, satisfies
+from .world import random_scene, render
+
+BATCH = 50
+GROUPS = ("generation", "captions", "questions", "describe", "edits", "reconstruction", "seen")
+
+
+@dataclass
+class Tally:
+    """Right answers out of n, with Wilson's 95 % interval."""
+
+    name: str
+    right: int = 0
+    n: int = 0
+    notes: dict = field(default_factory=dict)
+
+    def add(self, ok: bool) -> None:
+        self.right, self.n = self.right + bool(ok), self.n + 1
+
+    @property
+    def rate(self) -> float:
+        return self.right / max(1, self.n)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the rate."""
+        n, p, z = max(1, self.n), self.rate, 1.96
+        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+    def line(self) -> str:
+        low, high = self.interval
+        notes = "  ".join(f"{k} {v:.4f}" for k, v in self.notes.items())
+        return f"{self.name:34s} {self.rate:6.3f}  [{low:.3f}, {high:.3f}]  n={self.n:<5d} {notes}"
+
+    def as_dict(self) -> dict:
+        return {"name": self.name, "rate": self.rate, "interval": self.interval, "n": self.n, **self.notes}
+
+
+def examples(task: str, kind: str, zh: bool | None, n: int, seed: int, unseen: bool = True) -> list[Example]:
+    """n examples of one kind with different texts where there are so many."""
+    rng = np.random.default_rng([seed, len(kind), *kind.encode(), bool(zh), unseen])
+    found: dict = {}
+    for attempt in range(40 * n):
+        ex = example(rng, task, kind, zh, unseen=unseen)
+        found.setdefault(ex.text if task == "generate" else (ex.text, ex.scenes), ex)
+        if len(found) == n:
+            break
+    return list(found.values())
+
+
+def _pictures(scenes) -> list[Image.Image]:
+    return [Image.fromarray(render(s)) for s in scenes]
+
+
+def _arrays(pictures: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(p) for p in pictures])
+
+
+@torch.no_grad()
+def draw(model: NexusGen, decoder: str, embeds: torch.Tensor, references, seed: int, **options) -> np.ndarray:
+    """Embeddings [B, N, C] -> pictures uint8 [B, H, W, 3], one batch, one noise a picture."""
+    scale = 1.0 if decoder == "editing" else model.config.cfg_scale
+    sampling = Sampling(seed=seed, **options).resolve(model.config, scale)
+    shape = sampling.latent_shape(model.config)
+    if decoder == "editing":
+        refs = torch.cat([model.reference_embeds(p) for p in references])
+        context = model.editing_context(embeds, refs, *shape[2:])
+    else:
+        context = model.generation_context(embeds)
+    noise = torch.randn((len(embeds), *shape[1:]), generator=torch.Generator().manual_seed(seed))
+    steps = list(model.denoise_steps(getattr(model, decoder).mmdit, context, noise, sampling))
+    return _arrays(model.decode(steps[-1].x))
+
+
+def predict(model: NexusGen, batch: list[Example], fast: bool = False) -> torch.Tensor:
+    """The AR model's embeddings of the pictures that examples ask for: [B, N, C]."""
+    rows = []
+    for ex in batch:
+        if ex.task == "edit":
+            inputs = model.editing_inputs(_pictures(ex.scenes[:1])[0], ex.text)
+            sentence = EDITING_REPLY[ex.language]
+        else:
+            inputs, sentence = model.generation_inputs(ex.text, ex.language), GENERATION_REPLY[ex.language]
+        rows.append(model.predict_embeddings(inputs, sentence, fast, max_new_tokens=64)[1])
+    return torch.cat(rows)
+
+
+def batches(items: list) -> list[list]:
+    return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
+
+
+def score_generation(model, kind, zh, n, seed, unseen=True, name="", save=None, **options) -> list[Tally]:
+    """Pictures of prompts of one kind; captions also by number of objects."""
+    tallies = {"all": Tally(name)}
+    for number, batch in enumerate(batches(examples("generate", kind, zh, n, seed, unseen))):
+        pictures = draw(model, "generation", predict(model, batch), None, seed + number, **options)
+        for ex, reading in zip(batch, score.read(pictures), strict=True):
+            if kind != "caption":
+                ok = reading.known and satisfies(reading.scene, ex.wanted)
+            else:
+                ok = reading.is_exactly(ex.scenes[0])
+                count = len(ex.scenes[0].objects)
+                tallies.setdefault(count, Tally(f"{name}, {count} objects")).add(ok)
+            tallies["all"].add(ok)
+        if save and number == 0:
+            save_strip(save / f"{name.replace(' ', '_').replace('/', '_')}.png", [pictures[:10]])
+    return [tallies.pop("all")] + [tallies[k] for k in sorted(tallies)]
+
+
+def score_questions(model, kind, zh, n, seed, name="") -> list[Tally]:
+    """Exact answers to questions of one kind."""
+    tally = Tally(name)
+    for ex in examples("understand", kind, zh, n, seed):
+        said = model.understand(_pictures(ex.scenes)[0], ex.text, max_new_tokens=96)
+        tally.add(said.strip() == ex.answer)
+    return [tally]
+
+
+def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list[Tally]:
+    """Edits of one kind by the editing decoder; L1 outside the edit of both, in textured pictures."""
+    tally, distances = Tally(name), {"editing": [], "generation": []}
+    for number, batch in enumerate(batches(examples("edit", kind, zh, n, seed))):
+        sources = _pictures([ex.scenes[0] for ex in batch])
+        embeds = predict(model, batch)
+        drawn = {d: draw(model, d, embeds, sources, seed + number, **options) for d in distances}
+        for i, (ex, reading) in enumerate(zip(batch, score.read(drawn["editing"]), strict=True)):
+            tally.add(reading.is_exactly(ex.scenes[1]))
+            if ex.scenes[0].texture and kind not in ("background", "style"):
+                source, target = (render(s) for s in ex.scenes)
+                for d, values in distances.items():
+                    values.append(score.l1_outside(drawn[d][i], target, source))
+        if save and number == 0:
+            targets = _arrays(_pictures([ex.scenes[1] for ex in batch]))
+            rows = [_arrays(sources), targets, drawn["editing"], drawn["generation"]]
+            save_strip(save / f"{name.replace(' ', '_')}.png", [r[:10] for r in rows])
+    if distances["editing"]:
+        tally.notes = {f"l1_outside_{d}": float(np.mean(v)) for d, v in distances.items()}
+    return [tally]
+
+
+def score_reconstruction(model, n, seed, save=None, **options) -> list[Tally]:
+    """Unseen scenes drawn again by the generation decoder from their own image embeddings."""
+    rng, tally = np.random.default_rng([seed, 5]), Tally("reconstruction")
+    scenes = [random_scene(rng) for _ in range(n)]
+    for number, batch in enumerate(batches(scenes)):
+        pictures = _pictures(batch)
+        views = [p.resize((model.config.target_size,) * 2, Image.Resampling.BICUBIC) for p in pictures]
+        with torch.no_grad():
+            embeds = model.embed_images(views)[0].reshape(len(batch), -1, model.config.ar.text.hidden_size)
+        drawn = draw(model, "generation", embeds, None, seed + number, **options)
+        for scene, reading in zip(batch, score.read(drawn), strict=True):
+            tally.add(reading.is_exactly(scene))
+        if save and number == 0:
+            save_strip(save / "reconstruction.png", [_arrays(pictures)[:10], drawn[:10]])
+    return [tally]
+
+
+def save_strip(path: Path, rows: list[np.ndarray], scale: int = 2) -> None:
+    """Write a PNG of rows of pictures."""
+    image = Image.fromarray(np.concatenate([np.concatenate(list(r), 1) for r in rows]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def summary(rows: list[Tally], name: str, parts: list[Tally]) -> None:
+    """Append the total over `parts` and the worst of them."""
+    total = Tally(f"{name}: all", sum(t.right for t in parts), sum(t.n for t in parts))
+    worst = min(parts, key=lambda t: t.rate)
+    rows += [total, Tally(f"{name}: worst ({worst.name.split(' / ')[-1]})", worst.right, worst.n)]
+
+
+def evaluate(
+    model: NexusGen,
+    cases: int = 200,
+    seed: int = 0,
+    groups: tuple[str, ...] = GROUPS,
+    save: Path | None = None,
+    report=lambda tally: None,
+    **options,
+) -> list[Tally]:
+    """All tallies of the chosen groups; `report` is called with each as it is known."""
+    rows: list[Tally] = []
+
+    def done(found: list[Tally]) -> Tally:
+        for tally in found:
+            report(tally)
+        rows.extend(found)
+        return found[0]
+
+    def totals(name: str, parts: list[Tally]) -> None:
+        before = len(rows)
+        summary(rows, name, parts)
+        for tally in rows[before:]:
+            report(tally)
+
+    for zh in (False, True):
+        lang = "zh" if zh else "en"
+        if "generation" in groups:
+            totals(
+                f"geneval-toy {lang}",
+                [done(score_generation(model, k, zh, cases, seed, True, f"geneval-toy {lang} / {k}", save, **options)) for k in CATEGORIES],
+            )
+        if "captions" in groups:
+            done(score_generation(model, "caption", zh, cases, seed, True, f"long captions {lang}", save, **options))
+        if "questions" in groups:
+            totals(
+                f"questions {lang}",
+                [done(score_questions(model, k, zh, cases, seed, f"questions {lang} / {k}")) for k in QUESTIONS],
+            )
+        if "describe" in groups:
+            done(score_questions(model, "describe", zh, cases, seed, f"describe {lang}"))
+        if "edits" in groups:
+            totals(
+                f"edits {lang}",
+                [done(score_edits(model, k, zh, cases, seed, f"edits {lang} / {k}", save, **options)) for k in EDITS],
+            )
+        if "seen" in groups and not zh:
+            totals(
+                "geneval-toy en, in training",
+                [done(score_generation(model, k, zh, cases, seed, False, f"in training / {k}", None, **options)) for k in CATEGORIES],
+            )
+    if "reconstruction" in groups:
+        done(score_reconstruction(model, cases, seed, save, **options))
+    outside = [t.notes for t in rows if "l1_outside_editing" in t.notes]
+    if outside:
+        mean = {k: float(np.mean([o[k] for o in outside])) for k in outside[0]}
+        ratio = mean["l1_outside_editing"] / mean["l1_outside_generation"]
+        rows.append(Tally("L1 outside, editing / generation", 0, 0, {**mean, "ratio": ratio}))
+        report(rows[-1])
+    return rows
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options of `python -m nexus_min eval`."""
+    parser.add_argument("--cases", type=int, default=200, help="cases a category (default 200)")
+    parser.add_argument("--groups", default=",".join(GROUPS), help="comma-separated: " + ", ".join(GROUPS))
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--save", type=Path, help="write sample grids (PNG) to this folder")
+
+
+def main(args: Namespace) -> int:
+    """Evaluate and print one line a score. ValueError for bad options."""
+    groups = tuple(g for g in args.groups.split(",") if g)
+    if unknown := [g for g in groups if g not in GROUPS]:
+        raise ValueError(f"unknown groups {', '.join(unknown)}; there are {', '.join(GROUPS)}")
+    if args.cases < 1:
+        raise ValueError(f"--cases must be at least 1, got {args.cases}")
+    model = NexusGen.load(args.model)
+    show = lambda tally: print(tally.line(), file=sys.stdout, flush=True)  # noqa: E731
+    rows = evaluate(model, args.cases, args.seed, groups, args.save, show)
+    if args.json:
+        args.json.write_text(json.dumps([t.as_dict() for t in rows], indent=1))
+    return 0

@@ -1,0 +1,455 @@
+"""What is asked in the toy world: prompts, captions, questions and edits, in English and Chinese.
+
+Every example is a conversation in the official message-like format (`images`, `messages` with `<image>`)
+plus what a checker needs. A prompt names some attributes of a scene; what it leaves open is canonical (large,
+filled, on white, fixed cells, one colour a shape). One combination in ten is held out by hash of its meaning,
+so no wording of it is ever seen in training. The six prompt categories are GenEval's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from ..tokenizer import EDITING_PROMPT, EDITING_REPLY, GENERATION_PROMPT, GENERATION_REPLY, IMAGE
+from .world import (
+    BACKGROUNDS,
+    CANONICAL_COLOUR,
+    COLOURS,
+    RADIUS,
+    SHAPES,
+    STYLES,
+    Object,
+    Scene,
+    held_out,
+    jittered,
+    random_object,
+    random_scene,
+    random_texture,
+)
+
+CATEGORIES = ("single", "two", "counting", "colours", "position", "attribution")
+QUESTIONS = ("colour", "shape", "count", "count_all", "exist", "where", "background", "relation")
+EDITS = ("recolour", "add", "remove", "replace", "background", "move", "style")
+
+# the nine cells: a place ("in the top left corner") and where things are moved ("to the ...")
+CELL_NAMES = (
+    "top left corner", "top", "top right corner", "left", "center", "right",
+    "bottom left corner", "bottom", "bottom right corner",
+)  # fmt: skip
+CELL_PREPOSITIONS = ("in", "at", "in", "on", "in", "on", "in", "at", "in")
+ZH_CELLS = ("左上角", "上方", "右上角", "左边", "中间", "右边", "左下角", "下方", "右下角")
+ZH = {
+    "circle": "圆形", "square": "正方形", "triangle": "三角形", "star": "星形", "cross": "十字形",
+    "red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色", "purple": "紫色",
+    "orange": "橙色", "cyan": "青色", "pink": "粉色", "white": "白色", "gray": "灰色",
+    "black": "黑色", "brown": "棕色", "small": "小", "large": "大",
+}  # fmt: skip
+NUMBERS = ("zero", "one", "two", "three", "four")
+ZH_NUMBERS = ("零", "一", "两", "三", "四")
+RELATIONS = {
+    "left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)
+}  # (row, column) of the first object seen from the second  # fmt: skip
+ZH_RELATIONS = {"left of": "左边", "right of": "右边", "above": "上方", "below": "下方"}
+LAYOUTS = {1: (4,), 2: (3, 5), 3: (3, 4, 5), 4: (0, 2, 6, 8)}  # canonical cells
+PREFIXES = ("", "a photo of ", "a picture of ", "an image of ")
+ZH_PREFIXES = ("", "一张图片：", "一张照片：")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation with its pictures (as scenes), and what the checker needs to score the reply."""
+
+    task: str  # "understand", "generate" or "edit"
+    kind: str  # a member of CATEGORIES, "caption", QUESTIONS, "describe" or EDITS
+    language: str
+    scenes: tuple[Scene, ...]  # the pictures, in the order of their <image> placeholders
+    messages: tuple[dict, ...]
+    text: str  # the bare prompt, question or instruction
+    answer: str = ""  # the exact reply, for understanding
+    wanted: dict = field(default_factory=dict)  # what a short prompt names, for `satisfies`
+
+    @property
+    def unseen(self) -> bool:
+        """Whether this meaning is held out of training."""
+        if self.task == "generate" and self.kind != "caption":
+            return held_out(self.kind, sorted(self.wanted.items(), key=str))
+        if self.task == "edit":
+            return held_out(self.scenes[0].key, self.kind, self.scenes[1].key)
+        return held_out(self.scenes[0].key)
+
+
+def _choice(rng: np.random.Generator, items):
+    return items[int(rng.integers(len(items)))]
+
+
+def place(cell: int, zh: bool = False) -> str:
+    """Where a cell is: "in the top left corner"."""
+    return ZH_CELLS[cell] if zh else f"{CELL_PREPOSITIONS[cell]} the {CELL_NAMES[cell]}"
+
+
+def plural(shape: str) -> str:
+    """Plural of a shape's name."""
+    return shape + ("es" if shape == "cross" else "s")
+
+
+def noun(shape: str, colour: str | None, size: str | None, zh: bool, number: int = 1) -> str:
+    """ "small red circle(s)" / "小的红色圆形"; None leaves an attribute out."""
+    if zh:
+        return "".join((f"{ZH[size]}的" if size else "", ZH[colour] if colour else "", ZH[shape]))
+    words = [size, colour, shape if number == 1 else plural(shape)]
+    return " ".join(w for w in words if w)
+
+
+def a(phrase: str) -> str:
+    """With its indefinite article."""
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def _short_prompt(rng: np.random.Generator, kind: str) -> dict:
+    """What a prompt of category `kind` names; None or absent = left open."""
+    maybe = lambda items, p: str(_choice(rng, items)) if rng.random() < p else None  # noqa: E731
+    first, second = (str(s) for s in rng.choice(SHAPES, 2, replace=False))
+    colours = [str(c) for c in rng.choice(list(COLOURS), 2, replace=False)]
+    wanted = {
+        "objects": [],
+        "background": maybe(list(BACKGROUNDS), 0.5),
+        "style": "outline" if rng.random() < 0.15 else None,
+    }
+    size = maybe(list(RADIUS), 0.5)
+    if kind == "single":
+        cell = int(rng.integers(9)) if rng.random() < 0.5 else None
+        wanted["objects"] = [(first, None, size, cell)]
+    elif kind == "colours":
+        cell = int(rng.integers(9)) if rng.random() < 0.3 else None
+        wanted["objects"] = [(first, colours[0], size, cell)]
+    elif kind == "counting":
+        colour = maybe(list(COLOURS), 0.6)
+        wanted["objects"] = [(first, colour, size, None)] * int(rng.integers(2, 5))
+    elif kind == "two":
+        other = maybe(list(RADIUS), 0.3) if size else None
+        wanted["objects"] = [(first, None, size, None), (second, None, other, None)]
+    else:
+        named = kind == "attribution" or rng.random() < 0.5
+        pair = colours if named else (None, None)
+        wanted["objects"] = [(first, pair[0], None, None), (second, pair[1], None, None)]
+        if kind == "position":
+            wanted["relation"] = _choice(rng, list(RELATIONS))
+    return wanted
+
+
+def canonical_scene(wanted: dict) -> Scene:
+    """The one scene that a short prompt means: everything left open takes its canonical value."""
+    cells = list(LAYOUTS[len(wanted["objects"])])
+    if relation := wanted.get("relation"):
+        row, column = RELATIONS[relation]
+        cells = [4 + 3 * row + column, 4 - 3 * row - column]
+    objects = [
+        Object(shape, colour or CANONICAL_COLOUR[shape], size or "large", cells[i] if cell is None else cell)
+        for i, (shape, colour, size, cell) in enumerate(wanted["objects"])
+    ]
+    return Scene(
+        tuple(objects), wanted["background"] or "white", wanted["style"] or "filled"
+    )
+
+
+def _word_prompt(rng: np.random.Generator, wanted: dict, zh: bool) -> str:
+    objects, relation = wanted["objects"], wanted.get("relation")
+    shape, colour, size, cell = objects[0]
+    names = [noun(*o[:3], zh) for o in objects]
+    if relation:
+        body = (
+            f"{names[0]}在{names[1]}的{ZH_RELATIONS[relation]}"
+            if zh
+            else f"{a(names[0])} {relation} {a(names[1])}"
+        )
+    elif len(set(objects)) == 1 and len(objects) > 1:
+        n = len(objects)
+        body = f"{ZH_NUMBERS[n]}个{names[0]}" if zh else f"{NUMBERS[n]} {noun(*objects[0][:3], False, n)}"
+    elif zh:
+        body = "和".join(f"一个{n}" for n in names)
+    else:
+        body = " and ".join(a(n) for n in names)
+    if cell is not None:
+        body += f"，在{place(cell, True)}" if zh else f" {place(cell)}"
+    if background := wanted["background"]:
+        body += f"，{ZH[background]}背景" if zh else f" on {a(background)} background"
+    if wanted["style"]:
+        body += "，线条画" if zh else ", outline drawing"
+    prefix = _choice(rng, ZH_PREFIXES if zh else PREFIXES)
+    return prefix + body
+
+
+def caption(rng: np.random.Generator | None, scene: Scene, zh: bool) -> str:
+    """Everything that can be named about a scene; objects shuffled, or in reading order without rng."""
+    objects = sorted(scene.objects, key=lambda o: o.cell)
+    if rng is not None:
+        objects = [objects[i] for i in rng.permutation(len(objects))]
+    if zh:
+        parts = [f"{place(o.cell, True)}有{noun(o.shape, o.colour, o.size, True)}" for o in objects]
+        style = "，线条画" if scene.style == "outline" else ""
+        return "，".join(parts) + f"，{ZH[scene.background]}背景{style}"
+    parts = [f"{a(noun(o.shape, o.colour, o.size, False))} {place(o.cell)}" for o in objects]
+    style = ", outline drawing" if scene.style == "outline" else ""
+    return ", ".join(parts) + f", on {a(scene.background)} background{style}"
+
+
+def _generation(kind: str, zh: bool, text: str, scene: Scene, wanted: dict) -> Example:
+    language = "zh" if zh else "en"
+    messages = (
+        {"role": "user", "content": GENERATION_PROMPT[language].format(text)},
+        {"role": "assistant", "content": GENERATION_REPLY[language]},
+    )
+    return Example("generate", kind, language, (scene,), messages, text, wanted=wanted)
+
+
+def generation_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 4) -> Example:
+    """A prompt of one of CATEGORIES, or a long "caption" of a scene of at most `most` objects."""
+    if kind == "caption":
+        scene = random_scene(rng, int(rng.integers(1, most + 1)))
+        return _generation(kind, zh, caption(rng, scene, zh), scene, {})
+    wanted = _short_prompt(rng, kind)
+    scene = canonical_scene(wanted)
+    scene = replace(scene, objects=tuple(jittered(rng, o) for o in scene.objects))
+    return _generation(kind, zh, _word_prompt(rng, wanted, zh), scene, wanted)
+
+
+def satisfies(scene: Scene, wanted: dict) -> bool:
+    """Whether a scene shows what a short prompt names, and no further object; the rest is free."""
+    left = list(scene.objects)
+    chosen = []
+    for shape, colour, size, cell in wanted["objects"]:
+        named = {"shape": shape, "colour": colour, "size": size, "cell": cell}
+        fits = [o for o in left if all(v is None or getattr(o, k) == v for k, v in named.items())]
+        if not fits:
+            return False
+        left.remove(fits[0])
+        chosen.append(fits[0])
+    if left or scene.style != (wanted["style"] or "filled"):
+        return False
+    if wanted["background"] not in (None, scene.background):
+        return False
+    return not wanted.get("relation") or related(chosen[0], chosen[1], wanted["relation"])
+
+
+def related(first: Object, second: Object, relation: str) -> bool:
+    """Whether `first` is `relation` of `second`, by cell."""
+    row, column = RELATIONS[relation]
+    down, right = first.cell // 3 - second.cell // 3, first.cell % 3 - second.cell % 3
+    return down * row + right * column > 0
+
+
+# ---------------------------------------------------------------- referring to objects
+
+
+def _fits(obj: Object, form: tuple) -> bool:
+    pairs = zip(form, (obj.shape, obj.colour, obj.size), strict=True)
+    return all(named in (None, value) for named, value in pairs)
+
+
+def reference(rng: np.random.Generator, scene: Scene, obj: Object) -> tuple | None:
+    """(shape, colour, size) that names `obj` alone in its scene, as short as chance has it, or None."""
+    forms = (
+        (obj.shape, None, None),
+        (obj.shape, obj.colour, None),
+        (obj.shape, obj.colour, obj.size),
+    )
+    unique = [f for f in forms if sum(_fits(o, f) for o in scene.objects) == 1]
+    return _choice(rng, unique) if unique else None
+
+
+# ---------------------------------------------------------------- questions
+
+
+def _ask(rng: np.random.Generator, kind: str, scene: Scene, zh: bool) -> tuple[str, str] | None:
+    """(question, answer) of one kind about a scene, or None when the scene does not admit one."""
+    obj = _choice(rng, scene.objects)
+    ref = reference(rng, scene, obj)
+    if kind == "background":
+        answer = scene.background
+        return ("背景是什么颜色？", ZH[answer]) if zh else ("What color is the background?", answer)
+    if kind == "count_all":
+        n = len(scene.objects)
+        return ("一共有几个图形？", ZH_NUMBERS[n]) if zh else ("How many objects are there?", NUMBERS[n])
+    if kind == "count":
+        shape = obj.shape if rng.random() < 0.7 else _choice(rng, SHAPES)
+        n = sum(o.shape == shape for o in scene.objects)
+        if zh:
+            return f"有几个{ZH[shape]}？", ZH_NUMBERS[n]
+        return f"How many {plural(shape)} are there?", NUMBERS[n]
+    if kind == "exist":
+        return _ask_existence(rng, scene, obj, zh)
+    if kind == "shape":
+        same = [o for o in scene.objects if o.colour == obj.colour]
+        if len(same) > 1:
+            return None
+        if zh:
+            return f"{ZH[obj.colour]}的图形是什么形状？", ZH[obj.shape]
+        return f"What shape is the {obj.colour} object?", obj.shape
+    if ref is None:
+        return None
+    if kind == "colour":
+        if sum(o.shape == obj.shape for o in scene.objects) > 1:
+            return None
+        if zh:
+            return f"{ZH[obj.shape]}是什么颜色？", ZH[obj.colour]
+        return f"What color is the {obj.shape}?", obj.colour
+    if kind == "where":
+        if zh:
+            return f"{noun(*ref, True)}在哪里？", place(obj.cell, True)
+        return f"Where is the {noun(*ref, False)}?", place(obj.cell)
+    return _ask_relation(rng, scene, zh)
+
+
+def _ask_existence(rng, scene: Scene, obj: Object, zh: bool) -> tuple[str, str]:
+    shape, colour = obj.shape, obj.colour
+    if rng.random() < 0.5:  # a near miss half of the time: one attribute changed
+        shape, colour = (
+            (_choice(rng, SHAPES), colour) if rng.random() < 0.5 else (shape, _choice(rng, list(COLOURS)))
+        )
+    yes = any((o.shape, o.colour) == (shape, colour) for o in scene.objects)
+    name = noun(shape, colour, None, zh)
+    if zh:
+        return f"有{name}吗？", "有" if yes else "没有"
+    return f"Is there {a(name)}?", "yes" if yes else "no"
+
+
+def _ask_relation(rng, scene: Scene, zh: bool) -> tuple[str, str] | None:
+    if len(scene.objects) < 2:
+        return None
+    first, second = (scene.objects[i] for i in rng.choice(len(scene.objects), 2, replace=False))
+    refs = reference(rng, scene, first), reference(rng, scene, second)
+    if None in refs:
+        return None
+    axis = int(rng.integers(2))
+    away = (first.cell // 3 - second.cell // 3, first.cell % 3 - second.cell % 3)[axis]
+    if away == 0:
+        return None
+    relation = list(RELATIONS)[(0, 2)[axis == 0] + int(rng.integers(2))]
+    yes = related(first, second, relation)
+    one, two = (noun(*r, zh) for r in refs)
+    if zh:
+        return f"{one}在{two}的{ZH_RELATIONS[relation]}吗？", "是" if yes else "不是"
+    return f"Is the {one} {relation} the {two}?", "yes" if yes else "no"
+
+
+def question_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 4) -> Example:
+    """A question of one of QUESTIONS, or "describe", about a random scene (a quarter of them textured)."""
+    least = 2 if kind == "relation" else 1
+    while True:
+        scene = random_scene(rng, int(rng.integers(least, max(least, most) + 1)), detail=0.25)
+        if kind == "describe":
+            asked = "请描述这张图片。" if zh else "Please describe the image.", caption(None, scene, zh)
+        else:
+            asked = _ask(rng, kind, scene, zh)
+        if asked:
+            break
+    messages = (
+        {"role": "user", "content": IMAGE + asked[0]},
+        {"role": "assistant", "content": asked[1]},
+    )
+    return Example("understand", kind, "zh" if zh else "en", (scene,), messages, *asked)
+
+
+# ---------------------------------------------------------------- edits
+
+
+def _edit_pair(rng, kind: str, scene: Scene, zh: bool) -> tuple[Scene, str] | None:
+    """(target scene, instruction) of one kind for a source scene, or None when it does not admit one."""
+    if kind == "background":
+        colour = _choice(rng, [b for b in BACKGROUNDS if b != scene.background])
+        text = f"把背景换成{ZH[colour]}" if zh else f"Change the background to {colour}."
+        return replace(scene, background=colour), text
+    if kind == "style":
+        style = STYLES[1 - STYLES.index(scene.style)]
+        words = {
+            "outline": ("Turn it into an outline drawing.", "改成线条画"),
+            "filled": ("Fill in the shapes.", "把图形填满"),
+        }[style]
+        return replace(scene, style=style), words[zh]
+    free = [c for c in range(9) if c not in {o.cell for o in scene.objects}]
+    if kind == "add":
+        if len(scene.objects) == 4:
+            return None
+        new = random_object(rng, _choice(rng, free))
+        name = noun(new.shape, new.colour, new.size, zh)
+        text = f"在{place(new.cell, True)}加一个{name}" if zh else f"Add {a(name)} {place(new.cell)}."
+        return replace(scene, objects=(*scene.objects, new)), text
+    obj = _choice(rng, scene.objects)
+    ref = reference(rng, scene, obj)
+    if ref is None or (kind == "remove" and len(scene.objects) == 1):
+        return None
+    name = noun(*ref, zh)
+    rest = tuple(o for o in scene.objects if o is not obj)
+    if kind == "remove":
+        return replace(scene, objects=rest), f"去掉{name}" if zh else f"Remove the {name}."
+    if kind == "recolour":
+        colour = _choice(rng, [c for c in COLOURS if c != obj.colour])
+        new = replace(obj, colour=colour)
+        text = f"把{name}变成{ZH[colour]}" if zh else f"Change the {name} to {colour}."
+    elif kind == "replace":
+        shape = _choice(rng, [s for s in SHAPES if s != obj.shape])
+        new = replace(obj, shape=shape)
+        text = f"把{name}换成{ZH[shape]}" if zh else f"Replace the {name} with {a(shape)}."
+    else:
+        new = jittered(rng, replace(obj, cell=_choice(rng, free)))
+        goal = CELL_NAMES[new.cell]
+        text = f"把{name}移到{place(new.cell, True)}" if zh else f"Move the {name} to the {goal}."
+    return replace(scene, objects=(*rest, new)), text
+
+
+def edit_example(
+    rng: np.random.Generator, kind: str, zh: bool, most: int = 4, detail: float = 0.6
+) -> Example:
+    """An edit of one of EDITS; both ways occur alike (add / remove, there / back)."""
+    least = 2 if kind == "remove" else 1
+    while True:
+        scene = random_scene(rng, int(rng.integers(least, max(least, most) + 1)))
+        if rng.random() < detail:
+            scene = replace(scene, texture=random_texture(rng))
+        if pair := _edit_pair(rng, kind, scene, zh):
+            break
+    target, text = pair
+    language = "zh" if zh else "en"
+    messages = (
+        {"role": "user", "content": EDITING_PROMPT.format(text)},
+        {"role": "assistant", "content": EDITING_REPLY[language]},
+    )
+    return Example("edit", kind, language, (scene, target), messages, text)
+
+
+# ---------------------------------------------------------------- the mixture
+
+MAKERS = {"understand": question_example, "generate": generation_example, "edit": edit_example}
+ZH_SHARE = 0.2
+
+
+def example(
+    rng: np.random.Generator,
+    task: str,
+    kind: str | None = None,
+    zh: bool | None = None,
+    most: int = 4,
+    unseen: bool = False,
+) -> Example:
+    """A random example of a task, seen or unseen in training; kind and language by the training mixture.
+
+    Captions are 20 % short, 80 % long in the paper; here half are short, since they carry six categories.
+    """
+    while True:
+        zh_now = rng.random() < ZH_SHARE if zh is None else zh
+        found = MAKERS[task](rng, kind or _random_kind(rng, task), zh_now, most)
+        if found.unseen == unseen:
+            return found
+
+
+def _random_kind(rng: np.random.Generator, task: str) -> str:
+    if task == "generate":
+        return _choice(rng, CATEGORIES) if rng.random() < 0.4 else "caption"
+    if task == "understand":
+        return _choice(rng, QUESTIONS) if rng.random() < 0.7 else "describe"
+    return _choice(rng, EDITS)

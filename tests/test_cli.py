@@ -1,0 +1,270 @@
+"""The command line: pictures and answers for good input, one line and status 2 for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+
+import pytest
+from PIL import Image
+from tiny_model import save_tiny
+
+from nexus_min.__main__ import main, unknown_words
+
+FAST = ["--steps", "1", "--fast_preamble"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory but for a picture."""
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").resize((50, 30)).convert("RGBA").save("photo.png")
+    return tmp_path
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a command line."""
+    status = 0
+    try:
+        main(list(argv))
+    except SystemExit as end:
+        status = end.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+# ---- good input --------------------------------------------------------------------------------
+
+
+def test_generate_saves_and_names_the_picture(here, capsys, folder):
+    status, out, err = run(capsys, "generate", "a red circle", "--model", folder, *FAST)
+    assert (status, out, err) == (0, "generated.png\n", "")
+    assert sorted(p.name for p in here.iterdir()) == ["generated.png", "photo.png"]
+    with Image.open("generated.png") as image:
+        assert image.size == (64, 64) and image.mode == "RGB"
+        assert image.text["prompt"] == "a red circle" and image.text["seed"] == "0"
+        assert image.text["num_steps"] == "1" and image.text["model"] == folder
+
+
+def test_generate_takes_the_official_options(here, capsys, folder):
+    options = ["--prompt", "一个红色的圆", "--language", "zh", "--height", "60", "--width", "33"]
+    options += ["--num_inference_steps", "2", "--cfg_scale", "2", "--embedded_guidance", "3"]
+    options += ["--seed", "7", "--device", "cpu", "--dtype", "bf16", "--output", "圆.png"]
+    status, out, err = run(capsys, "generate", *options, "--model", folder, "--fast_preamble")
+    assert (status, out, err) == (0, "圆.png\n", "")
+    with Image.open("圆.png") as image:
+        assert image.size == (40, 64)
+        assert image.text["prompt"] == "一个红色的圆" and image.text["seed"] == "7"
+        assert image.text["cfg_scale"] == "2.0" and image.text["guidance"] == "3.0"
+
+
+def test_settings_reach_the_picture(here, capsys, folder):
+    pictures = set()
+    for option in ([], ["--seed", "1"], ["--steps", "2"], ["--cfg", "3"], ["--guidance", "9"]):
+        argv = ["generate", "a circle", "--model", folder, *FAST, *option]
+        assert run(capsys, *argv)[0] == 0
+        pictures.add(Image.open("generated.png").tobytes())
+    assert len(pictures) == 5
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["photo.png", "make it red", *FAST],
+        [*FAST, "photo.png", "make it red"],
+        ["photo.png", *FAST, "make it red"],
+        ["--input_image", "photo.png", "--instruction", "make it red", *FAST],
+        ["--input_image", "photo.png", "make it red", *FAST],
+    ],
+)
+def test_edit_takes_words_or_options(here, capsys, folder, words):
+    status, out, err = run(capsys, "edit", "--model", folder, *words)
+    assert (status, out, err) == (0, "edited.png\n", "")
+    with Image.open("edited.png") as image:
+        assert image.text["prompt"] == "make it red" and image.text["decoder"] == "editing"
+
+
+def test_edit_with_either_decoder(here, capsys, folder):
+    argv = ["edit", "photo.png", "make it red", "--model", folder, *FAST]
+    for name, option in (
+        ("a", []),
+        ("b", ["--use_generation_decoder"]),
+        ("c", ["--decoder", "generation"]),
+    ):
+        assert run(capsys, *argv, *option, "-o", f"{name}.png")[0] == 0
+    a, b, c = (Image.open(f"{name}.png").tobytes() for name in "abc")
+    assert a != b == c
+
+
+def test_understand_prints_an_answer(here, capsys, folder):
+    argv = ["understand", "photo.png", "what is it?", "--model", folder, "--max_new_tokens", "4"]
+    status, out, err = run(capsys, *argv)
+    assert (status, err) == (0, "") and out.endswith("\n")
+
+
+def test_jpeg_output(here, capsys, folder):
+    status, out, _ = run(capsys, "generate", "a", "--model", folder, *FAST, "--output", "a.JPG")
+    assert (status, out) == (0, "a.JPG\n")
+    with Image.open("a.JPG") as image:
+        assert image.format == "JPEG"
+
+
+def test_a_negative_prompt_without_guidance_is_only_a_warning(here, capsys, folder):
+    argv = ["generate", "a", "--model", folder, *FAST, "--negative_prompt", "bad"]
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (0, "generated.png\n")
+    assert err == "nexus_min: warning: a negative prompt has no effect at cfg scale 1\n"
+
+
+def test_eval_hands_over_to_the_toy_world(capsys, monkeypatch):
+    seen = []
+    module = types.ModuleType("nexus_min.toy.evaluate")
+    module.add_arguments = lambda parser: parser.add_argument("--cases", type=int)
+    module.main = lambda args: seen.append(args.cases)
+    monkeypatch.setitem(sys.modules, "nexus_min.toy.evaluate", module)
+    assert run(capsys, "eval", "--cases", "3")[0] == 0 and seen == [3]
+    status, _, err = run(capsys, "eval", "--case", "x")
+    assert status == 2 and err.count("\n") == 1
+
+
+# ---- warnings ----------------------------------------------------------------------------------
+
+
+def test_unknown_words():
+    known = ["a", "Red", "circle", "top-left", "红色", "圆", "的"]
+    assert unknown_words("A red circle, top-left! 2", known) == []
+    assert unknown_words("a café zebra ZEBRA", known) == ["café", "zebra"]
+    assert unknown_words("红色的圆", known) == []
+    assert unknown_words("红色的猫和圆circle", known) == ["猫和"]
+
+
+def test_unknown_words_warn_when_the_model_lists_its_own(here, capsys, folder, tmp_path_factory):
+    listed = shutil.copytree(folder, tmp_path_factory.mktemp("listed") / "model")
+    (listed / "toy_words.json").write_text(json.dumps(["a", "red", "circle"]), "utf-8")
+    status, out, err = run(capsys, "generate", "a red zebra", "--model", str(listed), *FAST)
+    assert (status, out) == (0, "generated.png\n")
+    assert err == "nexus_min: warning: words this model has never seen: zebra\n"
+    assert run(capsys, "generate", "a red circle", "--model", str(listed), *FAST)[2] == ""
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+BAD = {
+    "no command": ([], "COMMAND"),
+    "unknown command": (["paint", "x"], "invalid choice"),
+    "unknown option": (["generate", "a", "--colour", "red"], "--colour"),
+    "no prompt": (["generate"], "generate needs --prompt"),
+    "empty prompt": (["generate", "  "], "prompt is empty"),
+    "overlong prompt": (["generate", "red " * 3000], "tokens long"),
+    "undecodable prompt": (["generate", "a \udcff"], "not valid Unicode"),
+    "unquoted prompt": (["generate", "red", "circle"], "quotes"),
+    "placeholder": (["generate", "a <image>"], "1 <image> placeholders for 0 images"),
+    "steps 0": (["generate", "a", "--steps", "0"], "steps must be 1 to"),
+    "steps x": (["generate", "a", "--steps", "x"], "invalid int value: 'x'"),
+    "height 0": (["generate", "a", "--height", "0"], "height and width must be 1 to"),
+    "height -8": (["generate", "a", "--height", "-8"], "got -8"),
+    "huge width": (["generate", "a", "--width", "100000000"], "got 100000000"),
+    "seed": (["generate", "a", "--seed", "-1"], "seed"),
+    "cfg": (["generate", "a", "--cfg", "nan"], "cfg scale"),
+    "language": (["generate", "a", "--language", "fr"], "invalid choice"),
+    "device": (["generate", "a", "--device", "abacus"], "abacus"),
+    "absent device": (["generate", "a", "--device", "cuda:99"], "cuda:99"),
+    "dtype": (["generate", "a", "--dtype", "int8"], "invalid choice"),
+    "negative": (["generate", "a", "--cfg", "2", "--negative_prompt", "b"], "CLIP and T5"),
+    "no folder": (["generate", "a", "--output", "no/such/a.png"], "cannot write 'no/such/a.png'"),
+    "output folder": (["generate", "a", "--output", "folder.png"], "cannot write 'folder.png'"),
+    "output type": (["generate", "a", "--output", "a.txt"], "must end in .png"),
+    "no model": (["generate", "a", "--model", "no_model"], "no model folder 'no_model'"),
+    "empty model": (["generate", "a", "--model", "folder.png"], "no such file"),
+    "no image": (["edit"], "edit needs --input_image and --instruction"),
+    "no instruction": (["edit", "photo.png"], "edit needs --instruction"),
+    "empty instruction": (["edit", "photo.png", ""], "instruction is empty"),
+    "missing image": (["edit", "missing.png", "red"], "missing.png"),
+    "broken image": (["edit", "broken.png", "red"], "broken.png"),
+    "directory": (["understand", "folder.png", "what?"], "folder.png"),
+    "empty question": (["understand", "photo.png", " "], "question is empty"),
+    "tokens": (["understand", "photo.png", "what?", "--max_new_tokens", "0"], "max_new_tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_status_2(here, capsys, folder, case):
+    argv, says = BAD[case]
+    (here / "folder.png").mkdir()
+    (here / "broken.png").write_bytes((here / "photo.png").read_bytes()[:60])
+    before = sorted(here.rglob("*"))
+    if argv and argv[0] in ("generate", "edit", "understand") and "--model" not in argv:
+        argv = [*argv, "--model", folder]
+    if argv and argv[0] in ("generate", "edit"):
+        argv = [*argv, "--fast_preamble"]
+    status, out, err = run(capsys, *argv)
+    assert status == 2 and out == "" and err.count("\n") == 1 and err.endswith("\n")
+    assert err.startswith("nexus_min: error: ") and says in err and len(err) < 800
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_config(here, capsys, folder, tmp_path_factory):
+    other = shutil.copytree(folder, tmp_path_factory.mktemp("other") / "model")
+    sizes = json.loads((other / "nexus_min.json").read_text())
+    sizes["mmdit"]["depth"] += 1
+    (other / "nexus_min.json").write_text(json.dumps(sizes))
+    status, out, err = run(capsys, "generate", "a", "--model", str(other))
+    assert status == 2 and out == "" and err.count("\n") == 1
+    assert "generation_decoder.safetensors: does not fit MMDiT" in err and "blocks.2" in err
+
+
+def test_a_truncated_checkpoint(here, capsys, folder, tmp_path_factory):
+    other = shutil.copytree(folder, tmp_path_factory.mktemp("cut") / "model")
+    file = other / "Nexus-GenV2" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    status, _, err = run(capsys, "generate", "a", "--model", str(other))
+    assert status == 2 and err.count("\n") == 1 and "model.safetensors: truncated" in err
+
+
+def test_a_failed_save_leaves_nothing(here, capsys, folder, monkeypatch):
+    (here / "old.png").write_bytes(b"old")
+
+    def full_disk(self, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    argv = ["generate", "a", "--model", folder, *FAST, "--output", "old.png"]
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (2, "") and "No space left" in err and err.count("\n") == 1
+    assert (here / "old.png").read_bytes() == b"old" and len(list(here.iterdir())) == 2
+
+
+# ---- the process -------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom nexus_min.__main__ import main\n"
+        "try:\n    main(['generate', '--help'])\nexcept SystemExit as end:\n"
+        "    assert not end.code\n"
+        "assert not {'torch', 'PIL', 'numpy', 'tokenizers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--num_inference_steps" in done.stdout and "--output" in done.stdout
+
+
+def test_as_a_module_in_a_plain_c_locale(here, folder):
+    command = [sys.executable, "-m", "nexus_min", "generate", "圆", "--model", folder, *FAST]
+    env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "generated.png\n", "")
+    command[4] = "a \udcff"
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "not valid Unicode" in done.stderr
