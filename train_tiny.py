@@ -3,25 +3,38 @@
     python train_tiny.py --minutes 30              # everything, from nothing, into runs/tiny
     python train_tiny.py --stage ar --minutes 10   # one stage, on top of what the folder holds
 
-Stages: `vae` (FLUX's, at toy width) and `vision` (grounding, the stand-in for Qwen2.5-VL's pre-training) make
-the base; `generation` learns to reconstruct pictures from their own image embeddings (paper section 4.2), `ar`
-is the multi-task training (4.1), `editing` learns from the embeddings that the AR model *predicts* (4.3).
-The folder always holds a model in the official layout under `model/`; a run that is stopped goes on where it
-was when the same command is given again.
+Stages: `vae` (FLUX's, at toy width) and `vision` (grounding, the stand-in for Qwen2.5-VL's
+pre-training) make the base; `generation` learns to reconstruct pictures from their own image
+embeddings (paper section 4.2), `ar` is the multi-task training (4.1), `editing` learns from the
+embeddings that the AR model *predicts* (4.3). The folder always holds a model in the official
+layout under `model/`. A run that was stopped goes on where it was when the same command is given
+again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
+import shlex
+import signal
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import (
+    ProcessContext,
+    ProcessExitedException,
+    ProcessRaisedException,
+)
 
 import weights_loader as loader
 from nexus_min.autoencoder import AutoEncoder
@@ -33,9 +46,20 @@ from nexus_min.toy import stages as toy
 from nexus_min.toy.vocabulary import build_tokenizer
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
-STAGES = ("vae", "vision", "generation", "ar", "editing")
-SHARES = {"vae": 0.08, "vision": 0.15, "generation": 0.17, "ar": 0.44, "editing": 0.16}  # of --minutes
-BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}  # over all workers
+# The stages in order: the share of --minutes, and the batch over all workers.
+SHARES = {"vae": 0.07, "vision": 0.16, "generation": 0.33, "ar": 0.24, "editing": 0.20}
+BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
+NEEDS = {
+    "vae": (),
+    "vision": (),
+    "generation": ("vae", "vision"),
+    "ar": ("vision",),
+    "editing": ("vae", "vision", "generation", "ar"),
+}
+ERRORS = (ValueError, OSError, FloatingPointError)  # what a user can cause: one line, status 2
+
+
+# ------------------------------------------------------------------------------ the folder of a run
 
 
 class Folder:
@@ -47,6 +71,34 @@ class Folder:
     @property
     def config(self) -> NexusGenConfig:
         return loader.load_config(self.model) if self.model.exists() else NexusGenConfig.tiny()
+
+    def finished(self, stage: str) -> dict | None:
+        """The summary of a stage whose part of the model is here, else None."""
+        file = self.path / f"{stage}.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def finish(self, summary: dict) -> None:
+        """Note that a stage is done and saved."""
+        text = json.dumps(summary, indent=1)
+        loader.replace_file(self.path / f"{summary['stage']}.json", lambda p: p.write_text(text))
+
+    def check(self, stage: str) -> None:
+        """ValueError, with the command to run first, when what the stage needs is missing."""
+        for name in NEEDS[stage]:
+            if not self.finished(name):
+                first = f"python train_tiny.py --stage {name} --out {shlex.quote(str(self.path))}"
+                raise ValueError(f"stage {stage} needs {name}, which is not trained yet: {first}")
+
+    def check_complete(self, coming: tuple[str, ...] = ()) -> None:
+        """ValueError unless every stage is finished, or among the coming ones."""
+        if missing := [n for n in SHARES if n not in coming and not self.finished(n)]:
+            raise ValueError(f"--ship needs every stage, not trained yet: {', '.join(missing)}")
+
+    def check_writable(self) -> None:
+        """OSError when nothing can be written here."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.path):
+            pass
 
     def save(self, config: NexusGenConfig, **components) -> None:
         """Write components as rank 0; every rank waits until they are there."""
@@ -72,56 +124,70 @@ class Folder:
         config = self.config
         return loader.load_mmdit(file, config), loader.load_generation_adapter(file, config)
 
+    def editing(self) -> tuple:
+        file = self.model / loader.AR_FOLDER / "edit_decoder.safetensors"
+        config = self.config
+        return loader.load_mmdit(file, config), loader.load_embedding_merger(file, config)
 
-def train_vae(folder: Folder, run: Run, batch: int) -> None:
+
+# --------------------------------------------------------------------------------------- the stages
+# Each trains one part of the model, saves it, and returns the summary of `fit`.
+
+
+def train_vae(folder: Folder, run: Run, batch: int) -> dict:
     config = folder.config
     vae = toy.init_vae(AutoEncoder(config.autoencoder))
-    fit(toy.vae_stage(vae, batch), run)
+    summary = fit(toy.vae_stage(vae, batch), run)
     scale, shift = toy.latent_statistics(vae)
     sizes = replace(config.autoencoder, scale_factor=scale, shift_factor=shift)
     folder.save(replace(config, autoencoder=sizes), autoencoder=vae)
+    return summary
 
 
-def train_vision(folder: Folder, run: Run, batch: int) -> None:
+def train_vision(folder: Folder, run: Run, batch: int) -> dict:
     config = folder.config
     ar = toy.init_ar(NexusGenAR(config.ar))
-    fit(toy.vision_stage(ar.visual, config, batch), run)
+    summary = fit(toy.vision_stage(ar.visual, config, batch), run)
     toy.standardise(ar.visual, config)
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        build_tokenizer(config).save(file.name)
-        empty = toy.empty_prompt(config)
-        folder.save(config, ar=ar, empty_prompt=empty, tokenizer_file=file.name)
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place, "tokenizer.json")
+        build_tokenizer(config).save(str(file))
+        folder.save(config, ar=ar, empty_prompt=toy.empty_prompt(config), tokenizer_file=file)
+    return summary
 
 
-def train_generation(folder: Folder, run: Run, batch: int) -> None:
+def train_generation(folder: Folder, run: Run, batch: int) -> dict:
     config, vae, visual = folder.config, folder.vae(), folder.ar().visual
     started = time.perf_counter()
     pool = toy.reconstruction_pool(visual, vae, config, run)
     run = run.less(time.perf_counter() - started)
     mmdit, adapter = toy.init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
-    fit(toy.generation_stage(mmdit, adapter, folder.empty_prompt(), pool, vae, config, batch), run)
+    stage = toy.generation_stage(mmdit, adapter, folder.empty_prompt(), pool, vae, config, batch)
+    summary = fit(stage, run)
     folder.save(config, generation=(mmdit, adapter))
+    return summary
 
 
-def train_ar(folder: Folder, run: Run, batch: int) -> None:
-    config, ar = folder.config, folder.ar()
-    try:
+def train_ar(folder: Folder, run: Run, batch: int) -> dict:
+    config, ar, painter = folder.config, folder.ar(), None
+    if folder.finished("generation"):  # else learn without pictures of progress
         painter = toy.Painter(folder.vae(), *folder.generation(), folder.empty_prompt(), config)
-    except ValueError:  # no decoder yet: learn without pictures of progress
-        painter = None
-    fit(toy.ar_stage(ar, folder.tokenizer(), config, batch, painter), run)
+    summary = fit(toy.ar_stage(ar, folder.tokenizer(), config, batch, painter), run)
     folder.save(config, ar=ar)
+    return summary
 
 
-def train_editing(folder: Folder, run: Run, batch: int) -> None:
+def train_editing(folder: Folder, run: Run, batch: int) -> dict:
     config, vae, ar = folder.config, folder.vae(), frozen_copy(folder.ar())
     started = time.perf_counter()
     pool = toy.editing_pool(ar, vae, folder.tokenizer(), config, run)
     run = run.less(time.perf_counter() - started)
     mmdit, merger = folder.generation()[0], loader.make_merger(config)
     merger.layers[0].load_state_dict(ar.model.layers[0].state_dict())
-    fit(toy.editing_stage(mmdit, merger, folder.empty_prompt(), pool, vae, config, batch), run)
+    stage = toy.editing_stage(mmdit, merger, folder.empty_prompt(), pool, vae, config, batch)
+    summary = fit(stage, run)
     folder.save(config, editing=(mmdit, merger))
+    return summary
 
 
 TRAIN = {
@@ -133,85 +199,193 @@ TRAIN = {
 }
 
 
-def train(args: argparse.Namespace, workers: int) -> None:
-    """Run the chosen stages one after the other, in this process."""
-    folder = Folder(Path(args.out))
-    chosen = STAGES if args.stage == "all" else (args.stage,)
-    for name in chosen:
-        share = SHARES[name] if args.stage == "all" else 1.0
-        seconds = None if args.steps else args.minutes * 60 * share
-        torch.manual_seed(args.seed)
-        bf16 = name != "vae" and bf16_pays()  # its convolutions gain nothing
-        run = Run(folder.path, args.seed, seconds, args.steps, quiet=args.quiet, bf16=bf16)
-        TRAIN[name](folder, run, max(1, BATCH[name] // workers))
+# -------------------------------------------------------------------------------- the chosen stages
 
 
-def _worker(rank: int, args: argparse.Namespace, workers: int, store: str) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for, and what all workers must know alike."""
+
+    out: Path
+    stages: tuple[str, ...]
+    minutes: float
+    steps: int | None
+    seed: int
+    workers: int
+    quiet: bool
+    bf16: bool
+    started: float  # time.time()
+
+    def seconds(self, stage: str) -> float | None:
+        """Budget of a stage; what the ones before overran (final grids, start-up) comes off it."""
+        if self.steps is not None:
+            return None
+        whole = sum(SHARES[name] for name in self.stages)
+        per_share = 60 * self.minutes / whole
+        before = sum(SHARES[name] for name in self.stages[: self.stages.index(stage)])
+        late = time.time() - self.started - per_share * before
+        return max(1.0, per_share * SHARES[stage] - max(0.0, late))
+
+
+def train(plan: Plan) -> None:
+    """Run the stages one after the other, in this process; those that are finished are skipped."""
+    folder, (rank, _) = Folder(plan.out), world()
+    for name in plan.stages:
+        if folder.finished(name):
+            continue
+        folder.check(name)
+        torch.manual_seed(plan.seed)
+        bf16 = plan.bf16 and name != "vae"  # its convolutions gain nothing
+        limits = {"seconds": plan.seconds(name), "steps": plan.steps}
+        run = Run(folder.path, plan.seed, **limits, quiet=plan.quiet, bf16=bf16)
+        summary = TRAIN[name](folder, run, max(1, BATCH[name] // plan.workers))
+        if rank == 0:
+            folder.finish(summary)
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def worker(rank: int, plan: Plan, place: str) -> None:
+    """One of several processes, each on one thread, that average their gradients."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
-    train(args, workers)
-    dist.destroy_process_group()
+    store = {"init_method": f"file://{place}/store", "world_size": plan.workers}
+    try:
+        dist.init_process_group("gloo", rank=rank, **store)
+        train(plan)
+        dist.destroy_process_group()
+    except ERRORS as error:
+        Path(place, "error").write_text(str(error), "utf-8")
+        sys.exit(2)
 
 
-def launch(args: argparse.Namespace) -> None:
-    """One single-threaded process a worker; they average their gradients."""
-    if args.workers == 1:
-        return train(args, 1)
+def launch(plan: Plan) -> None:
+    """Train in this process, or in several; what a worker raises is raised here."""
+    if plan.workers == 1:
+        return train(plan)
     with tempfile.TemporaryDirectory() as place:
-        store = os.path.join(place, "store")
-        arguments = (args, args.workers, store)
-        torch.multiprocessing.spawn(_worker, args=arguments, nprocs=args.workers)
+        arguments = {"args": (plan, place), "nprocs": plan.workers, "join": False}
+        context = torch.multiprocessing.spawn(worker, **arguments)
+        try:
+            with interrupts_forwarded(context):
+                while not context.join(grace_period=5):
+                    pass
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            note = Path(place, "error")
+            if note.exists():
+                raise ValueError(note.read_text("utf-8")) from None
+            if isinstance(error, ProcessRaisedException):
+                raise
+            raise ValueError(f"{error}; the same command goes on from the checkpoint") from None
 
 
-def ship(folder: Path, goal: Path, metadata: dict[str, str]) -> None:
-    """Copy a run's model into `goal` in fp16, with `metadata` in every file."""
-    run, config = Folder(folder), Folder(folder).config
-    edit = run.model / loader.AR_FOLDER / "edit_decoder.safetensors"
+@contextmanager
+def interrupts_forwarded(context: ProcessContext) -> Iterator[None]:
+    """On Ctrl-C, let the workers save before it goes on to the caller."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+        for process in context.processes:
+            process.join()
+        raise
+
+
+def ship(folder: Folder, goal: Path, command: str, seed: int) -> None:
+    """Copy a run's model into `goal` in fp16; every file's metadata say how it was made."""
+    done = {name: folder.finished(name) for name in SHARES}
+    facts = {
+        "command": command,
+        "seed": str(seed),
+        "minutes": f"{sum(summary['seconds'] for summary in done.values()) / 60:.1f}",
+        "metrics": json.dumps({name: summary["metrics"] for name, summary in done.items()}),
+    }
     loader.save_checkpoint(
         goal,
-        config,
-        ar=run.ar(),
-        generation=run.generation(),
-        editing=(loader.load_mmdit(edit, config), loader.load_embedding_merger(edit, config)),
-        autoencoder=run.vae(),
-        empty_prompt=run.empty_prompt(),
-        tokenizer_file=run.model / loader.AR_FOLDER / "tokenizer.json",
+        folder.config,
+        ar=folder.ar(),
+        generation=folder.generation(),
+        editing=folder.editing(),
+        autoencoder=folder.vae(),
+        empty_prompt=folder.empty_prompt(),
+        tokenizer_file=folder.model / loader.AR_FOLDER / "tokenizer.json",
         dtype=torch.float16,
-        metadata=metadata,
+        metadata=facts,
     )
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad options raise ValueError, one line, instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. ValueError for values that make no sense."""
     about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
-    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
+    parser = Parser("train_tiny.py", description=__doc__, formatter_class=about)
+    parser.add_argument("--stage", choices=("all", *SHARES), default="all")
     parser.add_argument("--minutes", type=float, default=30.0, help="budget of the chosen stages")
     parser.add_argument("--steps", type=int, help="steps of each stage, instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/tiny", help="folder of the run (default runs/tiny)")
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--ship", type=Path, help="write the finished model to this folder in fp16")
     args = parser.parse_args(argv)
-    if args.minutes <= 0 or (args.steps is not None and args.steps < 1) or args.workers < 1:
-        raise ValueError("--minutes, --steps and --workers must be positive")
+    if not (math.isfinite(args.minutes) and args.minutes > 0):
+        raise ValueError(f"--minutes must be positive, not {args.minutes:g}")
+    for name, least in {"steps": 1, "workers": 1, "seed": 0}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, not {value}")
+    if args.workers > (most := min(BATCH.values())):
+        raise ValueError(f"--workers must be at most {most}, the smallest batch")
     return args
 
 
+def make_plan(args: argparse.Namespace, started: float) -> Plan:
+    """Check what can be checked before any work is done. ERRORS name the option or the folder."""
+    folder = Folder(args.out)
+    stages = tuple(SHARES) if args.stage == "all" else (args.stage,)
+    if args.stage != "all":
+        folder.check(args.stage)
+    if args.ship:
+        folder.check_complete(stages)
+    folder.check_writable()
+    settings = (args.minutes, args.steps, args.seed, args.workers, args.quiet, bf16_pays())
+    return Plan(args.out, stages, *settings, started)
+
+
+def tell(folder: Folder, stages: tuple[str, ...]) -> None:
+    """Say what is finished from an earlier run."""
+    for name in stages:
+        if done := folder.finished(name):
+            again = f"to train it again: rm {shlex.quote(str(folder.path))}/{name}.*"
+            minutes = done["seconds"] / 60
+            print(f"{name} is finished ({done['steps']} steps, {minutes:.1f} minutes); {again}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Train; 0, or 2 after one clear line on standard error."""
+    """Train; 0, or 2 after one clear line on standard error, or 130 after Ctrl-C."""
+    started = time.time()
     try:
         args = parse(argv)
-        started = time.perf_counter()
-        launch(args)
-        minutes = (time.perf_counter() - started) / 60
+        plan = make_plan(args, started)
+        tell(Folder(args.out), plan.stages)
+        launch(plan)
+        minutes = (time.time() - started) / 60
         print(f"trained {args.stage} in {minutes:.1f} minutes: {args.out}/model")
         if args.ship:
-            words = " ".join(sys.argv[1:] if argv is None else argv)
-            facts = {"command": f"python train_tiny.py {words}", "seed": str(args.seed)}
-            ship(Path(args.out), args.ship, facts | {"minutes": f"{minutes:.1f}"})
-    except (ValueError, OSError) as error:
+            words = shlex.join(sys.argv[1:] if argv is None else argv)
+            ship(Folder(args.out), args.ship, f"python train_tiny.py {words}", args.seed)
+            print(f"shipped to {args.ship}")
+    except ERRORS as error:
         print(f"train_tiny: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -141,7 +141,7 @@ def run_understand(args: argparse.Namespace) -> None:
     image = open_image(args.input_image)
     model = load_model(args, ["ar"])
     answer = model.understand(image, args.instruction, max_new_tokens=args.max_new_tokens)
-    warn_unknown(args.model, args.instruction)
+    warn_unknown(args.model, args.instruction, image)
     say(sys.stdout, answer)
 
 
@@ -161,7 +161,7 @@ def run_edit(args: argparse.Namespace) -> None:
     image = open_image(args.input_image)
     model = load_model(args, ["ar", args.decoder, "autoencoder"])
     events = model.edit_steps(image, args.instruction, decoder=args.decoder, **drawing(args))
-    finish(args, events, {"prompt": args.instruction, "decoder": args.decoder})
+    finish(args, events, {"prompt": args.instruction, "decoder": args.decoder}, image)
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -218,14 +218,14 @@ def is_there(device: str) -> bool:
     return True
 
 
-def finish(args: argparse.Namespace, events, facts: dict) -> None:
+def finish(args: argparse.Namespace, events, facts: dict, source=None) -> None:
     """Walk the events to the picture, save it with how it was made, and print its name."""
     seen = dict(progress(events))
     settings = {**facts, "model": args.model, **asdict(seen["sampling"])}
     if settings["negative_prompt"] and settings["cfg_scale"] == 1:
         say(sys.stderr, f"{PROGRAM}: warning: a negative prompt has no effect at cfg scale 1")
     save_image(seen["image"], Path(args.output), settings)
-    warn_unknown(args.model, facts["prompt"])
+    warn_unknown(args.model, facts["prompt"], source)
     say(sys.stdout, args.output)
 
 
@@ -277,14 +277,27 @@ def save_image(image, path: Path, settings: dict) -> None:
         partial.unlink(missing_ok=True)
 
 
-def warn_unknown(model: str, text: str) -> None:
-    """One line on stderr when the model's folder lists its words, and the text has others."""
+def warn_unknown(model: str, text: str, image=None) -> None:
+    """A line on stderr when the model's folder lists its words and the text has others, and one
+    when the picture is none of its world."""
     from .components import model_folder
 
     file = model_folder(model) / "toy_words.json"
     if file.is_file() and (words := unknown_words(text, json.loads(file.read_text("utf-8")))):
         shown = ", ".join(words[:10]) + (" ..." if len(words) > 10 else "")
         say(sys.stderr, f"{PROGRAM}: warning: words this model has never seen: {shown}")
+    if file.is_file() and image is not None and not is_toy(image):
+        say(sys.stderr, f"{PROGRAM}: warning: this model has never seen a picture like this one")
+
+
+def is_toy(image) -> bool:
+    """Whether the checker can read a scene of the toy world from the picture."""
+    import numpy as np
+
+    from .toy.score import read
+
+    reading = read(np.asarray(image.resize((64, 64)))[None])[0]
+    return reading.known and bool(reading.scene.objects)
 
 
 def unknown_words(text: str, known: list[str]) -> list[str]:

@@ -1,9 +1,9 @@
 """Sizes of every tower, under the field names of the official configuration files.
 
-One frozen dataclass a tower; the defaults are the released full-size model (Nexus-GenV2 + FLUX.1-dev),
-`NexusGenConfig.tiny()` is the toy-world model that trains on a laptop. No model file knows which one it runs.
-Official sources: `config.json` of Qwen2.5-VL / Nexus-GenV2, `flux/util.py` of black-forest-labs, the
-`text_encoder*/config.json` of FLUX.1-dev.
+One frozen dataclass a tower; the defaults are the released full-size model (Nexus-GenV2 +
+FLUX.1-dev), `NexusGenConfig.tiny()` is the toy-world model that trains on a laptop. No model file
+knows which one it runs. Official sources: `config.json` of Qwen2.5-VL / Nexus-GenV2, `flux/util.py`
+of black-forest-labs, the `text_encoder*/config.json` of FLUX.1-dev.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class FromDict:
 
     @classmethod
     def from_dict(cls, d: dict):
-        """Return the config whose fields are taken from `d`; lists become tuples, absent fields keep defaults."""
+        """The config with the fields that `d` has, lists as tuples; the others keep defaults."""
         known = {f.name for f in fields(cls)}
         return cls(
             **{k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k in known}
@@ -68,7 +68,7 @@ class TextConfig(FromDict):
 
 @dataclass(frozen=True)
 class ARConfig(FromDict):
-    """The autoregressive half: decoder, vision tower, special token ids, and the number of image slots."""
+    """The autoregressive half: decoder, vision tower, special token ids, number of image slots."""
 
     text: TextConfig = field(default_factory=TextConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -81,13 +81,13 @@ class ARConfig(FromDict):
 
     @property
     def slot_grid(self) -> tuple[int, int, int]:
-        """Grid (t, h, w) of a generated image in patches *before* merging; 81 slots -> (1, 18, 18)."""
+        """Grid (t, h, w) of a generated image in patches before merging; 81 slots: (1, 18, 18)."""
         side = round(self.num_image_slots**0.5) * self.vision.spatial_merge_size
         return 1, side, side
 
     @classmethod
     def from_dict(cls, d: dict):
-        """Read the official flat config.json (`vision_config` nested), or the nested form `to_dict` writes."""
+        """Read the official flat config.json (`vision_config` nested), or `to_dict`'s form."""
         own = super().from_dict({k: v for k, v in d.items() if k not in ("text", "vision")})
         text = TextConfig.from_dict(d.get("text", d))
         vision = VisionConfig.from_dict(d.get("vision") or d.get("vision_config") or {})
@@ -176,6 +176,7 @@ class NexusGenConfig:
     max_pixels: int = 262640
     cfg_scale: float = 3.0  # default of generation; editing always defaults to 1.0
     num_steps: int = 50  # default Euler steps
+    repetition_penalty: float = 1.05  # on the logits of text tokens seen before; 1 is off
 
     @property
     def target_size(self) -> int:
@@ -189,7 +190,7 @@ class NexusGenConfig:
 
     @classmethod
     def tiny(cls) -> NexusGenConfig:
-        """The toy-world model: 64-px pictures, 16 slots, 64 reference tokens; walks every branch of `v2`."""
+        """The toy-world model: 64-px pictures, 16 slots, 64 reference tokens; `v2` in small."""
         return cls(
             ar=ARConfig(
                 text=TextConfig(
@@ -240,6 +241,7 @@ class NexusGenConfig:
             max_pixels=112 * 112,
             cfg_scale=1.0,
             num_steps=8,
+            repetition_penalty=1.0,  # "a red circle and a red star" repeats itself for good reason
         )
 
     @classmethod

@@ -198,6 +198,7 @@ class NexusGen:
             image_embeds=inputs.image_embeds,
             image_grid_thw=inputs.image_grid_thw,
             max_new_tokens=min(max_new_tokens, left - self.config.ar.num_image_slots),
+            repetition_penalty=self.config.repetition_penalty,
         )
 
     @torch.no_grad()

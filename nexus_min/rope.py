@@ -1,12 +1,13 @@
-"""Rotary position embeddings: two rotation conventions, three sets of axes, all pure functions of positions.
+"""Rotary position embeddings: two conventions, three sets of axes, pure functions of positions.
 
 A pair of channels (a, b) at position p and frequency f is turned by the angle p*f.
 - *half-split* (Qwen): channel i is paired with channel i + D/2.
 - *interleaved* (FLUX): channel 2i is paired with channel 2i + 1.
 
-Axes: the vision tower turns by (row, column); the decoder by (t, h, w) in sections (M-RoPE, Qwen2-VL section
-2.1); FLUX by (index, row, column) in consecutive blocks of channels. Angles are fp32 (FLUX: fp64 frequencies
-and angles, as black-forest-labs `math.py`), whatever the activations' dtype: rounding them to bf16 costs 0.4 %.
+Axes: the vision tower turns by (row, column); the decoder by (t, h, w) in sections (M-RoPE,
+Qwen2-VL section 2.1); FLUX by (index, row, column) in consecutive blocks of channels. Angles are
+fp32 (FLUX: fp64 frequencies and angles, as black-forest-labs `math.py`), whatever the activations'
+dtype: rounding them to bf16 costs 0.4 %.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def apply_rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def vision_angles(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> Tensor:
-    """positions [N, 2] = (row, column) -> angles [N, head_dim/2]; official `Qwen2_5_VisionRotaryEmbedding`."""
+    """positions [N, 2] = (row, column) -> angles [N, head_dim/2].
+
+    Official `Qwen2_5_VisionRotaryEmbedding`.
+    """
     freqs = frequencies(head_dim // 2, theta, positions.device)  # head_dim/4 of them per axis
     return rearrange(positions[..., None].float() * freqs, "N a f -> N (a f)")
 
@@ -49,8 +53,8 @@ def mrope_cos_sin(
 ) -> tuple[Tensor, Tensor]:
     """position_ids [3, B, L] (t, h, w; integer or float) -> cos, sin [B, L, head_dim], fp32.
 
-    The head_dim/2 frequencies are dealt to t, h, w in consecutive sections; the second half repeats them.
-    Official `apply_multimodal_rotary_pos_emb`. Raises ValueError when the sections do not add up.
+    The head_dim/2 frequencies are dealt to t, h, w in consecutive sections; the second half repeats
+    them. Official `apply_multimodal_rotary_pos_emb`. ValueError when the sections do not add up.
     """
     if 2 * sum(mrope_section) != head_dim:
         raise ValueError(
@@ -66,7 +70,7 @@ def mrope_cos_sin(
 def flux_rope(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
     """ids [B, N, axes] -> cos, sin [B, 1, N, sum(axes_dim)/2], fp32; official `EmbedND`.
 
-    Frequencies and angles are fp64 as upstream; they are computed on the CPU, since not every device has fp64.
+    Frequencies and angles are fp64 as upstream, computed on the CPU: not every device has fp64.
     """
     ids64 = ids.detach().cpu().double()
     angles = []
@@ -78,6 +82,9 @@ def flux_rope(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Ten
 
 
 def apply_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, H, N, D] by the interleaved convention in fp32, cast back; cos, sin [B, 1, N, D/2]."""
+    """Rotate x [B, H, N, D] by the interleaved convention in fp32, cast back.
+
+    cos, sin [B, 1, N, D/2].
+    """
     a, b = rearrange(x.float(), "... (d two) -> two ... d", two=2)
     return rearrange([a * cos - b * sin, a * sin + b * cos], "two ... d -> ... (d two)").to(x.dtype)

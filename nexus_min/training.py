@@ -1,25 +1,27 @@
 """Training: one loop for every stage of the paper, over any configuration.
 
-A stage is a set of trainable modules and a function that returns the loss of one batch. The loop adds what
-all stages share: Muon on the hidden matrices and AdamW on the rest, warm-up / constant / linear decay, an
-exponential moving average of the weights, data parallelism over processes, metrics, sample grids, checkpoints
-and resume. Batches are a pure function of (seed, stage, step, rank), so there is no data position to save.
+A stage is a set of trainable modules and a function that returns the loss of one batch; the loop
+adds what all stages share: Muon on the hidden matrices and AdamW on the rest, warm-up / constant /
+linear decay, an exponential moving average of the weights, data parallelism over processes,
+metrics, sample grids, checkpoints and resume. Batches and noise are a pure function of (seed,
+stage, step, rank), so there is no data position and no state of a random generator to save.
 
-Losses: the AR model's is `autoregressive.ar_loss` (paper section 3.2, lambdas 3, 1.5, 1.5); both decoders'
-is `flow.rf_loss` (official `train_generation_decoder` / `train_editing_decoder`).
+Losses: the AR model's is `autoregressive.ar_loss` (paper section 3.2, lambdas 3, 1.5, 1.5); both
+decoders' is `flow.rf_loss` (official `train_generation_decoder` / `train_editing_decoder`).
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 import os
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,19 +33,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-log = logging.getLogger(__name__)
 DECAY = 0.4  # the last part of every stage, over which the learning rate falls to zero
 WARMUP = 50  # steps
+REPORT = 50  # steps whose metrics are averaged into one line
+BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+
+# ------------------------------------------------------------------------ what is trained, how long
 
 
 @dataclass
 class Stage:
     """What one stage trains: modules, the loss of a batch, and how to draw samples of progress.
 
-    `loss(rng, progress)` returns the scalar to minimise and a dict of floats or tensors to log; `progress`
-    runs from 0 to 1. `sample(path)` writes a PNG and returns
-    numbers to log. Muon leaves out parameters whose name holds a word of
-    `adamw_only` (embeddings, heads, first and last layers).
+    `loss(rng, progress)` returns the scalar to minimise and a dict of numbers to log, always the
+    same names; `progress` runs from 0 to 1. Its noise may come from `rng` or from torch's own
+    generator. `sample(path)` writes a PNG and returns numbers to log. Muon leaves out parameters
+    whose name holds a word of `adamw_only` (embeddings, heads, first and last layers).
     """
 
     name: str
@@ -64,6 +69,7 @@ class Run:
     seed: int = 0
     seconds: float | None = None
     steps: int | None = None
+    spent: float = 0.0  # seconds of the budget that went before the first step
     sample_every: float = 60.0  # seconds between sample grids
     save_every: float = 60.0  # seconds between checkpoints
     quiet: bool = False
@@ -71,12 +77,141 @@ class Run:
 
     def less(self, seconds: float) -> Run:
         """The same run with `seconds` of its budget already spent."""
-        return self if self.seconds is None else replace(self, seconds=max(1.0, self.seconds - seconds))
+        return replace(self, spent=self.spent + seconds)
+
+
+class Schedule:
+    """Progress of a stage from 0 to 1, and its learning rate: warm-up, constant, linear decay to 0.
+
+    Every step moves progress by (1 - progress) / (steps left). A budget in steps knows how many are
+    left; one in seconds divides the time left by the pace so far. The stage thus ends on time when
+    the machine changes its speed, and neither progress nor the learning rate ever jumps.
+    """
+
+    def __init__(self, seconds: float | None = None, steps: int | None = None):
+        if (seconds is None) == (steps is None):
+            raise ValueError("give a stage either seconds or steps")
+        self.seconds, self.steps = seconds, steps
+        self.step, self.elapsed, self.progress, self.left = 0, 0.0, 0.0, 1.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether no whole step is left."""
+        return self.left < 1
+
+    @property
+    def lr_scale(self) -> float:
+        """What the learning rates are multiplied with at the coming step."""
+        return min(1.0, (self.step + 1) / WARMUP) * min(1.0, (1 - self.progress) / DECAY)
+
+    def tick(self, elapsed: float) -> None:
+        """A step is done, `elapsed` seconds into the stage."""
+        self.step, self.elapsed = self.step + 1, elapsed
+        if self.steps is not None:
+            self.left = self.steps - self.step
+        else:  # after a long stall the decay still takes some steps, each a fifth nearer the end
+            in_time = (self.seconds - elapsed) * self.step / max(elapsed, 1e-9)
+            self.left = max(in_time, 0.8 * self.left - 1)
+        self.progress += (1 - self.progress) / (1 + max(0.0, self.left))
+
+    def state(self) -> dict:
+        """Plain values for a checkpoint; the budget is the run's own."""
+        return {name: getattr(self, name) for name in ("step", "elapsed", "progress", "left")}
+
+    def restore(self, state: dict) -> None:
+        """Go on from `state`."""
+        vars(self).update(state)
+
+
+class Checkpoint:
+    """The complete state of a stage in one file.
+
+    Written beside it and renamed, so that a reader finds the old state or the new one, never half
+    of one; when the disk fails, the old one stays.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def save(self, state: dict) -> None:
+        """Write atomically. OSError, one line, when the state cannot be written."""
+        partial = self.path.with_suffix(".partial")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path)
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk by RuntimeError
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            reason = str(error.__context__ or error).split("\n")[0]
+            kept = "the last good one is kept" if self.path.exists() else "there is none yet"
+            raise OSError(f"cannot save the checkpoint {self.path}: {reason}; {kept}") from error
+
+    def load(self) -> dict | None:
+        """The saved state, or None when there is none. Only tensors and plain values are unpickled.
+
+        Raises ValueError when the file is none of ours.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            return torch.load(self.path, weights_only=True, map_location="cpu")
+        except OSError:
+            raise
+        except Exception as error:  # bytes that are no checkpoint fail in a dozen ways
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{self.path}: not a checkpoint ({reason}); delete it") from None
+
+
+# ---------------------------------------------------------------------------------------- processes
 
 
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) when not distributed."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def agreed(*values: float) -> list[float]:
+    """The values of process 0, so that all processes take the same decisions."""
+    if world()[1] == 1:
+        return list(values)
+    numbers = torch.tensor(values, dtype=torch.float64)
+    dist.broadcast(numbers, 0)
+    return numbers.tolist()
+
+
+def average_over_ranks(parameters: list[nn.Parameter], numbers: Tensor) -> Tensor:
+    """Average gradients in place over processes, and `numbers` [n], which is returned averaged."""
+    _, size = world()
+    if size == 1:
+        return numbers
+    grads = [p.grad for p in parameters]
+    flat = torch.cat([numbers, *[g.reshape(-1) for g in grads]])
+    dist.all_reduce(flat)
+    flat /= size
+    numbers, *means = flat.split([len(numbers), *[g.numel() for g in grads]])
+    torch._foreach_copy_(grads, [m.view(g.shape) for m, g in zip(means, grads, strict=True)])
+    return numbers
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Within, Ctrl-C sets the event instead of breaking off in the middle of a step."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # only the main thread hears signals
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+
+
+# --------------------------------------------------------------------------------------- optimisers
 
 
 def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
@@ -92,11 +227,8 @@ def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
             matrices.append(p if p.ndim == 2 else as_matrix(p))
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=stage.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-            )
-        )
+        settings = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(matrices, lr=stage.lr, **settings))
     if others:
         lr = stage.adamw_lr or stage.lr
         optimizers.append(torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
@@ -107,11 +239,14 @@ def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
 
 
 def as_matrix(kernel: nn.Parameter) -> nn.Parameter:
-    """A convolution's kernel [O, I, h, w] as a matrix [O, I*h*w] that shares its memory and gradient."""
-    last = kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
+    """A convolution's kernel [O, I, h, w] as a matrix [O, I*h*w] that shares memory and gradient.
+
+    The columns of a kernel in channels_last order are (h, w, I), which is the same to Muon.
+    """
+    last = not kernel.is_contiguous()
 
     def flat(x: Tensor) -> Tensor:
-        return (x.permute(0, 2, 3, 1) if last else x).flatten(1)
+        return (x.movedim(1, -1) if last else x).flatten(1)
 
     matrix = nn.Parameter(flat(kernel.data))
     matrix.grad = flat(kernel.grad)
@@ -120,103 +255,7 @@ def as_matrix(kernel: nn.Parameter) -> nn.Parameter:
     return matrix
 
 
-def average_over_ranks(parameters: list[nn.Parameter], numbers: Tensor) -> Tensor:
-    """Average gradients in place over processes, together with `numbers` [n], which is returned averaged."""
-    _, size = world()
-    if size == 1:
-        return numbers
-    grads = [p.grad for p in parameters]
-    flat = torch.cat([numbers, *[g.reshape(-1) for g in grads]])
-    dist.all_reduce(flat)
-    flat /= size
-    offset = len(numbers)
-    for g in grads:
-        g.copy_(flat[offset : offset + g.numel()].view_as(g))
-        offset += g.numel()
-    return flat[: len(numbers)]
-
-
-class Checkpoint:
-    """The complete state of a stage in one file: weights, average, optimisers, step, clock.
-
-    Written to a temporary file and renamed, so a reader sees the old or the new state, never half of one.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def save(self, state: dict) -> None:
-        """Write atomically."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = self.path.with_suffix(".tmp")
-        with open(tmp, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, self.path)
-
-    def load(self) -> dict | None:
-        """The saved state, or None when there is none. Only tensors and plain values are unpickled."""
-        if not self.path.exists():
-            return None
-        return torch.load(self.path, weights_only=True, map_location="cpu")
-
-
-class Clock:
-    """Progress of a stage in [0, 1], from steps or from seconds.
-
-    With a budget in seconds the constant phase lasts until 1 - DECAY of it is spent; the number of decay
-    steps is then fixed from the rate seen so far, so a stage ends on time and its schedule is in steps.
-    """
-
-    def __init__(self, run: Run):
-        self.seconds, self.total = run.seconds, run.steps
-        if (self.seconds is None) == (self.total is None):
-            raise ValueError("give a stage either seconds or steps")
-        self.elapsed, self.step = 0.0, 0
-
-    def progress(self) -> float:
-        """Fraction of the stage done."""
-        if self.total is not None:
-            return min(1.0, self.step / max(1, self.total))
-        return min(1.0 - DECAY, self.elapsed / self.seconds)
-
-    def lr_scale(self) -> float:
-        """Learning-rate multiplier: linear warm-up, constant, linear decay."""
-        warmup = min(1.0, (self.step + 1) / WARMUP)
-        return warmup * min(1.0, (1.0 - self.progress()) / DECAY)
-
-    def tick(self, elapsed: float) -> None:
-        """One step done, `elapsed` seconds into the stage."""
-        self.step, self.elapsed = self.step + 1, elapsed
-        if self.total is None and elapsed >= (1 - DECAY) * self.seconds:
-            left = max(0.0, self.seconds - elapsed) * self.step / elapsed
-            self.total = self.step + max(1, round(left))
-            # progress() must go on from 1 - DECAY: count steps so that it does
-            self.step, self.total = self._rescale(self.total - self.step)
-
-    def _rescale(self, left: int) -> tuple[int, int]:
-        total = max(1, round(left / DECAY))
-        self.offset = self.step - (total - left)
-        return total - left, total
-
-    offset = 0  # steps really taken minus steps on the schedule
-
-    def state(self) -> dict:
-        """Plain values for a checkpoint."""
-        return dict(vars(self))
-
-    def restore(self, state: dict) -> None:
-        """Continue from `state`."""
-        vars(self).update(state)
-
-    @property
-    def steps_taken(self) -> int:
-        return self.step + self.offset
-
-    @property
-    def finished(self) -> bool:
-        return self.total is not None and self.step >= self.total
+# ---------------------------------------------------------------------------------------- precision
 
 
 @lru_cache(maxsize=1)
@@ -244,160 +283,203 @@ def mixed_precision(enabled: bool) -> Iterator[None]:
         yield
 
 
-def _rng(run: Run, stage: Stage, step: int) -> np.random.Generator:
-    rank, _ = world()
-    return np.random.default_rng([run.seed, zlib.crc32(stage.name.encode()), step, rank])
-
-
-def _update_average(average: list[Tensor], parameters: list[Tensor], decay: float) -> None:
-    torch._foreach_lerp_(average, parameters, 1.0 - decay)
-
-
-def _take_step(stage, optimizers, parameters, run, clock) -> dict[str, float]:
-    """One optimiser step; returns the metrics averaged over processes."""
-    with mixed_precision(run.bf16):
-        loss, metrics = stage.loss(_rng(run, stage, clock.steps_taken), clock.progress())
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=False)
-    loss.backward()
-    metrics = {"loss": loss.detach(), **metrics}
-    numbers = torch.tensor([float(torch.as_tensor(v).detach()) for v in metrics.values()])
-    numbers = average_over_ranks(parameters, numbers)
-    norm = float(nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True))
-    if not (math.isfinite(norm) and torch.isfinite(numbers).all()):
-        raise FloatingPointError(
-            f"stage {stage.name}, step {clock.steps_taken}: loss or gradient is not finite ({metrics}); "
-            f"the last good checkpoint is kept"
-        )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"] * clock.lr_scale()
-        optimizer.step()
-    return {**dict(zip(metrics, numbers.tolist(), strict=True)), "grad_norm": norm}
-
-
-def _shared_clock(seconds: float) -> float:
-    """The clock of process 0, so that all processes take the same decisions."""
-    if world()[1] == 1:
-        return seconds
-    value = torch.tensor([seconds])
-    dist.broadcast(value, 0)
-    return float(value)
+# ----------------------------------------------------------------------------------------- the loop
 
 
 def fit(stage: Stage, run: Run) -> dict:
     """Train `stage` for its budget; leaves the averaged weights in its modules. Returns a summary.
 
-    Resumes from `run.folder/<stage>.ckpt` when there is one. Writes metrics.jsonl and, through
-    `stage.sample`, <stage>_NNNNNN.png. Raises FloatingPointError on a loss or gradient that is not finite.
+    Goes on from `run.folder/<stage>.ckpt` when there is one, and is done at once when that is
+    finished. Writes metrics.jsonl and, through `stage.sample`, <stage>_NNNNNN.png. Raises
+    FloatingPointError, naming the step, on a loss or gradient that is not finite; OSError when a
+    checkpoint cannot be written; KeyboardInterrupt after Ctrl-C, with the last step saved.
     """
-    rank, size = world()
-    parameters = [p for p in stage.modules.parameters() if p.requires_grad]
-    average = [p.detach().clone() for p in parameters]
-    optimizers = make_optimizers(stage)
-    clock, checkpoint = Clock(run), Checkpoint(run.folder / f"{stage.name}.ckpt")
-    torch.manual_seed(run.seed * 1000 + rank)
-    if state := checkpoint.load():
-        _restore(stage, optimizers, average, clock, state)
-    start = time.perf_counter() - clock.elapsed
-    last_save = last_sample = clock.elapsed
-    bar = tqdm(desc=stage.name, disable=run.quiet or rank > 0, total=100, unit="%", leave=True)
-    window: list[dict] = []
-    while not clock.finished:
-        window.append(_take_step(stage, optimizers, parameters, run, clock))
-        ramp = min(stage.ema, (1 + clock.steps_taken) / (10 + clock.steps_taken))
-        _update_average(average, parameters, ramp)
-        clock.tick(_shared_clock(time.perf_counter() - start))
-        due = clock.steps_taken % 50 == 0 or clock.finished
-        if rank == 0 and due:
-            _report(stage, run, clock, window, bar)
-            window = []
-        if rank == 0 and clock.elapsed - last_save > run.save_every and not clock.finished:
-            last_save = clock.elapsed
-            checkpoint.save(_state(stage, optimizers, average, clock))
-        if rank == 0 and stage.sample and clock.elapsed - last_sample > run.sample_every:
-            last_sample = clock.elapsed
-            with swapped(parameters, average):
-                _sample(stage, run, clock, f"{clock.steps_taken:06d}")
-    bar.close()
-    for p, a in zip(parameters, average, strict=True):
-        p.data.copy_(a)
-    if rank == 0:
-        checkpoint.save(_state(stage, optimizers, average, clock))
-        if stage.sample:
-            _sample(stage, run, clock, "final")
-    return {"stage": stage.name, "steps": clock.steps_taken, "seconds": clock.elapsed, "ranks": size}
+    trainer = Trainer(stage, run)
+    if not trainer.schedule.finished:
+        with deferred_interrupt() as interrupt, trainer.bar:
+            trainer.train(interrupt)
+            trainer.finish()
+        if interrupt.is_set():
+            raise KeyboardInterrupt
+    return trainer.summary()
 
 
-class swapped:
-    """Context in which `parameters` hold the values of `average`."""
+class Trainer:
+    """A stage under way: weights, their average, optimisers, schedule, and what is written when."""
 
-    def __init__(self, parameters: list[nn.Parameter], average: list[Tensor]):
-        self.parameters, self.average = parameters, average
+    def __init__(self, stage: Stage, run: Run):
+        self.stage, self.run = stage, run
+        self.rank, self.size = world()
+        self.parameters = [p for p in stage.modules.parameters() if p.requires_grad]
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizers = make_optimizers(stage)
+        seconds = None if run.seconds is None else agreed(max(1.0, run.seconds - run.spent))[0]
+        self.schedule = Schedule(seconds, run.steps)
+        self.checkpoint = Checkpoint(run.folder / f"{stage.name}.ckpt")
+        self.metrics: dict[str, float] = {}  # the latest of each name
+        self.window: list[dict[str, float]] = []  # of the steps since the last report
+        if state := self.checkpoint.load():
+            self.restore(state)
+        self.saved = self.sampled = self.schedule.elapsed
+        silent = run.quiet or self.rank > 0 or self.schedule.finished
+        start = {"total": 1.0, "initial": self.schedule.progress, "bar_format": BAR}
+        self.bar = tqdm(desc=stage.name, disable=silent, smoothing=0, **start)
 
-    def __enter__(self) -> None:
-        self.kept = [p.detach().clone() for p in self.parameters]
-        for p, a in zip(self.parameters, self.average, strict=True):
-            p.data.copy_(a)
+    def train(self, interrupt: threading.Event) -> None:
+        """Steps until the budget is spent."""
+        start = time.perf_counter() - self.schedule.elapsed
+        while not self.schedule.finished:
+            self.window.append(self.take_step())
+            elapsed, stop = agreed(time.perf_counter() - start, interrupt.is_set())
+            self.schedule.tick(elapsed)
+            if self.rank == 0:
+                self.write_what_is_due(bool(stop))
+            if stop and not self.schedule.finished:
+                raise KeyboardInterrupt
 
-    def __exit__(self, *exc) -> None:
-        for p, k in zip(self.parameters, self.kept, strict=True):
-            p.data.copy_(k)
+    def take_step(self) -> dict[str, float]:
+        """One step of the optimisers and of the average; its metrics, averaged over processes."""
+        numbers, scale = self.gradients(), self.schedule.lr_scale
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * scale
+            optimizer.step()
+        ramp = (1 + self.schedule.step) / (10 + self.schedule.step)
+        with torch.no_grad():
+            weight = 1.0 - min(self.stage.ema, ramp)
+            torch._foreach_lerp_(self.average, self.parameters, weight)
+        return numbers
+
+    def gradients(self) -> dict[str, float]:
+        """Fill the gradients with those of one batch over all processes; its metrics."""
+        rng = self.seeded()
+        with mixed_precision(self.run.bf16):
+            loss, metrics = self.stage.loss(rng, self.schedule.progress)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        metrics = {"loss": loss, **metrics}
+        values = torch.tensor([float(torch.as_tensor(v).detach()) for v in metrics.values()])
+        values = average_over_ranks(self.parameters, values).tolist()
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True))
+        numbers = dict(zip(metrics, values, strict=True)) | {"grad_norm": norm}
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(norm)):
+            raise FloatingPointError(
+                f"stage {self.stage.name}, step {self.schedule.step}: the loss or its gradient is "
+                f"not finite ({numbers}); the last good checkpoint is kept"
+            )
+        return numbers
+
+    def seeded(self) -> np.random.Generator:
+        """The generator of this step and process; torch's own is seeded from it."""
+        name = zlib.crc32(self.stage.name.encode())
+        rng = np.random.default_rng([self.run.seed, name, self.schedule.step, self.rank])
+        torch.manual_seed(int(rng.integers(2**62)))
+        return rng
+
+    def write_what_is_due(self, stop: bool) -> None:
+        """Progress, metrics, a checkpoint (at once on `stop`), a sample grid."""
+        now = self.schedule
+        self.bar.update(now.progress - self.bar.n)
+        if now.step % REPORT == 0 or now.finished or stop:
+            self.report()
+        if now.finished:
+            return
+        if stop or now.elapsed - self.saved > self.run.save_every:
+            self.saved = now.elapsed
+            self.checkpoint.save(self.state())
+        if not stop and now.elapsed - self.sampled > self.run.sample_every:
+            self.sampled = now.elapsed
+            with swapped(self.parameters, self.average):
+                self.sample(f"{now.step:06d}")
+
+    def finish(self) -> None:
+        """Leave the average in the modules, the last grid and checkpoint in the folder."""
+        put(self.average, self.parameters)
+        if self.rank == 0:
+            self.sample("final")
+            self.checkpoint.save(self.state())
+
+    def report(self) -> None:
+        """Log the mean of the metrics since the last report."""
+        mean = {k: float(np.mean([w[k] for w in self.window])) for k in self.window[0]}
+        self.window = []
+        self.log({"lr_scale": self.schedule.lr_scale} | mean)
+        rate = self.schedule.step / max(self.schedule.elapsed, 1e-9)
+        self.bar.set_postfix_str(f"{rate:.1f} step/s, loss {mean['loss']:.4f}")
+
+    def sample(self, tag: str) -> None:
+        """Draw a sample grid, where the stage has one, and log what it measures."""
+        if self.stage.sample is None:
+            return
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        self.log(self.stage.sample(self.run.folder / f"{self.stage.name}_{tag}.png"))
+
+    def log(self, numbers: dict[str, float]) -> None:
+        """Append a line to metrics.jsonl."""
+        numbers = {k: round(float(v), 5) for k, v in numbers.items()}
+        self.metrics |= numbers
+        where = {"stage": self.stage.name, "step": self.schedule.step}
+        line = where | {"seconds": round(self.schedule.elapsed, 1)} | numbers
+        self.run.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def summary(self) -> dict:
+        """What was done; `seconds` include what was spent before the first step."""
+        return {
+            "stage": self.stage.name,
+            "steps": self.schedule.step,
+            "seconds": self.schedule.elapsed + self.run.spent,
+            "ranks": self.size,
+            "metrics": self.metrics,
+        }
+
+    def state(self) -> dict:
+        """Everything that the next step depends on."""
+        return {
+            "modules": self.stage.modules.state_dict(),
+            "average": self.average,
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "schedule": self.schedule.state(),
+            "bf16": self.run.bf16,
+            "metrics": self.metrics,
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from `state`, in place. ValueError when it is another stage's or version's."""
+        try:
+            self.stage.modules.load_state_dict(state["modules"])
+            put(state["average"], self.average)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.schedule.restore(state["schedule"])
+            self.run, self.metrics = replace(self.run, bf16=state["bf16"]), state["metrics"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{self.checkpoint.path}: does not fit this stage ({reason})"
+            ) from None
 
 
-def _state(stage, optimizers, average, clock) -> dict:
-    return {
-        "modules": stage.modules.state_dict(),
-        "average": average,
-        "optimizers": [o.state_dict() for o in optimizers],
-        "clock": clock.state(),
-        "torch_rng": torch.get_rng_state(),
-    }
+@torch.no_grad()
+def put(values: list[Tensor], goal: list[Tensor]) -> None:
+    """Copy `values` into the tensors of `goal`, in place. ValueError when they are not as many."""
+    for g, v in zip(goal, values, strict=True):
+        g.copy_(v)
 
 
-def _restore(stage, optimizers, average, clock, state) -> None:
-    stage.modules.load_state_dict(state["modules"])
-    for a, saved in zip(average, state["average"], strict=True):
-        a.copy_(saved)
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    clock.restore(state["clock"])
-    if clock.finished:
-        for p, a in zip(
-            [p for p in stage.modules.parameters() if p.requires_grad], average, strict=True
-        ):
-            p.data.copy_(a)
-
-
-def _report(stage: Stage, run: Run, clock: Clock, window: list[dict], bar: tqdm) -> None:
-    mean = {k: float(np.mean([w[k] for w in window])) for k in window[0]}
-    line = {
-        "stage": stage.name,
-        "step": clock.steps_taken,
-        "seconds": round(clock.elapsed, 1),
-        "lr_scale": round(clock.lr_scale(), 4),
-        **{k: round(v, 5) for k, v in mean.items()},
-    }
-    _log(run, line)
-    done = clock.progress() if run.steps else clock.elapsed / run.seconds
-    bar.n = round(100 * min(1.0, done), 1)
-    rate = clock.steps_taken / max(clock.elapsed, 1e-9)
-    bar.set_postfix_str(f"{rate:.1f} step/s loss {mean['loss']:.4f}")
-
-
-def _sample(stage: Stage, run: Run, clock: Clock, tag: str) -> None:
-    numbers = stage.sample(run.folder / f"{stage.name}_{tag}.png")
-    line = {"stage": stage.name, "step": clock.steps_taken, "seconds": round(clock.elapsed, 1)}
-    _log(run, {**line, **{k: round(v, 5) for k, v in numbers.items()}})
-
-
-def _log(run: Run, line: dict) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with open(run.folder / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(line) + "\n")
+@contextmanager
+def swapped(parameters: list[nn.Parameter], average: list[Tensor]) -> Iterator[None]:
+    """Within, `parameters` hold the values of `average`."""
+    kept = [p.detach().clone() for p in parameters]
+    put(average, parameters)
+    try:
+        yield
+    finally:
+        put(kept, parameters)
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
     """A copy without gradients, in evaluation mode."""
     return copy.deepcopy(module).eval().requires_grad_(False)
-

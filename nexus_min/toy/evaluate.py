@@ -1,7 +1,8 @@
 """`python -m nexus_min eval`: scores a model in the toy world, on prompts and scenes it never saw.
 
-GenEval's six categories, long captions, questions, edits and reconstruction, each with a 95 % interval. The
-checker reads every picture back (score.py); nothing is judged by eye or by another model.
+GenEval's six categories, long captions, questions, edits and reconstruction (the toy forms of the
+paper's tables 2 to 5), each with a 95 % interval. The checker reads every picture back (score.py);
+nothing is judged by eye or by another model. The official code has no counterpart.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import json
 import math
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from ..sampling import Sampling
 from ..tokenizer import EDITING_REPLY, GENERATION_REPLY
 from . import score
 from .tasks import CATEGORIES, EDITS, QUESTIONS, Example, example, satisfies
-from .world import random_scene, render
+from .world import render
 
 BATCH = 50
 GROUPS = ("generation", "captions", "questions", "describe", "edits", "reconstruction", "seen")
@@ -38,33 +41,41 @@ class Tally:
     notes: dict = field(default_factory=dict)
 
     def add(self, ok: bool) -> None:
+        """Count one case."""
         self.right, self.n = self.right + bool(ok), self.n + 1
 
     @property
     def rate(self) -> float:
+        """Share of right answers, 0 of 0 counted as 0."""
         return self.right / max(1, self.n)
 
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the rate."""
         n, p, z = max(1, self.n), self.rate, 1.96
-        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        middle = p + z * z / (2 * n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
     def line(self) -> str:
+        """For the terminal."""
         low, high = self.interval
         notes = "  ".join(f"{k} {v:.4f}" for k, v in self.notes.items())
         return f"{self.name:34s} {self.rate:6.3f}  [{low:.3f}, {high:.3f}]  n={self.n:<5d} {notes}"
 
     def as_dict(self) -> dict:
-        return {"name": self.name, "rate": self.rate, "interval": self.interval, "n": self.n, **self.notes}
+        """For JSON."""
+        own = {"name": self.name, "rate": self.rate, "interval": self.interval, "n": self.n}
+        return own | self.notes
 
 
-def examples(task: str, kind: str, zh: bool | None, n: int, seed: int, unseen: bool = True) -> list[Example]:
+def examples(
+    task: str, kind: str, zh: bool | None, n: int, seed: int, unseen: bool = True
+) -> list[Example]:
     """n examples of one kind with different texts where there are so many."""
     rng = np.random.default_rng([seed, len(kind), *kind.encode(), bool(zh), unseen])
     found: dict = {}
-    for attempt in range(40 * n):
+    for _ in range(40 * n):
         ex = example(rng, task, kind, zh, unseen=unseen)
         found.setdefault(ex.text if task == "generate" else (ex.text, ex.scenes), ex)
         if len(found) == n:
@@ -81,7 +92,9 @@ def _arrays(pictures: list[Image.Image]) -> np.ndarray:
 
 
 @torch.no_grad()
-def draw(model: NexusGen, decoder: str, embeds: torch.Tensor, references, seed: int, **options) -> np.ndarray:
+def draw(
+    model: NexusGen, decoder: str, embeds: torch.Tensor, references, seed: int, **options
+) -> np.ndarray:
     """Embeddings [B, N, C] -> pictures uint8 [B, H, W, 3], one batch, one noise a picture."""
     scale = 1.0 if decoder == "editing" else model.config.cfg_scale
     sampling = Sampling(seed=seed, **options).resolve(model.config, scale)
@@ -104,16 +117,20 @@ def predict(model: NexusGen, batch: list[Example], fast: bool = False) -> torch.
             inputs = model.editing_inputs(_pictures(ex.scenes[:1])[0], ex.text)
             sentence = EDITING_REPLY[ex.language]
         else:
-            inputs, sentence = model.generation_inputs(ex.text, ex.language), GENERATION_REPLY[ex.language]
+            inputs = model.generation_inputs(ex.text, ex.language)
+            sentence = GENERATION_REPLY[ex.language]
         rows.append(model.predict_embeddings(inputs, sentence, fast, max_new_tokens=64)[1])
     return torch.cat(rows)
 
 
 def batches(items: list) -> list[list]:
+    """Consecutive parts of at most BATCH items."""
     return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
 
 
-def score_generation(model, kind, zh, n, seed, unseen=True, name="", save=None, **options) -> list[Tally]:
+def score_generation(
+    model, kind, zh, n, seed, unseen=True, name="", save=None, **options
+) -> list[Tally]:
     """Pictures of prompts of one kind; captions also by number of objects."""
     tallies = {"all": Tally(name)}
     for number, batch in enumerate(batches(examples("generate", kind, zh, n, seed, unseen))):
@@ -141,7 +158,7 @@ def score_questions(model, kind, zh, n, seed, name="") -> list[Tally]:
 
 
 def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list[Tally]:
-    """Edits of one kind by the editing decoder; L1 outside the edit of both, in textured pictures."""
+    """Edits of one kind by the editing decoder; both decoders' L1 outside, where textured."""
     tally, distances = Tally(name), {"editing": [], "generation": []}
     for number, batch in enumerate(batches(examples("edit", kind, zh, n, seed))):
         sources = _pictures([ex.scenes[0] for ex in batch])
@@ -164,13 +181,14 @@ def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list
 
 def score_reconstruction(model, n, seed, save=None, **options) -> list[Tally]:
     """Unseen scenes drawn again by the generation decoder from their own image embeddings."""
-    rng, tally = np.random.default_rng([seed, 5]), Tally("reconstruction")
-    scenes = [random_scene(rng) for _ in range(n)]
+    tally = Tally("reconstruction")
+    scenes = [ex.scenes[0] for ex in examples("generate", "caption", False, n, seed)]
     for number, batch in enumerate(batches(scenes)):
-        pictures = _pictures(batch)
-        views = [p.resize((model.config.target_size,) * 2, Image.Resampling.BICUBIC) for p in pictures]
+        pictures, size = _pictures(batch), (model.config.target_size,) * 2
+        views = [p.resize(size, Image.Resampling.BICUBIC) for p in pictures]
         with torch.no_grad():
-            embeds = model.embed_images(views)[0].reshape(len(batch), -1, model.config.ar.text.hidden_size)
+            tokens = model.embed_images(views)[0]
+        embeds = tokens.reshape(len(batch), -1, tokens.shape[-1])
         drawn = draw(model, "generation", embeds, None, seed + number, **options)
         for scene, reading in zip(batch, score.read(drawn), strict=True):
             tally.add(reading.is_exactly(scene))
@@ -193,71 +211,76 @@ def summary(rows: list[Tally], name: str, parts: list[Tally]) -> None:
     rows += [total, Tally(f"{name}: worst ({worst.name.split(' / ')[-1]})", worst.right, worst.n)]
 
 
+class _Book:
+    """The tallies so far; each is reported as it is known."""
+
+    def __init__(self, report: Callable[[Tally], None]):
+        self.rows: list[Tally] = []
+        self.report = report
+
+    def add(self, tallies: list[Tally]) -> Tally:
+        """Enter tallies; the first of them."""
+        self.rows.extend(tallies)
+        for tally in tallies:
+            self.report(tally)
+        return tallies[0]
+
+    def kinds(self, name: str, kinds: tuple[str, ...], score_one: Callable, part: str = "") -> None:
+        """Enter a tally a kind, named `part / kind`, then their total and the worst."""
+        parts = [self.add(score_one(k, name=f"{part or name} / {k}")) for k in kinds]
+        totals: list[Tally] = []
+        summary(totals, name, parts)
+        self.add(totals)
+
+
+def _score_language(book: _Book, model, zh, cases, seed, groups, save, options) -> None:
+    lang = "zh" if zh else "en"
+    generation = partial(score_generation, model, zh=zh, n=cases, seed=seed, **options)
+    questions = partial(score_questions, model, zh=zh, n=cases, seed=seed)
+    edits = partial(score_edits, model, zh=zh, n=cases, seed=seed, save=save, **options)
+    if "generation" in groups:
+        book.kinds(f"geneval-toy {lang}", CATEGORIES, partial(generation, save=save))
+    if "captions" in groups:
+        book.add(generation("caption", name=f"long captions {lang}", save=save))
+    if "questions" in groups:
+        book.kinds(f"questions {lang}", QUESTIONS, questions)
+    if "describe" in groups:
+        book.add(questions("describe", name=f"describe {lang}"))
+    if "edits" in groups:
+        book.kinds(f"edits {lang}", EDITS, edits)
+    if "seen" in groups and not zh:
+        known = partial(generation, unseen=False)
+        book.kinds("geneval-toy en, in training", CATEGORIES, known, "in training")
+
+
 def evaluate(
     model: NexusGen,
     cases: int = 200,
     seed: int = 0,
     groups: tuple[str, ...] = GROUPS,
     save: Path | None = None,
-    report=lambda tally: None,
+    report: Callable[[Tally], None] = lambda tally: None,
     **options,
 ) -> list[Tally]:
     """All tallies of the chosen groups; `report` is called with each as it is known."""
-    rows: list[Tally] = []
-
-    def done(found: list[Tally]) -> Tally:
-        for tally in found:
-            report(tally)
-        rows.extend(found)
-        return found[0]
-
-    def totals(name: str, parts: list[Tally]) -> None:
-        before = len(rows)
-        summary(rows, name, parts)
-        for tally in rows[before:]:
-            report(tally)
-
+    book = _Book(report)
     for zh in (False, True):
-        lang = "zh" if zh else "en"
-        if "generation" in groups:
-            totals(
-                f"geneval-toy {lang}",
-                [done(score_generation(model, k, zh, cases, seed, True, f"geneval-toy {lang} / {k}", save, **options)) for k in CATEGORIES],
-            )
-        if "captions" in groups:
-            done(score_generation(model, "caption", zh, cases, seed, True, f"long captions {lang}", save, **options))
-        if "questions" in groups:
-            totals(
-                f"questions {lang}",
-                [done(score_questions(model, k, zh, cases, seed, f"questions {lang} / {k}")) for k in QUESTIONS],
-            )
-        if "describe" in groups:
-            done(score_questions(model, "describe", zh, cases, seed, f"describe {lang}"))
-        if "edits" in groups:
-            totals(
-                f"edits {lang}",
-                [done(score_edits(model, k, zh, cases, seed, f"edits {lang} / {k}", save, **options)) for k in EDITS],
-            )
-        if "seen" in groups and not zh:
-            totals(
-                "geneval-toy en, in training",
-                [done(score_generation(model, k, zh, cases, seed, False, f"in training / {k}", None, **options)) for k in CATEGORIES],
-            )
+        _score_language(book, model, zh, cases, seed, groups, save, options)
     if "reconstruction" in groups:
-        done(score_reconstruction(model, cases, seed, save, **options))
-    outside = [t.notes for t in rows if "l1_outside_editing" in t.notes]
+        book.add(score_reconstruction(model, cases, seed, save, **options))
+    outside = [t.notes for t in book.rows if "l1_outside_editing" in t.notes]
     if outside:
         mean = {k: float(np.mean([o[k] for o in outside])) for k in outside[0]}
         ratio = mean["l1_outside_editing"] / mean["l1_outside_generation"]
-        rows.append(Tally("L1 outside, editing / generation", 0, 0, {**mean, "ratio": ratio}))
-        report(rows[-1])
-    return rows
+        book.add([Tally("L1 outside, editing / generation", 0, 0, {**mean, "ratio": ratio})])
+    return book.rows
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of `python -m nexus_min eval`."""
     parser.add_argument("--cases", type=int, default=200, help="cases a category (default 200)")
-    parser.add_argument("--groups", default=",".join(GROUPS), help="comma-separated: " + ", ".join(GROUPS))
+    known = ", ".join(GROUPS)
+    parser.add_argument("--groups", default=",".join(GROUPS), help=f"comma-separated: {known}")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--save", type=Path, help="write sample grids (PNG) to this folder")
 

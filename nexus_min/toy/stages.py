@@ -1,8 +1,8 @@
 """The stages of the tiny model: its batches, its losses and its pictures of progress.
 
-Each `*_stage` returns a `training.Stage`. The AR loss and the rectified-flow loss are the package's own; what
-is toy here is the data, and `vision_stage`, which grounds the tower in scenes because no Qwen weights exist at
-this size.
+Each `*_stage` returns a `training.Stage` (paper, sections 4.1 to 4.3). The AR loss and the
+rectified-flow loss are the package's own; what is toy here is the data, and `vision_stage`, which
+grounds the tower in scenes because no Qwen weights exist at this size.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor, nn
 
 from ..autoencoder import AutoEncoder, ResnetBlock
-from ..autoregressive import NexusGenAR, ar_loss, prefill_image_slots
+from ..autoregressive import ARLoss, NexusGenAR, ar_loss, prefill_image_slots
 from ..config import NexusGenConfig
 from ..data import collate
 from ..flow import denoise, rf_loss, sample_t, schedule
@@ -32,12 +32,22 @@ from ..training import Run, Stage, world
 from ..vision import QwenViT
 from . import score
 from .tasks import Example, example
-from .world import BACKGROUNDS, COLOURS, RADIUS, SHAPES, STYLES, Scene, held_out, random_scene, render
+from .world import (
+    BACKGROUNDS,
+    COLOURS,
+    RADIUS,
+    SHAPES,
+    STYLES,
+    Scene,
+    held_out,
+    random_scene,
+    render,
+)
 
 DETAIL = 0.4  # share of textured pictures in the base stages
 POOL = 8192  # pictures embedded once for a decoder stage, over all workers
 MIXTURE = ("understand", "generate", "generate", "edit")  # 1:2:1
-COND_NOISE = 0.3  # up to this much noise on the embeddings a decoder learns from
+COND_NOISE = 0.12  # up to this much noise on the embeddings a decoder learns from
 
 
 # ---------------------------------------------------------------- pictures
@@ -141,7 +151,14 @@ def vae_stage(vae: AutoEncoder, batch: int) -> Stage:
 
 def exactness(pictures: np.ndarray, wanted: list[Scene]) -> float:
     """Share of pictures that the checker reads as exactly their scene."""
-    return float(np.mean([r.is_exactly(s) for r, s in zip(score.read(pictures), wanted, strict=True)]))
+    readings = score.read(pictures)
+    return float(np.mean([r.is_exactly(s) for r, s in zip(readings, wanted, strict=True)]))
+
+
+def agreement(drawn: np.ndarray, truth: np.ndarray) -> float:
+    """Share of pictures in which the checker reads the same scene as in the true ones."""
+    pairs = zip(score.read(drawn), score.read(truth), strict=True)
+    return float(np.mean([a.scene.key == b.scene.key for a, b in pairs]))
 
 
 @torch.no_grad()
@@ -156,10 +173,12 @@ def latent_statistics(vae: AutoEncoder) -> tuple[float, float]:
 
 
 class GroundingHead(nn.Module):
-    """Thrown away after pre-training: one query per cell reads shape, colour, size and jitter out of the
-    image embeddings, two more read background and style, and each embedding redraws its own part of the
-    picture without its texture. Keys carry no position: where things are must be in the embeddings, since
-    the generation decoder gets all of them at position 0.
+    """Thrown away after pre-training; what it can read is in the embeddings.
+
+    One query per cell reads shape, colour, size and jitter out of the image embeddings, two more
+    read background and style, and each embedding redraws its own part of the picture without its
+    texture. Keys carry no position: where things are must be in the embeddings, since the
+    generation decoder gets all of them at position 0.
     """
 
     def __init__(self, width: int, dim: int = 128, heads: int = 4):
@@ -168,8 +187,9 @@ class GroundingHead(nn.Module):
         self.query = nn.Parameter(torch.randn(11, dim) * 0.5)
         self.kv = nn.Linear(width, 2 * dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-        classes = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(RADIUS), "jitter": 2}
-        self.cell = nn.ModuleDict({k: nn.Linear(dim, n) for k, n in classes.items()})
+        classes = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(RADIUS)}
+        cell = {k: nn.Linear(dim, n) for k, n in (classes | {"jitter": 2}).items()}
+        self.cell = nn.ModuleDict(cell)
         self.background = nn.Linear(dim, len(BACKGROUNDS))
         self.style = nn.Linear(dim, len(STYLES))
         self.pixels = nn.Linear(width, 8 * 8 * 3)
@@ -177,7 +197,7 @@ class GroundingHead(nn.Module):
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         """tokens [B, N, C] -> what each part says, by name."""
         k, v = rearrange(self.kv(tokens), "B N (two H D) -> two B H N D", two=2, H=self.heads)
-        q = rearrange(self.query, "Q (H D) -> 1 H Q D", H=self.heads).expand(len(tokens), -1, -1, -1)
+        q = repeat(self.query, "Q (H D) -> B H Q D", H=self.heads, B=len(tokens))
         x = rearrange(F.scaled_dot_product_attention(q, k, v), "B H Q D -> B Q (H D)")
         x = F.rms_norm(x + self.query, x.shape[-1:])
         x = x + self.mlp(x)
@@ -190,7 +210,7 @@ class GroundingHead(nn.Module):
 
 
 def grounding_targets(batch: list[Scene]) -> dict[str, Tensor]:
-    """Class ids [B, 9] of each cell (shape 0 = empty, the others -100 there), and of each picture [B]."""
+    """Class ids of each cell [B, 9] (shape 0 = empty, the others -100 there) and picture [B]."""
     want = {k: torch.full((len(batch), 9), -100) for k in ("colour", "size")}
     want |= {"shape": torch.zeros(len(batch), 9).long(), "jitter": torch.zeros(len(batch), 9, 2)}
     for i, scene in enumerate(batch):
@@ -220,7 +240,7 @@ def grounding_loss(said: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[Te
         f"{k}_acc": (said[k].argmax(-1) == want[k])[there].float().mean()
         for k in ("shape", "colour", "size")
     }
-    return loss + 0.5 * jitter + pixels, {**right, "jitter": jitter, "pixels": pixels}
+    return loss + 0.5 * jitter + 4 * pixels, {**right, "jitter": jitter, "pixels": pixels}
 
 
 def vision_stage(visual: QwenViT, config: NexusGenConfig, batch: int) -> Stage:
@@ -240,7 +260,7 @@ def vision_stage(visual: QwenViT, config: NexusGenConfig, batch: int) -> Stage:
         return grounding_loss(said, want)
 
     modules = nn.ModuleDict({"visual": visual, "head": head})
-    return Stage("vision", modules, loss, ema=0.995, adamw_only=("head", "patch_embed"))
+    return Stage("vision", modules, loss, lr=5e-3, adamw_lr=3e-3, ema=0.995, adamw_only=("head", "patch_embed"))
 
 
 @torch.no_grad()
@@ -272,7 +292,9 @@ def init_ar(ar: NexusGenAR) -> NexusGenAR:
     return ar
 
 
-def ar_batch_loss(ar: NexusGenAR, tokenizer: QwenTokenizer, config: NexusGenConfig, batch: list[Example]):
+def ar_batch_loss(
+    ar: NexusGenAR, tokenizer: QwenTokenizer, config: NexusGenConfig, batch: list[Example]
+) -> ARLoss:
     """`ar_loss` of toy examples, through the reader of the message-like format."""
     b = collate([toy_line(ex) for ex in batch], tokenizer, config)
     with torch.no_grad():
@@ -319,7 +341,7 @@ def ar_stage(
 def predict(
     ar: NexusGenAR, tokenizer: QwenTokenizer, config: NexusGenConfig, batch: list[Example]
 ) -> Tensor:
-    """Embeddings [B, N, C] of the pictures that examples ask for, after the fixed sentence, in one pass."""
+    """Embeddings [B, N, C] of the pictures asked for, after the fixed sentence, in one pass."""
     merge, start = config.ar.vision.spatial_merge_size, config.ar.vision_start_token_id
     rows, pixels = [], []
     for ex in batch:
@@ -352,7 +374,7 @@ def init_mmdit(mmdit: MMDiT) -> MMDiT:
 
 
 def empty_prompt(config: NexusGenConfig, length: int = 8) -> dict[str, Tensor]:
-    """Stand-ins for CLIP's and T5's constant output for "": a zero vector and fixed random states."""
+    """Stand-ins for CLIP's and T5's constant output for "": a zero vector, fixed random states."""
     generator = torch.Generator().manual_seed(0)
     context = torch.randn(1, length, config.mmdit.context_in_dim, generator=generator)
     return {"pooled": torch.zeros(1, config.mmdit.vec_in_dim), "context": context}
@@ -362,7 +384,8 @@ class Painter:
     """Draws batches of pictures from embeddings with the generation decoder, for progress."""
 
     def __init__(self, vae, mmdit, adapter, empty: dict, config: NexusGenConfig):
-        self.vae, self.mmdit, self.adapter, self.empty, self.config = vae, mmdit, adapter, empty, config
+        self.vae, self.mmdit, self.adapter = vae, mmdit, adapter
+        self.empty, self.config = empty, config
 
     @torch.no_grad()
     def draw(self, embeds: Tensor) -> np.ndarray:
@@ -383,7 +406,7 @@ def paint(mmdit: MMDiT, context: Context, vae: AutoEncoder, config: NexusGenConf
 
 
 def build_pool(n: int, run: Run, make: Callable[[np.random.Generator], dict[str, Tensor]]) -> dict:
-    """Tensors of this worker's share of n examples, 64 at a time, in fp16: computed once, used often."""
+    """Tensors of this worker's share of n examples, 64 at a time, in fp16; used many times."""
     rank, size = world()
     parts: dict[str, list[Tensor]] = {}
     for k in range(-(-n // (64 * size))):
@@ -392,12 +415,14 @@ def build_pool(n: int, run: Run, make: Callable[[np.random.Generator], dict[str,
     return {name: torch.cat(x) for name, x in parts.items()}
 
 
-def reconstruction_pool(visual: QwenViT, vae: AutoEncoder, config: NexusGenConfig, run: Run) -> dict:
+def reconstruction_pool(
+    visual: QwenViT, vae: AutoEncoder, config: NexusGenConfig, run: Run
+) -> dict[str, Tensor]:
     """Pictures as `embeds` [n, N, C] and `latents` [n, z, h, w]."""
 
     @torch.no_grad()
     def make(rng):
-        x = to_unit([render(s) for s in scenes(rng, 64, 0.3)])
+        x = to_unit([render(s) for s in scenes(rng, 64, 0.15)])
         embeds = embed_views(visual, x, config.target_size)
         return {"embeds": embeds, "latents": vae.encode(x * 2 - 1)}
 
@@ -422,8 +447,10 @@ def editing_pool(
     return build_pool(POOL, run, make)
 
 
-def draw_rows(rng: np.random.Generator, pool: dict, n: int) -> tuple[dict[str, Tensor], torch.Generator]:
-    """n random rows of a pool in fp32, their embeddings lightly noised, and a generator for the rest."""
+def draw_rows(
+    rng: np.random.Generator, pool: dict, n: int
+) -> tuple[dict[str, Tensor], torch.Generator]:
+    """n random rows of a pool in fp32, embeddings lightly noised; a generator for the rest."""
     picked = torch.from_numpy(rng.integers(len(pool["embeds"]), size=n))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     rows = {name: x[picked].float() for name, x in pool.items()}
@@ -450,7 +477,7 @@ def generation_stage(
     config: NexusGenConfig,
     batch: int,
 ) -> Stage:
-    """Reconstruct a picture from its own embeddings; one batch in ten sees the empty prompt (for cfg)."""
+    """Reconstruct a picture from its embeddings; one batch in ten sees the empty prompt (cfg)."""
     painter = Painter(vae, mmdit, adapter, empty, config)
 
     def loss(rng, progress):
@@ -465,8 +492,7 @@ def generation_stage(
             truth = to_uint8(vae.decode(latents))
         drawn = painter.draw(embeds)
         save_grid(path, [truth[:10], drawn[:10]])
-        same = [a.scene.key == b.scene.key for a, b in zip(score.read(drawn), score.read(truth), strict=True)]
-        return {"exact": float(np.mean(same))}
+        return {"exact": agreement(drawn, truth)}
 
     modules = nn.ModuleDict({"mmdit": mmdit, "adapter": adapter})
     return Stage("generation", modules, loss, adamw_only=ADAMW_ONLY, sample=sample)
@@ -500,8 +526,7 @@ def editing_stage(
             truth = to_uint8(vae.decode(rows["latents"]))
             drawn = paint(mmdit, context(rows), vae, config)
         save_grid(path, [truth[:10], drawn[:10]])
-        same = [a.scene.key == b.scene.key for a, b in zip(score.read(drawn), score.read(truth), strict=True)]
-        return {"exact": float(np.mean(same))}
+        return {"exact": agreement(drawn, truth)}
 
     modules = nn.ModuleDict({"mmdit": mmdit, "merger": merger})
     return Stage("editing", modules, loss, adamw_only=ADAMW_ONLY, sample=sample)

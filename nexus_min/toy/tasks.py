@@ -1,9 +1,10 @@
 """What is asked in the toy world: prompts, captions, questions and edits, in English and Chinese.
 
-Every example is a conversation in the official message-like format (`images`, `messages` with `<image>`)
-plus what a checker needs. A prompt names some attributes of a scene; what it leaves open is canonical (large,
-filled, on white, fixed cells, one colour a shape). One combination in ten is held out by hash of its meaning,
-so no wording of it is ever seen in training. The six prompt categories are GenEval's.
+Every example is a conversation in the official message-like format (`images`, `messages` with
+`<image>`; paper, section 4.1) plus what a checker needs. A prompt names some attributes of a scene;
+what it leaves open is canonical (large, filled, on white, fixed cells, one colour a shape). One
+scene in ten is held out by hash: training never shows it, asks for it or edits from or to it, in
+any task, wording or language. The six prompt categories are GenEval's.
 """
 
 from __future__ import annotations
@@ -48,9 +49,8 @@ ZH = {
 }  # fmt: skip
 NUMBERS = ("zero", "one", "two", "three", "four")
 ZH_NUMBERS = ("零", "一", "两", "三", "四")
-RELATIONS = {
-    "left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)
-}  # (row, column) of the first object seen from the second  # fmt: skip
+# (row, column) of the first object seen from the second
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 ZH_RELATIONS = {"left of": "左边", "right of": "右边", "above": "上方", "below": "下方"}
 LAYOUTS = {1: (4,), 2: (3, 5), 3: (3, 4, 5), 4: (0, 2, 6, 8)}  # canonical cells
 PREFIXES = ("", "a photo of ", "a picture of ", "an image of ")
@@ -59,7 +59,7 @@ ZH_PREFIXES = ("", "一张图片：", "一张照片：")
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation with its pictures (as scenes), and what the checker needs to score the reply."""
+    """One conversation with its pictures (as scenes), and what it takes to score the reply."""
 
     task: str  # "understand", "generate" or "edit"
     kind: str  # a member of CATEGORIES, "caption", QUESTIONS, "describe" or EDITS
@@ -72,12 +72,8 @@ class Example:
 
     @property
     def unseen(self) -> bool:
-        """Whether this meaning is held out of training."""
-        if self.task == "generate" and self.kind != "caption":
-            return held_out(self.kind, sorted(self.wanted.items(), key=str))
-        if self.task == "edit":
-            return held_out(self.scenes[0].key, self.kind, self.scenes[1].key)
-        return held_out(self.scenes[0].key)
+        """Whether one of its scenes is held out; all wordings of a prompt mean one scene."""
+        return any(held_out(scene.key) for scene in self.scenes)
 
 
 def _choice(rng: np.random.Generator, items):
@@ -149,32 +145,38 @@ def canonical_scene(wanted: dict) -> Scene:
         row, column = RELATIONS[relation]
         cells = [4 + 3 * row + column, 4 - 3 * row - column]
     objects = [
-        Object(shape, colour or CANONICAL_COLOUR[shape], size or "large", cells[i] if cell is None else cell)
-        for i, (shape, colour, size, cell) in enumerate(wanted["objects"])
+        Object(
+            shape,
+            colour or CANONICAL_COLOUR[shape],
+            size or "large",
+            default if cell is None else cell,
+        )
+        for (shape, colour, size, cell), default in zip(wanted["objects"], cells, strict=True)
     ]
-    return Scene(
-        tuple(objects), wanted["background"] or "white", wanted["style"] or "filled"
-    )
+    return Scene(tuple(objects), wanted["background"] or "white", wanted["style"] or "filled")
+
+
+def _word_objects(wanted: dict, zh: bool) -> str:
+    objects, relation = wanted["objects"], wanted.get("relation")
+    names = [noun(*o[:3], zh) for o in objects]
+    n = len(objects)
+    if relation:
+        if zh:
+            return f"{names[0]}在{names[1]}的{ZH_RELATIONS[relation]}"
+        return f"{a(names[0])} {relation} {a(names[1])}"
+    if len(set(objects)) == 1 and n > 1:
+        if zh:
+            return f"{ZH_NUMBERS[n]}个{names[0]}"
+        return f"{NUMBERS[n]} {noun(*objects[0][:3], False, n)}"
+    if zh:
+        return "和".join(f"一个{name}" for name in names)
+    return " and ".join(a(name) for name in names)
 
 
 def _word_prompt(rng: np.random.Generator, wanted: dict, zh: bool) -> str:
-    objects, relation = wanted["objects"], wanted.get("relation")
-    shape, colour, size, cell = objects[0]
-    names = [noun(*o[:3], zh) for o in objects]
-    if relation:
-        body = (
-            f"{names[0]}在{names[1]}的{ZH_RELATIONS[relation]}"
-            if zh
-            else f"{a(names[0])} {relation} {a(names[1])}"
-        )
-    elif len(set(objects)) == 1 and len(objects) > 1:
-        n = len(objects)
-        body = f"{ZH_NUMBERS[n]}个{names[0]}" if zh else f"{NUMBERS[n]} {noun(*objects[0][:3], False, n)}"
-    elif zh:
-        body = "和".join(f"一个{n}" for n in names)
-    else:
-        body = " and ".join(a(n) for n in names)
-    if cell is not None:
+    """One wording of what a short prompt names."""
+    body = _word_objects(wanted, zh)
+    if (cell := wanted["objects"][0][3]) is not None:
         body += f"，在{place(cell, True)}" if zh else f" {place(cell)}"
     if background := wanted["background"]:
         body += f"，{ZH[background]}背景" if zh else f" on {a(background)} background"
@@ -185,7 +187,7 @@ def _word_prompt(rng: np.random.Generator, wanted: dict, zh: bool) -> str:
 
 
 def caption(rng: np.random.Generator | None, scene: Scene, zh: bool) -> str:
-    """Everything that can be named about a scene; objects shuffled, or in reading order without rng."""
+    """All that can be named about a scene; objects shuffled, or in reading order without rng."""
     objects = sorted(scene.objects, key=lambda o: o.cell)
     if rng is not None:
         objects = [objects[i] for i in rng.permutation(len(objects))]
@@ -252,7 +254,7 @@ def _fits(obj: Object, form: tuple) -> bool:
 
 
 def reference(rng: np.random.Generator, scene: Scene, obj: Object) -> tuple | None:
-    """(shape, colour, size) that names `obj` alone in its scene, as short as chance has it, or None."""
+    """(shape, colour, size) that names `obj` alone, as short as chance has it, or None."""
     forms = (
         (obj.shape, None, None),
         (obj.shape, obj.colour, None),
@@ -269,48 +271,64 @@ def _ask(rng: np.random.Generator, kind: str, scene: Scene, zh: bool) -> tuple[s
     """(question, answer) of one kind about a scene, or None when the scene does not admit one."""
     obj = _choice(rng, scene.objects)
     ref = reference(rng, scene, obj)
-    if kind == "background":
-        answer = scene.background
-        return ("背景是什么颜色？", ZH[answer]) if zh else ("What color is the background?", answer)
-    if kind == "count_all":
-        n = len(scene.objects)
-        return ("一共有几个图形？", ZH_NUMBERS[n]) if zh else ("How many objects are there?", NUMBERS[n])
+    if kind in ("background", "count_all"):
+        return _ask_whole(kind, scene, zh)
+    if kind in ("shape", "colour"):
+        return _ask_attribute(kind, scene, obj, zh)
     if kind == "count":
-        shape = obj.shape if rng.random() < 0.7 else _choice(rng, SHAPES)
-        n = sum(o.shape == shape for o in scene.objects)
-        if zh:
-            return f"有几个{ZH[shape]}？", ZH_NUMBERS[n]
-        return f"How many {plural(shape)} are there?", NUMBERS[n]
+        return _ask_count(rng, scene, obj, zh)
     if kind == "exist":
         return _ask_existence(rng, scene, obj, zh)
+    if ref is None:
+        return None
+    if kind == "relation":
+        return _ask_relation(rng, scene, zh)
+    if zh:
+        return f"{noun(*ref, True)}在哪里？", place(obj.cell, True)
+    return f"Where is the {noun(*ref, False)}?", place(obj.cell)
+
+
+def _ask_whole(kind: str, scene: Scene, zh: bool) -> tuple[str, str]:
+    if kind == "background":
+        colour = scene.background
+        return ("背景是什么颜色？", ZH[colour]) if zh else ("What color is the background?", colour)
+    n = len(scene.objects)
+    if zh:
+        return "一共有几个图形？", ZH_NUMBERS[n]
+    return "How many objects are there?", NUMBERS[n]
+
+
+def _ask_attribute(kind: str, scene: Scene, obj: Object, zh: bool) -> tuple[str, str] | None:
+    """The colour of the only object of its shape, or the shape of the only one of its colour."""
+    known = {"colour": "shape", "shape": "colour"}[kind]
+    if sum(getattr(o, known) == getattr(obj, known) for o in scene.objects) > 1:
+        return None
     if kind == "shape":
-        same = [o for o in scene.objects if o.colour == obj.colour]
-        if len(same) > 1:
-            return None
         if zh:
             return f"{ZH[obj.colour]}的图形是什么形状？", ZH[obj.shape]
         return f"What shape is the {obj.colour} object?", obj.shape
-    if ref is None:
-        return None
-    if kind == "colour":
-        if sum(o.shape == obj.shape for o in scene.objects) > 1:
-            return None
-        if zh:
-            return f"{ZH[obj.shape]}是什么颜色？", ZH[obj.colour]
-        return f"What color is the {obj.shape}?", obj.colour
-    if kind == "where":
-        if zh:
-            return f"{noun(*ref, True)}在哪里？", place(obj.cell, True)
-        return f"Where is the {noun(*ref, False)}?", place(obj.cell)
-    return _ask_relation(rng, scene, zh)
+    if zh:
+        return f"{ZH[obj.shape]}是什么颜色？", ZH[obj.colour]
+    return f"What color is the {obj.shape}?", obj.colour
 
 
-def _ask_existence(rng, scene: Scene, obj: Object, zh: bool) -> tuple[str, str]:
+def _ask_count(rng: np.random.Generator, scene: Scene, obj: Object, zh: bool) -> tuple[str, str]:
+    shape = obj.shape if rng.random() < 0.7 else _choice(rng, SHAPES)
+    n = sum(o.shape == shape for o in scene.objects)
+    if zh:
+        return f"有几个{ZH[shape]}？", ZH_NUMBERS[n]
+    return f"How many {plural(shape)} are there?", NUMBERS[n]
+
+
+def _ask_existence(
+    rng: np.random.Generator, scene: Scene, obj: Object, zh: bool
+) -> tuple[str, str]:
     shape, colour = obj.shape, obj.colour
     if rng.random() < 0.5:  # a near miss half of the time: one attribute changed
-        shape, colour = (
-            (_choice(rng, SHAPES), colour) if rng.random() < 0.5 else (shape, _choice(rng, list(COLOURS)))
-        )
+        if rng.random() < 0.5:
+            shape = _choice(rng, SHAPES)
+        else:
+            colour = _choice(rng, list(COLOURS))
     yes = any((o.shape, o.colour) == (shape, colour) for o in scene.objects)
     name = noun(shape, colour, None, zh)
     if zh:
@@ -318,7 +336,7 @@ def _ask_existence(rng, scene: Scene, obj: Object, zh: bool) -> tuple[str, str]:
     return f"Is there {a(name)}?", "yes" if yes else "no"
 
 
-def _ask_relation(rng, scene: Scene, zh: bool) -> tuple[str, str] | None:
+def _ask_relation(rng: np.random.Generator, scene: Scene, zh: bool) -> tuple[str, str] | None:
     if len(scene.objects) < 2:
         return None
     first, second = (scene.objects[i] for i in rng.choice(len(scene.objects), 2, replace=False))
@@ -338,12 +356,13 @@ def _ask_relation(rng, scene: Scene, zh: bool) -> tuple[str, str] | None:
 
 
 def question_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 4) -> Example:
-    """A question of one of QUESTIONS, or "describe", about a random scene (a quarter of them textured)."""
+    """A question of one of QUESTIONS, or "describe", about a random scene (a quarter textured)."""
     least = 2 if kind == "relation" else 1
     while True:
         scene = random_scene(rng, int(rng.integers(least, max(least, most) + 1)), detail=0.25)
         if kind == "describe":
-            asked = "请描述这张图片。" if zh else "Please describe the image.", caption(None, scene, zh)
+            question = "请描述这张图片。" if zh else "Please describe the image."
+            asked = question, caption(None, scene, zh)
         else:
             asked = _ask(rng, kind, scene, zh)
         if asked:
@@ -358,26 +377,21 @@ def question_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 
 # ---------------------------------------------------------------- edits
 
 
-def _edit_pair(rng, kind: str, scene: Scene, zh: bool) -> tuple[Scene, str] | None:
-    """(target scene, instruction) of one kind for a source scene, or None when it does not admit one."""
-    if kind == "background":
-        colour = _choice(rng, [b for b in BACKGROUNDS if b != scene.background])
-        text = f"把背景换成{ZH[colour]}" if zh else f"Change the background to {colour}."
-        return replace(scene, background=colour), text
-    if kind == "style":
-        style = STYLES[1 - STYLES.index(scene.style)]
-        words = {
-            "outline": ("Turn it into an outline drawing.", "改成线条画"),
-            "filled": ("Fill in the shapes.", "把图形填满"),
-        }[style]
-        return replace(scene, style=style), words[zh]
+def _edit_pair(
+    rng: np.random.Generator, kind: str, scene: Scene, zh: bool
+) -> tuple[Scene, str] | None:
+    """(target, instruction) of one kind for a source scene, or None when it does not admit one."""
+    if kind in ("background", "style"):
+        return _edit_whole(rng, kind, scene, zh)
     free = [c for c in range(9) if c not in {o.cell for o in scene.objects}]
     if kind == "add":
         if len(scene.objects) == 4:
             return None
         new = random_object(rng, _choice(rng, free))
         name = noun(new.shape, new.colour, new.size, zh)
-        text = f"在{place(new.cell, True)}加一个{name}" if zh else f"Add {a(name)} {place(new.cell)}."
+        text = (
+            f"在{place(new.cell, True)}加一个{name}" if zh else f"Add {a(name)} {place(new.cell)}."
+        )
         return replace(scene, objects=(*scene.objects, new)), text
     obj = _choice(rng, scene.objects)
     ref = reference(rng, scene, obj)
@@ -387,19 +401,39 @@ def _edit_pair(rng, kind: str, scene: Scene, zh: bool) -> tuple[Scene, str] | No
     rest = tuple(o for o in scene.objects if o is not obj)
     if kind == "remove":
         return replace(scene, objects=rest), f"去掉{name}" if zh else f"Remove the {name}."
+    new, text = _edit_object(rng, kind, obj, name, free, zh)
+    return replace(scene, objects=(*rest, new)), text
+
+
+def _edit_whole(rng: np.random.Generator, kind: str, scene: Scene, zh: bool) -> tuple[Scene, str]:
+    if kind == "background":
+        colour = _choice(rng, [b for b in BACKGROUNDS if b != scene.background])
+        text = f"把背景换成{ZH[colour]}" if zh else f"Change the background to {colour}."
+        return replace(scene, background=colour), text
+    style = STYLES[1 - STYLES.index(scene.style)]
+    words = {
+        "outline": ("Turn it into an outline drawing.", "改成线条画"),
+        "filled": ("Fill in the shapes.", "把图形填满"),
+    }[style]
+    return replace(scene, style=style), words[zh]
+
+
+def _edit_object(
+    rng: np.random.Generator, kind: str, obj: Object, name: str, free: list[int], zh: bool
+) -> tuple[Object, str]:
+    """The object called `name` after a recolour, replace or move to a free cell; the text."""
     if kind == "recolour":
         colour = _choice(rng, [c for c in COLOURS if c != obj.colour])
-        new = replace(obj, colour=colour)
         text = f"把{name}变成{ZH[colour]}" if zh else f"Change the {name} to {colour}."
-    elif kind == "replace":
+        return replace(obj, colour=colour), text
+    if kind == "replace":
         shape = _choice(rng, [s for s in SHAPES if s != obj.shape])
-        new = replace(obj, shape=shape)
         text = f"把{name}换成{ZH[shape]}" if zh else f"Replace the {name} with {a(shape)}."
-    else:
-        new = jittered(rng, replace(obj, cell=_choice(rng, free)))
-        goal = CELL_NAMES[new.cell]
-        text = f"把{name}移到{place(new.cell, True)}" if zh else f"Move the {name} to the {goal}."
-    return replace(scene, objects=(*rest, new)), text
+        return replace(obj, shape=shape), text
+    new = jittered(rng, replace(obj, cell=_choice(rng, free)))
+    goal = CELL_NAMES[new.cell]
+    text = f"把{name}移到{place(new.cell, True)}" if zh else f"Move the {name} to the {goal}."
+    return new, text
 
 
 def edit_example(
@@ -436,9 +470,10 @@ def example(
     most: int = 4,
     unseen: bool = False,
 ) -> Example:
-    """A random example of a task, seen or unseen in training; kind and language by the training mixture.
+    """A random example of a task, seen or `unseen` in training.
 
-    Captions are 20 % short, 80 % long in the paper; here half are short, since they carry six categories.
+    Kind and language are those of the training mixture unless given. Captions are 20 % short, 80 %
+    long in the paper; here 40 % are short, since they carry six categories.
     """
     while True:
         zh_now = rng.random() < ZH_SHARE if zh is None else zh

@@ -1,7 +1,8 @@
-"""The toy tokenizer: byte-level BPE over the toy world's words, with Qwen's special tokens and ids' order.
+"""The toy tokenizer: byte-level BPE over the toy world's words, with Qwen's special tokens.
 
-Any text can be encoded (bytes are always there); every word of the toy world is one token, whatever stands
-beside it, so that new combinations of known words are made of known tokens.
+Any text can be encoded (bytes are always there); every word of the toy world is one token, whatever
+stands beside it, so that new combinations of known words are made of known tokens. The special
+tokens come last, in Qwen's order, as in the official `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SPECIAL = (
     "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>",
 )  # fmt: skip
-# How Qwen cuts text before BPE: contractions, words with their leading space, single digits, punctuation.
+# How Qwen cuts text before BPE: contractions, words with leading space, digits, punctuation.
 PRETOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -59,10 +60,8 @@ def _english(text: str) -> list[str]:
     return re.findall(r" ?[A-Za-z]+|[^A-Za-z\s]+|\s", text)
 
 
-def build_tokenizer(config: NexusGenConfig | None = None) -> Tokenizer:
-    """The tokenizer of the tiny model. ValueError when its vocabulary is too small for the words."""
-    config = config or NexusGenConfig.tiny()
-    room = config.ar.pad_token_id
+def _train(every: list[str], room: int) -> Tokenizer:
+    """A byte-level BPE of at most `room` tokens that knows every word whole."""
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRETOKEN), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -70,11 +69,16 @@ def build_tokenizer(config: NexusGenConfig | None = None) -> Tokenizer:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=alphabet, show_progress=False)
-    every = words()
     bpe.train_from_iterator(every, trainer)
     if torn := [w for w in every if len(bpe.encode(w).ids) > 1]:
         raise ValueError(f"{room} tokens are too few: {len(torn)} words are torn, as {torn[:5]}")
-    spec = json.loads(bpe.to_str())
+    return bpe
+
+
+def build_tokenizer(config: NexusGenConfig | None = None) -> Tokenizer:
+    """The tokenizer of the tiny model. ValueError when its vocabulary is too small."""
+    room = (config or NexusGenConfig.tiny()).ar.pad_token_id
+    spec = json.loads(_train(words(), room).to_str())
     vocabulary = spec["model"]["vocab"]
     for k in range(len(vocabulary), room):
         vocabulary[f"<unused{k}>"] = k

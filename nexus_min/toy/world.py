@@ -1,17 +1,18 @@
 """The toy world: small scenes of coloured shapes, drawn as anti-aliased vectors.
 
-A scene is one to four shapes on a 3x3 grid of cells, over a plain background; it is filled or an outline
-drawing. Three things are random and named by no caption: the sub-cell jitter of every object, and, in
-*detailed* pictures, a faint background texture with its own angle, period and phase. They are what an
-editing decoder has to carry over from the source picture. The nine cells do not line up with the 4x4 grid of
-image slots, so no slot owns an object.
+A scene is one to four shapes on a 3x3 grid of cells, over a plain background; it is filled or an
+outline drawing. Two things are random and named by no caption: the sub-cell jitter of every object,
+and, in *detailed* pictures, a faint background texture with its own angle, period and phase. They
+are what an editing decoder has to carry over from the source picture (paper, section 4.3). The nine
+cells do not line up with the 4x4 grid of image slots, so no slot owns an object. It stands in for
+the paper's image corpora; the official code has no counterpart.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -45,7 +46,7 @@ CANONICAL_COLOUR = dict(zip(SHAPES, ("red", "blue", "green", "yellow", "purple")
 
 @dataclass(frozen=True)
 class Object:
-    """One shape: what it is, which cell it is in (0..8, row-major) and its jitter in canvas pixels."""
+    """One shape: what it is, its cell (0..8, row-major) and its jitter in canvas pixels."""
 
     shape: str
     colour: str
@@ -62,7 +63,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Texture:
-    """A faint wave over the background: angle (radians), period (px), phase (radians), grey levels."""
+    """A faint wave over the background: angle, phase (radians), period (px), grey levels."""
 
     angle: float
     period: float
@@ -87,7 +88,7 @@ class Scene:
 
 
 def held_out(*key: object) -> bool:
-    """True for one combination in ten, by hash: those are never trained on."""
+    """True for one key in ten, by hash: what has such a key is never trained on."""
     return hashlib.md5(repr(key).encode()).digest()[0] < 26
 
 
@@ -128,7 +129,7 @@ def random_scene(rng: np.random.Generator, count: int | None = None, detail: flo
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """Distance in canvas pixels to the edge of a shape of radius `r` at the origin; negative inside."""
+    """Distance in canvas pixels to the edge of a shape of radius `r` at the origin; < 0 inside."""
     if shape == "circle":
         return np.hypot(x, y) - r
     if shape == "square":
@@ -151,9 +152,9 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.nd
     raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(shape: str, size: str, style: str, dx: float, dy: float, scale: int = 1) -> np.ndarray:
-    """Coverage in [0, 1] of one object over its cell's CROP x CROP square, at `scale` pixels a pixel."""
+    """Coverage in [0, 1] of one object over its cell: [CROP * scale, CROP * scale]."""
     axis = (np.arange(CROP * scale) + 0.5) / scale - CROP / 2
     edge = signed_distance(shape, axis[None, :] - dx, axis[:, None] - dy, RADIUS[size])
     if style == "outline":

@@ -1,0 +1,329 @@
+"""`nexus_min eval` and the toy tokenizer: intervals, scores of stubs, whole words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nexus_min.config import TINY_TOKEN_IDS, NexusGenConfig
+from nexus_min.tokenizer import QwenTokenizer
+from nexus_min.toy import evaluate as ev
+from nexus_min.toy.tasks import CATEGORIES, EDITS, MAKERS, QUESTIONS, ZH, example
+from nexus_min.toy.vocabulary import SPECIAL, build_tokenizer, words
+from nexus_min.toy.world import Scene, held_out, render
+
+# ---- tallies -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "right,n,low,high",  # by the published formula, to four places
+    [
+        (0, 10, 0.0, 0.2775),
+        (5, 10, 0.2366, 0.7634),
+        (10, 10, 0.7225, 1.0),
+        (95, 100, 0.8882, 0.9785),
+        (194, 200, 0.9361, 0.9862),
+    ],
+)
+def test_wilson_interval_against_known_values(right, n, low, high):
+    assert ev.Tally("x", right, n).interval == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_tally_counts_and_prints():
+    tally = ev.Tally("x")
+    assert tally.rate == 0 and 0 <= tally.interval[0] < tally.interval[1] <= 1
+    for ok in (True, False, np.True_, True):
+        tally.add(ok)
+    assert (tally.right, tally.n, tally.rate) == (3, 4, 0.75)
+    tally.notes = {"ratio": 0.5}
+    assert "0.750" in tally.line() and "n=4" in tally.line() and "ratio 0.5000" in tally.line()
+    assert json.loads(json.dumps(tally.as_dict())) == {
+        "name": "x",
+        "rate": 0.75,
+        "interval": list(tally.interval),
+        "n": 4,
+        "ratio": 0.5,
+    }
+
+
+def test_summary_adds_up_and_names_the_worst():
+    rows: list[ev.Tally] = []
+    ev.summary(rows, "all of it", [ev.Tally("g / a", 9, 10), ev.Tally("g / b", 5, 10)])
+    assert [(t.name, t.right, t.n) for t in rows] == [
+        ("all of it: all", 14, 20),
+        ("all of it: worst (b)", 5, 10),
+    ]
+
+
+# ---- cases -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*CATEGORIES, "caption"])
+def test_cases_are_unseen_distinct_and_the_same_every_time(kind):
+    found = ev.examples("generate", kind, False, 60, 0)
+    assert len({ex.text for ex in found}) == len(found) == 60
+    assert all(ex.unseen for ex in found)
+    assert found == ev.examples("generate", kind, False, 60, 0)
+    assert found != ev.examples("generate", kind, False, 60, 1)
+    assert not any(ex.unseen for ex in ev.examples("generate", kind, True, 20, 0, unseen=False))
+
+
+def test_two_hundred_cases_exist_in_every_category_and_language():
+    for kind in ("single", "two"):  # those with the fewest prompts
+        for zh in (False, True):
+            assert len(ev.examples("generate", kind, zh, 200, 0)) == 200
+
+
+def test_batches_hold_everything_once():
+    items = list(range(2 * ev.BATCH + 3))
+    parts = ev.batches(items)
+    assert sum(parts, []) == items and max(map(len, parts)) == ev.BATCH
+
+
+# ---- score functions with models that are always right, or always wrong ------------------------
+
+
+def truth(scene: Scene) -> Scene:
+    return scene
+
+
+def other_background(scene: Scene) -> Scene:
+    return replace(scene, background="black" if scene.background != "black" else "gray")
+
+
+def one_missing(scene: Scene) -> Scene:
+    return replace(scene, objects=scene.objects[1:])
+
+
+@pytest.fixture
+def artist(monkeypatch):
+    """A model whose embeddings are the examples, and whose decoders draw a `view` of them."""
+
+    def install(view, generation_view=None):
+        views = {"editing": view, "generation": generation_view or view}
+
+        def draw(model, decoder, embeds, references, seed, **options):
+            assert decoder == "generation" or len(references) == len(embeds)
+            return np.stack([render(views[decoder](ex.scenes[-1])) for ex in embeds])
+
+        monkeypatch.setattr(ev, "predict", lambda model, batch: batch)
+        monkeypatch.setattr(ev, "draw", draw)
+
+    return install
+
+
+@pytest.mark.parametrize("kind", CATEGORIES)
+def test_generation_scores(artist, kind, tmp_path):
+    artist(truth)
+    (tally,) = ev.score_generation(None, kind, False, 12, 0, name="a / b c", save=tmp_path)
+    assert (tally.name, tally.right, tally.n) == ("a / b c", 12, 12)
+    strip = Image.open(tmp_path / "a___b_c.png")
+    assert strip.size == (10 * 64 * 2, 64 * 2)
+    artist(one_missing)
+    assert ev.score_generation(None, kind, True, 12, 0)[0].right == 0
+
+
+def test_captions_are_scored_exactly_and_by_number_of_objects(artist):
+    artist(truth)
+    total, *parts = ev.score_generation(None, "caption", False, 30, 0, name="c")
+    assert total.right == total.n == 30 == sum(t.n for t in parts)
+    assert [t.name for t in parts] == [f"c, {n} objects" for n in (1, 2, 3, 4)]
+    artist(other_background)
+    assert all(t.right == 0 for t in ev.score_generation(None, "caption", False, 30, 0))
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_edit_scores(artist, kind):
+    artist(truth, other_background)
+    (tally,) = ev.score_edits(None, kind, False, 12, 0)
+    assert (tally.right, tally.n) == (12, 12)
+    if kind in ("background", "style"):
+        assert not tally.notes
+    else:
+        assert tally.notes["l1_outside_editing"] == 0 < tally.notes["l1_outside_generation"]
+    artist(other_background)
+    assert ev.score_edits(None, kind, False, 12, 0)[0].right == 0
+
+
+def test_an_edit_left_undone_is_wrong(artist, monkeypatch):
+    monkeypatch.setattr(ev, "predict", lambda model, batch: batch)
+    undone = lambda model, decoder, embeds, *_, **__: np.stack(  # noqa: E731
+        [render(ex.scenes[0]) for ex in embeds]
+    )
+    monkeypatch.setattr(ev, "draw", undone)
+    for kind in EDITS:
+        (tally,) = ev.score_edits(None, kind, False, 8, 0)
+        assert tally.right == 0
+        assert tally.notes.get("l1_outside_editing", 0) == 0
+
+
+class Answers:
+    """Knows every answer by heart; `pad` is said around it."""
+
+    def __init__(self, cases: list, pad: str = " ", wrong: bool = False):
+        self.known = {(ex.text, render(ex.scenes[0]).tobytes()): ex.answer for ex in cases}
+        self.pad, self.wrong = pad, wrong
+
+    def understand(self, image, question: str, max_new_tokens: int) -> str:
+        answer = self.known[question, np.asarray(image).tobytes()]
+        return self.pad + ("not " + answer if self.wrong else answer) + self.pad
+
+
+@pytest.mark.parametrize("kind", [*QUESTIONS, "describe"])
+def test_question_scores(kind):
+    cases = ev.examples("understand", kind, False, 12, 0)
+    score = partial(ev.score_questions, kind=kind, zh=False, n=12, seed=0)
+    (tally,) = score(Answers(cases))
+    assert tally.right == tally.n == len(cases) > 1
+    assert score(Answers(cases, wrong=True))[0].right == 0
+
+
+def test_reconstruction_is_of_held_out_scenes(monkeypatch):
+    shown = []
+
+    def embed(views):
+        assert {v.size for v in views} == {(112, 112)}
+        return (torch.zeros(len(views) * 16, 8),)
+
+    def draw(model, decoder, embeds, references, seed, **options):
+        assert decoder == "generation" and embeds.shape[1:] == (16, 8)
+        part = scenes[len(shown) : len(shown) + len(embeds)]
+        shown.extend(part)
+        return np.stack([render(s) for s in part])
+
+    scenes = [ex.scenes[0] for ex in ev.examples("generate", "caption", False, 60, 4)]
+    assert all(held_out(s.key) for s in scenes)
+    monkeypatch.setattr(ev, "draw", draw)
+    model = SimpleNamespace(config=NexusGenConfig.tiny(), embed_images=embed)
+    (tally,) = ev.score_reconstruction(model, 60, 4)
+    assert tally.right == tally.n == len(shown) == 60
+
+
+def test_evaluate_reports_every_row_once_and_in_order(artist, monkeypatch):
+    artist(truth, other_background)
+    right = lambda model, kind, zh, n, seed, name="": [ev.Tally(name, n, n)]  # noqa: E731
+    monkeypatch.setattr(ev, "score_questions", right)
+    monkeypatch.setattr(ev, "score_reconstruction", lambda *a, **k: [ev.Tally("reconstruction")])
+    told: list[ev.Tally] = []
+    rows = ev.evaluate(None, cases=3, report=told.append)
+    assert [t.name for t in told] == [t.name for t in rows]
+    names = [t.name for t in rows]
+    assert len(set(names)) == len(names)
+    for lang in ("en", "zh"):
+        assert names.count(f"geneval-toy {lang}: all") == 1
+        assert {f"geneval-toy {lang} / {k}" for k in CATEGORIES} < set(names)
+        assert {f"questions {lang} / {k}" for k in QUESTIONS} < set(names)
+        assert {f"edits {lang} / {k}" for k in EDITS} < set(names)
+        assert {f"long captions {lang}", f"describe {lang}"} < set(names)
+    assert {f"in training / {k}" for k in CATEGORIES} < set(names)
+    assert "geneval-toy en, in training: all" in names and "reconstruction" in names
+    last = rows[-1]
+    assert last.name == "L1 outside, editing / generation" and last.notes["ratio"] == 0
+    few = ev.evaluate(None, cases=2, groups=("captions",))
+    assert {t.name.split(",")[0] for t in few} == {"long captions en", "long captions zh"}
+
+
+@pytest.mark.parametrize("groups,cases,message", [("edits,all", 1, "all"), ("edits", 0, "--cases")])
+def test_bad_options_are_errors_before_a_model_is_loaded(groups, cases, message):
+    args = SimpleNamespace(groups=groups, cases=cases, model="no such folder", seed=0)
+    with pytest.raises(ValueError, match=message):
+        ev.main(args)
+
+
+# ---- the vocabulary ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def test_every_word_is_one_token(tokenizer):
+    every = words()
+    assert len(every) > 100
+    assert [w for w in every if len(tokenizer.encode(w).ids) != 1] == []
+
+
+@pytest.mark.parametrize("zh", [False, True])
+@pytest.mark.parametrize("task", MAKERS)
+def test_words_stay_whole_in_new_company(tokenizer, task, zh):
+    rng = np.random.default_rng(5)
+    for unseen in (False, True) * 20:
+        text = example(rng, task, zh=zh, unseen=unseen).messages[0]["content"]
+        text = text.replace("<image>", "")  # a special token of its own
+        pieces = [tokenizer.decode([i]) for i in tokenizer.encode(text).ids]
+        assert "".join(pieces) == text
+        whole = re.findall(r"[A-Za-z]+", text)
+        assert [p.strip() for p in pieces if re.fullmatch(r" ?[A-Za-z]+", p)] == whole
+        chinese = re.findall("|".join(sorted(ZH.values(), key=len, reverse=True)), text)
+        assert [p for p in pieces if p in ZH.values()] == chinese
+
+
+def test_special_ids_are_the_configurations(tokenizer):
+    config = NexusGenConfig.tiny()
+    assert tokenizer.get_vocab_size() == config.ar.text.vocab_size == 768
+    assert tokenizer.token_to_id("<|endoftext|>") == TINY_TOKEN_IDS["pad_token_id"]
+    assert tokenizer.token_to_id("<|im_end|>") == TINY_TOKEN_IDS["eos_token_id"]
+    assert tokenizer.token_to_id("<|vision_start|>") == TINY_TOKEN_IDS["vision_start_token_id"]
+    assert tokenizer.token_to_id("<|vision_end|>") == TINY_TOKEN_IDS["vision_end_token_id"]
+    assert tokenizer.token_to_id("<|image_pad|>") == TINY_TOKEN_IDS["image_token_id"]
+    ids = [tokenizer.token_to_id(name) for name in SPECIAL]
+    assert ids == list(range(746, 768))  # Qwen's order, after everything else
+    QwenTokenizer(tokenizer).check(config.ar)
+
+
+TEXTS = (
+    "a photo of two small red circles",
+    "一张照片：红色圆形在蓝色星形的左边",
+    "Grüße, zażółć, привет, 👩‍🚀 שלום",
+    "  tabs\tand\r\nlines \n\n and 3.14159e-10  ",
+    "<|im_end|> <image> </tool_call>",
+    "\x00\x7f\u200b\ufeff",
+    "",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_text_round_trips(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_random_text_round_trips(tokenizer):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        points = rng.integers(0, 0x11000, 30)
+        text = "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_two_builds_are_the_same_file(tokenizer):
+    here = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    code = (
+        "import hashlib; from nexus_min.toy.vocabulary import build_tokenizer as build;"
+        "print(hashlib.sha256(build().to_str().encode()).hexdigest())"
+    )
+    for seed in ("1", "2"):  # another order of sets
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        run = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        )
+        assert run.stdout.strip() == here
+
+
+def test_too_small_a_vocabulary_is_an_error():
+    tiny = NexusGenConfig.tiny()
+    small = replace(tiny, ar=replace(tiny.ar, pad_token_id=300))
+    with pytest.raises(ValueError, match="300 tokens are too few"):
+        build_tokenizer(small)

@@ -1,0 +1,407 @@
+"""What is asked in the toy world: nothing held out leaks into training, and every answer is right.
+
+Answers, references and edits are derived here a second time, from the words alone, by code that
+shares nothing with `tasks.py` but the names of things.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+
+from nexus_min.toy.stages import scenes as training_scenes
+from nexus_min.toy.tasks import (
+    CATEGORIES,
+    EDITS,
+    MAKERS,
+    QUESTIONS,
+    RELATIONS,
+    ZH,
+    ZH_CELLS,
+    Example,
+    canonical_scene,
+    caption,
+    example,
+)
+from nexus_min.toy.world import (
+    BACKGROUNDS,
+    CENTRES,
+    COLOURS,
+    RADIUS,
+    SHAPES,
+    Object,
+    Scene,
+    held_out,
+    random_texture,
+)
+
+KINDS = {
+    "generate": (*CATEGORIES, "caption"),
+    "understand": (*QUESTIONS, "describe"),
+    "edit": EDITS,
+}
+EVERY = [(task, kind) for task, kinds in KINDS.items() for kind in kinds]
+
+
+def draw(task: str, kind: str | None, n: int, unseen: bool = False, zh: bool | None = None):
+    rng = np.random.default_rng([n, len(task), *(kind or task).encode(), unseen])
+    return [example(rng, task, kind, zh, unseen=unseen) for _ in range(n)]
+
+
+# ---- nothing held out is ever trained on -------------------------------------------------------
+
+
+@pytest.mark.parametrize("task,kind", EVERY)
+def test_training_never_meets_a_held_out_scene_in_any_role(task, kind):
+    for ex in draw(task, kind, 150):
+        assert not ex.unseen
+        assert not any(held_out(scene.key) for scene in ex.scenes)
+
+
+@pytest.mark.parametrize("task,kind", EVERY)
+def test_unseen_examples_always_show_a_held_out_scene(task, kind):
+    for ex in draw(task, kind, 25, unseen=True):
+        assert ex.unseen and any(held_out(scene.key) for scene in ex.scenes)
+
+
+def test_the_mixture_of_training_holds_nothing_out_too():
+    seen = {s.key for task in MAKERS for ex in draw(task, None, 400) for s in ex.scenes}
+    asked = {
+        s.key for task in MAKERS for ex in draw(task, None, 60, unseen=True) for s in ex.scenes
+    }
+    assert not any(held_out(key) for key in seen)
+    assert any(held_out(key) for key in asked)
+
+
+def test_scenes_of_the_base_stages_are_not_held_out():
+    found = training_scenes(np.random.default_rng(0), 600)
+    assert not any(held_out(s.key) for s in found)
+
+
+def test_one_scene_in_ten_is_held_out():
+    rng = np.random.default_rng(0)
+    share = np.mean([MAKERS["generate"](rng, "caption", False).unseen for _ in range(3000)])
+    assert 0.085 < share < 0.12
+
+
+def test_what_a_caption_cannot_name_does_not_move_a_scene_to_the_other_side():
+    rng = np.random.default_rng(0)
+    for ex in draw("generate", "caption", 100) + draw("generate", "caption", 20, unseen=True):
+        scene = ex.scenes[0]
+        other = tuple(replace(o, dx=1.5, dy=-1.0) for o in reversed(scene.objects))
+        other = replace(scene, objects=other, texture=random_texture(rng))
+        assert replace(ex, scenes=(other,)).unseen == ex.unseen
+
+
+def meanings(kind: str):
+    """All prompts of a category, as what they name."""
+    sizes, colours = [None, *RADIUS], list(COLOURS)
+    cells, pairs = [None, *range(9)], list(permutations(SHAPES, 2))
+    both = list(permutations(colours, 2))
+    objects = {
+        "single": [[(s, None, z, c)] for s, z, c in product(SHAPES, sizes, cells)],
+        "colours": [[(s, k, z, c)] for s, k, z, c in product(SHAPES, colours, sizes, cells)],
+        "counting": [
+            [(s, k, z, None)] * n
+            for s, k, z, n in product(SHAPES, [None, *colours], sizes, (2, 3, 4))
+        ],
+        "two": [
+            [(a, None, y, None), (b, None, z, None)]
+            for (a, b), y, z in product(pairs, sizes, sizes)
+            if y or not z
+        ],
+        "position": [
+            [(a, k, None, None), (b, m, None, None)]
+            for (a, b), (k, m) in product(pairs, [(None, None), *both])
+        ],
+        "attribution": [
+            [(a, k, None, None), (b, m, None, None)] for (a, b), (k, m) in product(pairs, both)
+        ],
+    }[kind]
+    for named, background, style in product(objects, [None, *BACKGROUNDS], (None, "outline")):
+        wanted = {"objects": named, "background": background, "style": style}
+        if kind == "position":
+            yield from ({**wanted, "relation": relation} for relation in RELATIONS)
+        else:
+            yield wanted
+
+
+def frozen(wanted: dict) -> tuple:
+    return tuple(wanted["objects"]), wanted["background"], wanted["style"], wanted.get("relation")
+
+
+# of 1500, 1400, 4050, 12000, 45600, 11200; they mean 75, 59, 197, 609, 1806, 901 scenes
+UNSEEN = {
+    "single": 159,
+    "two": 114,
+    "counting": 392,
+    "colours": 1331,
+    "position": 4582,
+    "attribution": 1132,
+}
+
+
+@pytest.mark.parametrize("kind", CATEGORIES)
+def test_every_category_has_at_least_100_unseen_prompts(kind):
+    unseen, seen = set(), set()
+    for wanted in meanings(kind):
+        side = unseen if held_out(canonical_scene(wanted).key) else seen
+        side.add(frozen(wanted))
+    assert len(unseen) == UNSEEN[kind] >= 100
+    for ex in draw("generate", kind, 60, unseen=True):
+        assert frozen(ex.wanted) in unseen
+    for ex in draw("generate", kind, 60):
+        assert frozen(ex.wanted) in seen
+
+
+def test_all_wordings_of_a_meaning_are_on_one_side():
+    opposite = {"left of": "right of", "above": "below"}
+    for ex in draw("generate", "position", 80) + draw("generate", "position", 20, unseen=True):
+        objects, relation = ex.wanted["objects"], ex.wanted["relation"]
+        turned = opposite.get(relation) or next(k for k, v in opposite.items() if v == relation)
+        scene = canonical_scene(ex.wanted | {"objects": objects[::-1], "relation": turned})
+        assert replace(ex, scenes=(scene,)).unseen == ex.unseen
+    for kind in ("single", "colours", "two", "counting"):  # named or left open: the same picture
+        for ex in draw("generate", kind, 40) + draw("generate", kind, 10, unseen=True):
+            named = ex.wanted | {"background": ex.scenes[0].background}
+            named["objects"] = [
+                (s, o.colour, o.size, c)
+                for (s, _, _, c), o in zip(ex.wanted["objects"], ex.scenes[0].objects, strict=True)
+            ]
+            assert replace(ex, scenes=(canonical_scene(named),)).unseen == ex.unseen
+
+
+def test_no_unseen_text_is_ever_a_training_text():
+    for kind in ("single", "two", "counting"):
+        unseen = {ex.text for ex in draw("generate", kind, 150, unseen=True)}
+        assert not unseen & {ex.text for ex in draw("generate", kind, 800)}
+
+
+# ---- a second reading of the words -------------------------------------------------------------
+
+ENGLISH = {v: k for k, v in ZH.items()}
+NAMED = re.compile(
+    r"(?:(?P<size>small|large) )?(?:(?P<colour>{c}) )?(?P<shape>{s})|"
+    r"(?:(?P<zsize>小|大)的)?(?P<zcolour>{zc})?(?P<zshape>{zs})".format(
+        c="|".join(COLOURS),
+        s="|".join(SHAPES),
+        zc="|".join(ZH[c] for c in COLOURS),
+        zs="|".join(ZH[s] for s in SHAPES),
+    )
+)
+
+
+def mentions(text: str) -> list[dict]:
+    """The objects that a text names, in order, as what it says of them in English."""
+    found = []
+    for match in NAMED.finditer(text):
+        said = {k.removeprefix("z"): ENGLISH.get(v, v) for k, v in match.groupdict().items() if v}
+        found.append(said)
+    return found
+
+
+def fitting(scene: Scene, said: dict) -> list[Object]:
+    return [o for o in scene.objects if said.items() <= vars(o).items()]
+
+
+def the(scene: Scene, said: dict) -> Object:
+    (one,) = fitting(scene, said)  # fails where a reference is not unique
+    return one
+
+
+def english(word: str) -> str:
+    return ENGLISH.get(word, word)
+
+
+def centre(obj: Object) -> tuple[float, float]:
+    return CENTRES[obj.cell % 3] + obj.dx, CENTRES[obj.cell // 3] + obj.dy
+
+
+def cell_in(text: str) -> int:
+    """The cell that a text's last words name."""
+    if text[-1] > "\u4e00":
+        return max((text.find(z), i) for i, z in enumerate(ZH_CELLS))[1]
+    rows = {"top": 0, "bottom": 2}
+    columns = {"left": 0, "right": 2}
+    words = re.findall("[a-z]+", text)[-4:]
+    row = next((rows[w] for w in words if w in rows), 1)
+    return 3 * row + next((columns[w] for w in words if w in columns), 1)
+
+
+COUNTS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4}
+COUNTS |= {"零": 0, "一": 1, "两": 2, "三": 3, "四": 4}
+YES = {"yes": True, "有": True, "是": True, "no": False, "没有": False, "不是": False}
+BEYOND = {
+    r"left of|左边": lambda one, two: one[0] < two[0],
+    r"right of|右边": lambda one, two: one[0] > two[0],
+    r"above|上方": lambda one, two: one[1] < two[1],
+    r"below|下方": lambda one, two: one[1] > two[1],
+}
+
+
+def is_right(scene: Scene, kind: str, text: str, answer: str) -> bool:
+    """Whether `answer` is the truth about a scene."""
+    said = mentions(text)
+    if kind == "background":
+        return scene.background == english(answer)
+    if kind == "count_all":
+        return len(scene.objects) == COUNTS[answer]
+    if kind == "count":
+        return len(fitting(scene, said[0])) == COUNTS[answer]
+    if kind == "exist":
+        return bool(fitting(scene, said[0])) == YES[answer]
+    if kind == "shape":
+        (colour,) = {c for c in COLOURS if c in text.split() or ZH[c] in text}
+        return the(scene, {"colour": colour}).shape == english(answer)
+    if kind == "colour":
+        return the(scene, said[0]).colour == english(answer)
+    if kind == "where":
+        return the(scene, said[0]).cell == cell_in(answer)
+    assert kind == "relation"
+    one, two = (centre(the(scene, s)) for s in said)
+    (test,) = [f for words, f in BEYOND.items() if re.search(words, text)]
+    return test(one, two) == YES[answer]
+
+
+def both_sides(task: str, kind: str, zh: bool) -> list[Example]:
+    return draw(task, kind, 60, zh=zh) + draw(task, kind, 15, unseen=True, zh=zh)
+
+
+@pytest.mark.parametrize("zh", [False, True])
+@pytest.mark.parametrize("kind", QUESTIONS)
+def test_stored_answers_are_true(kind, zh):
+    found = both_sides("understand", kind, zh)
+    for ex in found:
+        assert is_right(ex.scenes[0], kind, ex.text, ex.answer), (ex.text, ex.answer)
+    answers = {ex.answer for ex in found}
+    assert len(answers) >= 2  # and the second reading does tell them apart
+    for ex in found[:20]:
+        wrong = next(a for a in sorted(answers) if a != ex.answer)
+        assert not is_right(ex.scenes[0], kind, ex.text, wrong)
+
+
+@pytest.mark.parametrize("zh", [False, True])
+@pytest.mark.parametrize("kind", ["exist", "relation"])
+def test_yes_and_no_are_both_common(kind, zh):
+    said = [YES[ex.answer] for ex in draw("understand", kind, 200, zh=zh)]
+    assert 0.3 < np.mean(said) < 0.7
+
+
+def read_caption(text: str) -> tuple[set, str, str]:
+    """(objects, background, style) that a caption tells, from its words."""
+    objects = set()
+    for part in re.split(", |，", text):
+        for said in mentions(part):
+            cell = cell_in(part if part[0] < "\u4e00" else part.split("有")[0])
+            objects.add((said["shape"], said["colour"], said["size"], cell))
+    (background,) = re.findall(r"(\w+) background", text) or re.findall(r"(\w\w)背景", text)
+    style = "outline" if re.search("outline|线条画", text) else "filled"
+    return objects, english(background), style
+
+
+@pytest.mark.parametrize("zh", [False, True])
+def test_captions_name_everything(zh):
+    rng = np.random.default_rng(0)
+    for ex in both_sides("generate", "caption", zh):
+        scene = ex.scenes[0]
+        for text in (ex.text, caption(None, scene, zh), caption(rng, scene, zh)):
+            objects, background, style = read_caption(text)
+            assert objects == {o.key for o in scene.objects}
+            assert (background, style) == (scene.background, scene.style)
+    for ex in both_sides("understand", "describe", zh):
+        assert read_caption(ex.answer)[0] == {o.key for o in ex.scenes[0].objects}
+
+
+# ---- edits -------------------------------------------------------------------------------------
+
+BACK = {"add": "remove", "remove": "add"}  # the other edits undo themselves
+STAYS = {
+    "recolour": ("shape", "size", "cell", "dx", "dy"),
+    "replace": ("colour", "size", "cell", "dx", "dy"),
+    "move": ("shape", "colour", "size"),
+}
+
+
+def difference(source: Scene, target: Scene) -> tuple[str, Object | None, Object | None]:
+    """(kind of edit, the object that goes, the object that comes) between two scenes."""
+    gone = [o for o in source.objects if o not in target.objects]
+    new = [o for o in target.objects if o not in source.objects]
+    whole = [k for k in ("background", "style") if getattr(source, k) != getattr(target, k)]
+    assert source.texture == target.texture
+    assert len(whole) + max(len(gone), len(new)) == 1, "more than one change"
+    if whole:
+        return whole[0], None, None
+    if not (gone and new):
+        return ("add", None, new[0]) if new else ("remove", gone[0], None)
+    same = [
+        kind
+        for kind, keep in STAYS.items()
+        if all(getattr(gone[0], k) == getattr(new[0], k) for k in keep)
+    ]
+    return same[0], gone[0], new[0]
+
+
+@pytest.mark.parametrize("zh", [False, True])
+@pytest.mark.parametrize("kind", EDITS)
+def test_an_edit_is_one_change_of_the_object_its_words_name(kind, zh):
+    for ex in both_sides("edit", kind, zh):
+        source, target = ex.scenes
+        found, gone, new = difference(source, target)
+        assert found == kind
+        said = mentions(ex.text)
+        if kind == "add":
+            assert said == [{"shape": new.shape, "colour": new.colour, "size": new.size}]
+            assert cell_in(ex.text.split("加")[0] if zh else ex.text) == new.cell
+        elif gone:
+            assert the(source, said[0]) is gone
+        if kind == "recolour":
+            goal = ex.text.split("变成")[1] if zh else ex.text.split(" to ")[1][:-1]
+            assert english(goal) == new.colour
+        if kind == "replace":
+            assert said[1] == {"shape": new.shape}
+        if kind == "move":
+            goal = ex.text.split("移到")[1] if zh else ex.text.split(" to ")[1]
+            assert cell_in(goal) == new.cell
+        if kind == "background":
+            (goal,) = [b for b in BACKGROUNDS if b in ex.text or ZH[b] in ex.text]
+            assert goal == target.background
+        cells = [o.cell for o in target.objects]
+        assert 1 <= len(cells) == len(set(cells)) <= 4
+
+
+@pytest.mark.parametrize("kind", EDITS)
+def test_an_edit_and_its_way_back_are_on_one_side(kind):
+    for ex in draw("edit", kind, 60) + draw("edit", kind, 30, unseen=True):
+        back = replace(ex, scenes=ex.scenes[::-1])
+        assert back.unseen == ex.unseen
+        assert difference(*back.scenes)[0] == BACK.get(kind, kind)
+
+
+def test_both_ways_of_an_edit_are_asked_for_alike():
+    counts = {kind: [0] * 5 for kind in ("add", "remove")}
+    for kind, bins in counts.items():
+        for ex in draw("edit", kind, 900):
+            bins[max(len(s.objects) for s in ex.scenes)] += 1
+    assert all(abs(a - b) < 90 for a, b in zip(*counts.values(), strict=True))  # 4 sigma
+    for kind, of in (("background", lambda s: s.background), ("style", lambda s: s.style)):
+        found = [ex.scenes for ex in draw("edit", kind, 600)]
+        first = [(of(a), of(b)) for a, b in found]
+        for there in set(first):
+            if kind == "background":  # styles are not alike: three scenes in four are filled
+                assert abs(first.count(there) - first.count(there[::-1])) < 50
+        assert {b for _, b in first} == {a for a, _ in first}
+
+
+@pytest.mark.parametrize("task", MAKERS)
+def test_messages_follow_the_official_format(task):
+    for ex in draw(task, None, 60):
+        assert [m["role"] for m in ex.messages] == ["user", "assistant"]
+        joined = "".join(m["content"] for m in ex.messages)
+        assert joined.count("<image>") == len(ex.scenes)
+        assert ex.text in ex.messages[0]["content"]
+        if task == "understand":
+            assert ex.messages[1]["content"] == ex.answer

@@ -1,0 +1,209 @@
+"""The training command: every stage at a micro budget, its folder, what it ships, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import train_tiny
+from nexus_min.pipeline import NexusGen
+from nexus_min.toy import stages as toy
+
+ROOT = Path(__file__).parents[1]
+DRAWN = ("vae", "generation", "editing")
+MICRO = ["--steps", "2", "--workers", "1", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def micro():
+    """Tiny batches and pools for the whole file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_tiny, "BATCH", dict.fromkeys(train_tiny.BATCH, 4))
+        patch.setattr(toy, "POOL", 64)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(micro, tmp_path_factory) -> Path:
+    """A folder in which every stage took two steps, shipped to `ship`."""
+    folder = tmp_path_factory.mktemp("run")
+    for stage in train_tiny.SHARES:
+        argv = ["--stage", stage, "--out", str(folder), *MICRO]
+        assert train_tiny.main(argv) == 0, stage
+    argv = ["--out", str(folder), *MICRO, "--ship", str(folder / "ship")]
+    assert train_tiny.main(argv) == 0
+    return folder
+
+
+def refused(capsys, *argv) -> str:
+    """The one line on standard error of a command that ends with status 2."""
+    capsys.readouterr()
+    assert train_tiny.main(list(map(str, argv))) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("train_tiny: ") and err.count("\n") == 1, err
+    return err
+
+
+# ---- good input ----------------------------------------------------------------------------------
+
+
+def test_every_stage_and_the_model_they_make(trained):
+    lines = [json.loads(line) for line in open(trained / "metrics.jsonl")]
+    assert list(dict.fromkeys(line["stage"] for line in lines)) == list(train_tiny.SHARES)
+    assert all(math.isfinite(line.get("loss", 0.0)) for line in lines)
+    for stage in train_tiny.SHARES:
+        assert json.loads((trained / f"{stage}.json").read_text())["steps"] == 2
+    drawn = ["ar_final_edit", "ar_final_generate", *(f"{n}_final" for n in DRAWN)]
+    assert sorted(path.stem for path in trained.glob("*.png")) == sorted(drawn)
+    model = NexusGen.load(trained / "model")
+    image = model.generate("a red circle", num_steps=1)
+    assert image.size == (64, 64)
+
+
+def test_ship_writes_fp16_and_how_it_was_made(trained):
+    files = sorted((trained / "ship").rglob("*.safetensors"))
+    assert len(files) == 5
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            facts = weights.metadata()
+            kinds = {weights.get_slice(k).get_dtype() for k in weights.keys()}
+        assert kinds == {"F16"}
+        assert facts["seed"] == "0" and float(facts["minutes"]) >= 0
+        assert facts["command"].startswith("python train_tiny.py --out")
+        assert set(json.loads(facts["metrics"])) == set(train_tiny.SHARES)
+    assert sum(f.stat().st_size for f in (trained / "ship").rglob("*.*")) < 15e6
+    assert NexusGen.load(trained / "ship").config == NexusGen.load(trained / "model").config
+
+
+def test_what_is_finished_is_skipped_at_once(trained, capsys):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}
+    started = time.perf_counter()
+    assert train_tiny.main(["--out", str(trained), *MICRO]) == 0
+    assert time.perf_counter() - started < 2
+    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}
+    assert "ar is finished (2 steps" in capsys.readouterr().out
+
+
+def test_the_same_command_gives_the_same_model(trained, micro, tmp_path):
+    assert train_tiny.main(["--stage", "vae", "--out", str(tmp_path), *MICRO]) == 0
+    name = "model/FLUX/FLUX.1-dev/ae.safetensors"
+    assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_budget_of_the_stages(monkeypatch):
+    settings = {"out": Path("x"), "steps": None, "seed": 0, "workers": 1}
+    settings |= {"quiet": True, "bf16": False, "started": 1000.0}
+    stages = tuple(train_tiny.SHARES)
+    plan = train_tiny.Plan(stages=stages, minutes=10, **settings)
+    now = 1000.0
+    monkeypatch.setattr(train_tiny.time, "time", lambda: now)
+    total = 0.0
+    for stage in stages:  # each takes 3 s longer than it was given, the last one too
+        seconds = plan.seconds(stage)
+        total += seconds + 3
+        now += seconds + 3
+    assert total == pytest.approx(603)
+    now = 1000.0  # after a restart nothing is late
+    assert plan.seconds("ar") == pytest.approx(0.44 * 600)
+    assert train_tiny.Plan(stages=("ar",), minutes=10, **settings).seconds("ar") == 600
+    assert (
+        train_tiny.Plan(stages=("ar",), minutes=1, **settings | {"steps": 5}).seconds("ar") is None
+    )
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train_tiny.py"), "--out", str(folder), *options]
+
+
+def test_two_workers_stop_on_ctrl_c_and_one_goes_on(tmp_path, micro):
+    """From the repository's folder, without an installed package; both workers save, then end."""
+    argv = command(tmp_path, "--stage", "vae", "--minutes", "5", "--workers", "2", "--quiet")
+    place = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    process = subprocess.Popen(
+        argv, stdout=-1, stderr=-1, text=True, start_new_session=True, **place
+    )
+    log = tmp_path / "metrics.jsonl"
+    deadline = time.time() + 60
+    while not log.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert "goes on from the last checkpoint" in out and "Traceback" not in err
+    step = torch.load(tmp_path / "vae.ckpt")["schedule"]["step"]
+    assert step >= 50
+    again = ["--steps", str(step + 1), "--workers", "1", "--quiet", "--out", str(tmp_path)]
+    assert train_tiny.main(["--stage", "vae", *again]) == 0
+    assert json.loads((tmp_path / "vae.json").read_text())["steps"] == step + 1
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        (["--stage", "vea"], "invalid choice: 'vea'"),
+        (["--minutes", "0"], "--minutes must be positive, not 0"),
+        (["--minutes", "nan"], "--minutes must be positive"),
+        (["--minutes", "inf"], "--minutes must be positive"),
+        (["--minutes", "soon"], "invalid float value: 'soon'"),
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--workers", "0"], "--workers must be at least 1, not 0"),
+        (["--workers", "1000"], "--workers must be at most"),
+        (["--seed", "-1"], "--seed must be at least 0, not -1"),
+        (["--what"], "unrecognized arguments: --what"),
+    ],
+)
+def test_bad_options(capsys, tmp_path, monkeypatch, argv, told):
+    monkeypatch.chdir(tmp_path)
+    assert told in refused(capsys, *argv)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "stage, first",
+    [("generation", "vae"), ("ar", "vision"), ("editing", "vae")],
+)
+def test_a_stage_before_its_turn_names_what_to_run(capsys, tmp_path, stage, first):
+    folder = tmp_path / "my run"
+    line = refused(capsys, "--stage", stage, "--out", folder, *MICRO)
+    told = f"python train_tiny.py --stage {first} --out '{folder}'"
+    assert f"stage {stage} needs {first}" in line and told in line
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(capsys, "--out", tmp_path / "file", *MICRO)
+    assert "/proc/nexus" in refused(capsys, "--out", "/proc/nexus", *MICRO)
+
+
+def test_ship_needs_every_stage(capsys, tmp_path, micro):
+    goal = tmp_path / "ship"
+    argv = ["--stage", "vae", "--out", tmp_path / "run", *MICRO, "--ship", goal]
+    line = refused(capsys, *argv)
+    assert "--ship needs every stage, not trained yet: vision, generation, ar, editing" in line
+    assert not goal.exists() and not (tmp_path / "run").exists()
+
+
+def test_a_failing_worker_is_one_line(tmp_path, capfd):
+    """Rank 0 meets a broken checkpoint; nobody hangs."""
+    (tmp_path / "vae.ckpt").write_bytes(b"broken")
+    argv = ["--stage", "vae", "--out", str(tmp_path), "--steps", "1", "--workers", "2", "--quiet"]
+    assert train_tiny.main(argv) == 2
+    err = capfd.readouterr().err
+    assert "vae.ckpt: not a checkpoint" in err and "Traceback" not in err

@@ -1,0 +1,398 @@
+"""The training loop: schedule, resume to the bit, processes that agree, failures without loss."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nexus_min import training
+from nexus_min.training import Checkpoint, Run, Schedule, Stage, as_matrix, fit, frozen_copy, world
+
+# ---- a stage with everything: convolution, matrix, vectors, an embedding, torch's own noise ------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.embed = nn.Embedding(5, 4)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(self.conv(x).mean((2, 3)) + self.embed.weight[1])
+
+
+def make_stage(pause: float = 0.0, at_step=lambda: None) -> Stage:
+    torch.manual_seed(1)
+    net = Net()
+
+    def loss(rng, progress):
+        time.sleep(pause)
+        at_step()
+        x = torch.from_numpy(rng.normal(size=(4, 3, 5, 5)).astype(np.float32))
+        y = net(x + 0.1 * torch.randn_like(x))
+        return (y - x.mean((2, 3)).sum(1, keepdim=True)).square().mean(), {"progress": progress}
+
+    return Stage("toy", nn.ModuleDict({"net": net}), loss, lr=0.02, adamw_only=("embed",))
+
+
+def run_in(folder: Path, **options) -> Run:
+    return Run(folder, **{"seed": 3, "quiet": True, **options})
+
+
+def weights_of(stage: Stage) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in stage.modules.state_dict().items()}
+
+
+def assert_same_bits(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def straight(folder: Path, steps: int) -> tuple[dict, dict]:
+    """(weights, complete final state) of a run without interruption."""
+    stage = make_stage()
+    fit(stage, run_in(folder, steps=steps))
+    return weights_of(stage), Checkpoint(folder / "toy.ckpt").load()
+
+
+def flat(state, prefix: str = "") -> dict[str, torch.Tensor]:
+    """All numbers of a nested state, but the time and what was logged."""
+    if isinstance(state, dict):
+        parts = [(k, v) for k, v in state.items() if k not in ("elapsed", "metrics")]
+    elif isinstance(state, list | tuple):
+        parts = list(enumerate(state))
+    else:
+        return {prefix: torch.as_tensor(state)} if isinstance(state, torch.Tensor | float) else {}
+    return {k: v for name, x in parts for k, v in flat(x, f"{prefix}/{name}").items()}
+
+
+# ---- schedule ------------------------------------------------------------------------------------
+
+
+def drive(schedule: Schedule, pace) -> tuple[list[float], list[float], float]:
+    """Learning rates, progress and the end of a schedule whose steps take pace(now) seconds."""
+    now, rates, progress = 0.0, [], []
+    while not schedule.finished:
+        rates.append(schedule.lr_scale)
+        progress.append(schedule.progress)
+        now += pace(now)
+        schedule.tick(now)
+    return rates, progress, now
+
+
+def test_schedule_in_steps_is_warm_up_constant_linear():
+    rates, progress, _ = drive(Schedule(steps=1000), lambda now: 1.0)
+    assert len(rates) == 1000
+    np.testing.assert_allclose(progress, np.arange(1000) / 1000, atol=1e-9)
+    want = np.minimum((np.arange(1000) + 1) / 50, (1 - np.arange(1000) / 1000) / 0.4).clip(max=1)
+    np.testing.assert_allclose(rates, want, atol=1e-9)
+    assert Schedule(steps=1).finished is False
+
+
+@pytest.mark.parametrize(
+    "name, pace, late",
+    [
+        ("even", lambda now: 0.1, 0.002),
+        ("slow start", lambda now: 3.0 if now < 1 else 0.1, 0.002),
+        ("half the speed at 70 %", lambda now: 0.1 if now < 70 else 0.2, 0.005),
+        ("twice the speed at 50 %", lambda now: 0.1 if now < 50 else 0.05, 0.005),
+        ("a stall within the decay", lambda now: 10.0 if 80 < now < 80.2 else 0.1, 0.005),
+        ("a stall over the end", lambda now: 20.0 if 90 < now < 90.2 else 0.1, 0.15),
+    ],
+)
+def test_schedule_in_seconds_ends_on_time_and_never_jumps(name, pace, late):
+    schedule = Schedule(seconds=100.0)
+    rates, progress, end = drive(schedule, pace)
+    assert 99.5 < end < 100 * (1 + late), name
+    assert np.diff(progress).min() > 0 and progress[-1] < 1
+    after = rates[
+        60:
+    ]  # past the warm-up the rate never rises; it ends near 0 and gets there gently
+    assert np.diff(after).max() <= 1e-12 and np.diff(after).min() > -0.25
+    assert after[0] == 1.0 and after[-1] < 0.1
+
+
+def test_schedule_takes_one_budget(tmp_path):
+    for budget in ({}, {"seconds": 1.0, "steps": 1}):
+        with pytest.raises(ValueError, match="either seconds or steps"):
+            fit(make_stage(), run_in(tmp_path, **budget))
+    assert not list(tmp_path.iterdir())
+
+
+def test_seconds_are_kept_and_what_was_spent_counts(tmp_path):
+    run = run_in(tmp_path, seconds=3.0).less(0.5).less(1.0)
+    started = time.perf_counter()
+    summary = fit(make_stage(pause=0.002), run)
+    assert 1.3 < time.perf_counter() - started < 2.0
+    assert 2.8 < summary["seconds"] < 3.2 and summary["steps"] > 5
+    assert run_in(tmp_path, steps=5).less(9.0).steps == 5
+
+
+# ---- optimisers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(6, 3, 3, 3), (6, 1, 3, 3), (6, 4, 1, 1), (1, 4, 3, 3)])
+def test_as_matrix_shares_memory_and_gradient(order, shape):
+    kernel = nn.Parameter(torch.randn(shape).to(memory_format=order))
+    kernel.grad = torch.zeros_like(kernel)
+    matrix = as_matrix(kernel)
+    assert matrix.shape == (shape[0], kernel[0].numel())
+    with torch.no_grad():
+        matrix.mul_(2.0).add_(1.0)
+    F.conv2d(torch.randn(2, shape[1], 4, 4), kernel).square().sum().backward()
+    last = not kernel.is_contiguous()
+    for got, want in ((matrix.data, kernel.data), (matrix.grad, kernel.grad)):
+        assert torch.equal(got, (want.permute(0, 2, 3, 1) if last else want).reshape(got.shape))
+    assert matrix.grad.abs().sum() > 0
+
+
+def test_as_matrix_refuses_what_it_cannot_share():
+    kernel = nn.Parameter(torch.randn(3, 6, 3, 3).transpose(0, 1))
+    kernel.grad = torch.zeros_like(kernel)
+    with pytest.raises(ValueError, match=r"\(6, 3, 3, 3\)"):
+        as_matrix(kernel)
+
+
+def test_fit_learns_and_writes(tmp_path):
+    stage = make_stage()
+    stage.sample = lambda path: path.write_bytes(b"png") and {"exact": 0.5}
+    summary = fit(stage, run_in(tmp_path, steps=120, sample_every=0.0))
+    losses = [x["loss"] for x in map(eval, open(tmp_path / "metrics.jsonl")) if "loss" in x]
+    assert len(losses) == 3 and losses[-1] < 0.5 * losses[0]
+    assert (tmp_path / "toy_final.png").exists() and (tmp_path / "toy_000119.png").exists()
+    assert summary["steps"] == 120 and summary["metrics"]["exact"] == 0.5
+    assert not list(tmp_path.glob("*.partial"))
+    state = Checkpoint(tmp_path / "toy.ckpt").load()
+    assert all(a.grad_fn is None and not a.requires_grad for a in state["average"])
+
+
+def test_the_average_is_what_stays(tmp_path):
+    stage = make_stage()
+    fit(stage, run_in(tmp_path, steps=30))
+    average = Checkpoint(tmp_path / "toy.ckpt").load()["average"]
+    for p, a in zip(stage.modules.parameters(), average, strict=True):
+        assert torch.equal(p, a)
+
+
+def test_frozen_copy():
+    net = Net()
+    copy = frozen_copy(net)
+    assert not any(p.requires_grad for p in copy.parameters()) and not copy.training
+    assert all(p.requires_grad for p in net.parameters())
+    assert copy.linear.weight.data_ptr() != net.linear.weight.data_ptr()
+
+
+# ---- interruption and resume ---------------------------------------------------------------------
+
+
+def stop_at(step: int, how):
+    """A callable for `at_step` that does `how()` at the step."""
+    count = iter(range(10**6))
+    return lambda: how() if next(count) == step else None
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def crash() -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("how, error", [(interrupt, KeyboardInterrupt), (crash, ZeroDivisionError)])
+def test_resume_gives_the_same_bits(tmp_path, how, error):
+    want, want_state = straight(tmp_path / "a", 40)
+    options = {"steps": 40, "save_every": 0.0}
+    for step in (7, 0, 13):  # three times; the second at the first step after the resume
+        with pytest.raises(error):
+            fit(make_stage(at_step=stop_at(step, how)), run_in(tmp_path / "b", **options))
+    assert 0 < Checkpoint(tmp_path / "b/toy.ckpt").load()["schedule"]["step"] < 40
+    torch.manual_seed(12345)  # what the generator did before must not matter
+    stage = make_stage()
+    fit(stage, run_in(tmp_path / "b", **options))
+    assert_same_bits(want, weights_of(stage))
+    got_state = Checkpoint(tmp_path / "b/toy.ckpt").load()
+    assert len(flat(want_state)) > 15 and any("momentum_buffer" in k for k in flat(want_state))
+    assert_same_bits(flat(want_state), flat(got_state))
+
+
+def test_interrupt_saves_the_step_it_was_in(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_stage(at_step=stop_at(5, interrupt)), run_in(tmp_path, steps=40, save_every=1e9))
+    state = Checkpoint(tmp_path / "toy.ckpt").load()
+    assert state["schedule"]["step"] == 6
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupt_in_the_last_step_finishes_the_stage(tmp_path):
+    stage = make_stage(at_step=stop_at(9, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        fit(stage, run_in(tmp_path / "a", steps=10))
+    assert_same_bits(straight(tmp_path / "b", 10)[0], weights_of(stage))
+
+
+def test_a_finished_stage_is_skipped_at_once(tmp_path):
+    want, _ = straight(tmp_path, 10)
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    stage = make_stage(at_step=crash)
+    stage.sample = lambda path: crash()
+    summary = fit(stage, run_in(tmp_path, steps=10))
+    assert_same_bits(want, weights_of(stage))
+    assert summary["steps"] == 10 and summary["metrics"]["loss"] > 0
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+
+KILLED = """
+import sys; sys.path[:0] = {paths!r}
+import os, signal, torch
+from pathlib import Path
+from test_training import make_stage, run_in, stop_at
+from nexus_min.training import fit
+torch.set_num_threads(1)
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+fit(make_stage(at_step=stop_at({step}, die)), run_in(Path({folder!r}), steps=30, save_every=0.0))
+"""
+
+
+def test_kill_9_then_resume_gives_the_same_bits(tmp_path):
+    want, _ = straight(tmp_path / "a", 30)
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    script = KILLED.format(paths=paths, step=11, folder=str(tmp_path / "b"))
+    dead = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    assert Checkpoint(tmp_path / "b/toy.ckpt").load()["schedule"]["step"] == 11
+    stage = make_stage()
+    fit(stage, run_in(tmp_path / "b", steps=30))
+    assert_same_bits(want, weights_of(stage))
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
+    stage = make_stage()
+    fine, count = stage.loss, iter(range(100))
+
+    def loss(rng, progress):
+        value, metrics = fine(rng, progress)
+        return value * (float("nan") if next(count) == 6 else 1.0), metrics
+
+    stage.loss = loss
+    with pytest.raises(FloatingPointError, match="stage toy, step 6.*last good checkpoint"):
+        fit(stage, run_in(tmp_path, steps=20, save_every=0.0))
+    state = Checkpoint(tmp_path / "toy.ckpt").load()
+    assert state["schedule"]["step"] == 6
+    assert all(v.isfinite().all() for v in flat(state).values())
+
+
+def test_a_gradient_that_is_not_finite_stops(tmp_path):
+    stage = make_stage()
+    linear = stage.modules["net"].linear
+    stage.loss = lambda rng, progress: (linear.weight.sum().mul(0.0).sqrt(), {})
+    with pytest.raises(FloatingPointError, match="step 0"):
+        fit(stage, run_in(tmp_path, steps=2))
+    assert not (tmp_path / "toy.ckpt").exists()
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "toy.ckpt")
+    checkpoint.save({"x": torch.ones(3)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="toy.ckpt: .*File too large.*last good one is kept") as e:
+            checkpoint.save({"x": torch.ones(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "\n" not in str(e.value)
+    assert torch.equal(checkpoint.load()["x"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["toy.ckpt"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failing_write_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, call):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    checkpoint = Checkpoint(tmp_path / "toy.ckpt")
+    checkpoint.save({"x": torch.ones(3)})
+    monkeypatch.setattr(training.os, call, fail)
+    with pytest.raises(OSError, match="toy.ckpt: .*Input/output error; the last good one is kept"):
+        checkpoint.save({"x": torch.zeros(3)})
+    assert torch.equal(checkpoint.load()["x"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["toy.ckpt"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="there is none yet"):
+        Checkpoint(tmp_path / "file" / "toy.ckpt").save({})
+
+
+def test_a_foreign_or_broken_checkpoint_is_one_line(tmp_path):
+    path = tmp_path / "toy.ckpt"
+    for content in (b"", b"not a checkpoint", b"broken", b"PK\x03\x04 torn"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="toy.ckpt: not a checkpoint") as e:
+            fit(make_stage(), run_in(tmp_path, steps=1))
+        assert "\n" not in str(e.value)
+    Checkpoint(path).save({"modules": nn.ModuleDict({"net": nn.Linear(2, 2)}).state_dict()})
+    with pytest.raises(ValueError, match="toy.ckpt: does not fit this stage") as e:
+        fit(make_stage(), run_in(tmp_path, steps=1))
+    assert "\n" not in str(e.value)
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+
+def quadratic_stage() -> Stage:
+    """Least squares on 16 fixed examples, of which every process sees its own part."""
+    torch.manual_seed(0)
+    net, x, y = nn.Linear(6, 5), torch.randn(16, 6), torch.randn(16, 5)
+
+    def loss(rng, progress):
+        rank, size = world()
+        return (net(x[rank::size]) - y[rank::size]).square().mean(), {"half": progress > 0.5}
+
+    return Stage("toy", nn.ModuleDict({"net": net}), loss, lr=0.02)
+
+
+def one_of_two(rank: int, folder: str, budget: dict) -> None:
+    torch.set_num_threads(1)
+    store = {"init_method": f"file://{folder}/store", "world_size": 2}
+    torch.distributed.init_process_group("gloo", rank=rank, **store)
+    stage = quadratic_stage()
+    run = run_in(Path(folder), **budget).less(0.3 * rank)  # never equally late
+    summary = fit(stage, run)
+    steps = {"steps": torch.tensor(summary["steps"])}
+    save_file(weights_of(stage) | steps, f"{folder}/{rank}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("budget", [{"steps": 60}, {"seconds": 1.5}])
+def test_two_processes_are_one(tmp_path, budget):
+    torch.multiprocessing.spawn(one_of_two, args=(str(tmp_path), budget), nprocs=2)
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert_same_bits(first, second)  # the steps too: they stop together
+    if "seconds" in budget:
+        return
+    stage = quadratic_stage()
+    fit(stage, run_in(tmp_path / "alone", **budget))
+    for name, want in weights_of(stage).items():
+        torch.testing.assert_close(first[name], want, atol=1e-5, rtol=0)
