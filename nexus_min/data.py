@@ -3,8 +3,7 @@
 A line is `{"id": ..., "images": [path, ...], "messages": [{"role", "content"}, ...]}`; `<image>` in
 a content marks each image in order. An image in an assistant's turn is a target: it is cropped to
 the centre square and seen at the slots' size (252 px at full scale). Every other image is read as
-the user gave it, within the model's pixel bounds. The data of equation 1 of the paper (section
-3.2).
+the user gave it, within the model's pixel bounds. Paper: section "Dataset Curation".
 
 Official: `train/ar/template.py` and the example datasets of modelscope/Nexus-Gen.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -171,7 +172,7 @@ def test_fit_learns_and_writes(tmp_path):
     stage = make_stage()
     stage.sample = lambda path: path.write_bytes(b"png") and {"exact": 0.5}
     summary = fit(stage, run_in(tmp_path, steps=120, sample_every=0.0))
-    losses = [x["loss"] for x in map(eval, open(tmp_path / "metrics.jsonl")) if "loss" in x]
+    losses = [x["loss"] for x in map(json.loads, open(tmp_path / "metrics.jsonl")) if "loss" in x]
     assert len(losses) == 3 and losses[-1] < 0.5 * losses[0]
     assert (tmp_path / "toy_final.png").exists() and (tmp_path / "toy_000119.png").exists()
     assert summary["steps"] == 120 and summary["metrics"]["exact"] == 0.5

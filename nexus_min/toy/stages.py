@@ -334,7 +334,7 @@ def ar_stage(
         return metrics
 
     names = ("embed", "lm_head")
-    return Stage("ar", nn.ModuleDict({"ar": ar}), loss, adamw_only=names, sample=sample)
+    return Stage("ar", nn.ModuleDict({"ar": ar}), loss, lr=4e-3, adamw_only=names, sample=sample)
 
 
 @torch.no_grad()
@@ -495,7 +495,7 @@ def generation_stage(
         return {"exact": agreement(drawn, truth)}
 
     modules = nn.ModuleDict({"mmdit": mmdit, "adapter": adapter})
-    return Stage("generation", modules, loss, adamw_only=ADAMW_ONLY, sample=sample)
+    return Stage("generation", modules, loss, lr=8e-3, adamw_only=ADAMW_ONLY, sample=sample)
 
 
 def editing_stage(
@@ -529,4 +529,4 @@ def editing_stage(
         return {"exact": agreement(drawn, truth)}
 
     modules = nn.ModuleDict({"mmdit": mmdit, "merger": merger})
-    return Stage("editing", modules, loss, adamw_only=ADAMW_ONLY, sample=sample)
+    return Stage("editing", modules, loss, lr=8e-3, adamw_only=ADAMW_ONLY, sample=sample)
