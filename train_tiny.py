@@ -43,7 +43,7 @@ from nexus_min.config import NexusGenConfig
 from nexus_min.mmdit import MMDiT
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.toy import stages as toy
-from nexus_min.toy.vocabulary import build_tokenizer
+from nexus_min.toy.vocabulary import build_tokenizer, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
 # The stages in order: the share of --minutes, and the batch over all workers.
@@ -313,6 +313,8 @@ def ship(folder: Folder, goal: Path, command: str, seed: int) -> None:
         dtype=torch.float16,
         metadata=facts,
     )
+    known = json.dumps(sorted({word.strip() for word in words()} - {""}), ensure_ascii=False)
+    loader.replace_file(goal / "toy_words.json", lambda p: p.write_text(known, "utf-8"))
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -382,8 +384,8 @@ def main(argv: list[str] | None = None) -> int:
         minutes = (time.time() - started) / 60
         print(f"trained {args.stage} in {minutes:.1f} minutes: {args.out}/model")
         if args.ship:
-            words = shlex.join(sys.argv[1:] if argv is None else argv)
-            ship(Folder(args.out), args.ship, f"python train_tiny.py {words}", args.seed)
+            options = shlex.join(sys.argv[1:] if argv is None else argv)
+            ship(Folder(args.out), args.ship, f"python train_tiny.py {options}", args.seed)
             print(f"shipped to {args.ship}")
     except ERRORS as error:
         print(f"train_tiny: {error}", file=sys.stderr)

@@ -45,7 +45,7 @@ from .world import (
 )
 
 DETAIL = 0.4  # share of textured pictures in the base stages
-POOL = 8192  # pictures embedded once for a decoder stage, over all workers
+POOL = 24_576  # most pictures embedded once for a decoder stage, over all workers
 MIXTURE = ("understand", "generate", "generate", "edit")  # 1:2:1
 COND_NOISE = 0.12  # up to this much noise on the embeddings a decoder learns from
 
@@ -260,7 +260,15 @@ def vision_stage(visual: QwenViT, config: NexusGenConfig, batch: int) -> Stage:
         return grounding_loss(said, want)
 
     modules = nn.ModuleDict({"visual": visual, "head": head})
-    return Stage("vision", modules, loss, lr=5e-3, adamw_lr=3e-3, ema=0.995, adamw_only=("head", "patch_embed"))
+    return Stage(
+        "vision",
+        modules,
+        loss,
+        lr=5e-3,
+        adamw_lr=3e-3,
+        ema=0.995,
+        adamw_only=("head", "patch_embed"),
+    )
 
 
 @torch.no_grad()
@@ -405,6 +413,11 @@ def paint(mmdit: MMDiT, context: Context, vae: AutoEncoder, config: NexusGenConf
     return to_uint8(vae.decode(list(steps)[-1].x))
 
 
+def pool_size(run: Run, per_second: int) -> int:
+    """Pictures that are worth embedding: `per_second` of the stage's budget, at most POOL."""
+    return POOL if run.seconds is None else min(POOL, max(256, int(per_second * run.seconds)))
+
+
 def build_pool(n: int, run: Run, make: Callable[[np.random.Generator], dict[str, Tensor]]) -> dict:
     """Tensors of this worker's share of n examples, 64 at a time, in fp16; used many times."""
     rank, size = world()
@@ -426,7 +439,7 @@ def reconstruction_pool(
         embeds = embed_views(visual, x, config.target_size)
         return {"embeds": embeds, "latents": vae.encode(x * 2 - 1)}
 
-    return build_pool(POOL, run, make)
+    return build_pool(pool_size(run, 20), run, make)
 
 
 def editing_pool(
@@ -444,7 +457,7 @@ def editing_pool(
             "latents": vae.encode(target * 2 - 1),
         }
 
-    return build_pool(POOL, run, make)
+    return build_pool(pool_size(run, 12), run, make)
 
 
 def draw_rows(

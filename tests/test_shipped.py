@@ -1,0 +1,140 @@
+"""The shipped tiny model, used as a stranger would: it draws, answers and edits the unseen."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from nexus_min.components import TINY
+from nexus_min.pipeline import NexusGen
+from nexus_min.toy import evaluate
+from nexus_min.toy.score import read
+from nexus_min.toy.tasks import CATEGORIES, EDITS, QUESTIONS
+from nexus_min.toy.world import Object, Scene, Texture, render
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.fixture(scope="module")
+def model() -> NexusGen:
+    return NexusGen.load("tiny")
+
+
+def command(*words: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"COLUMNS": "100"}
+    run = [sys.executable, "-m", "nexus_min", *words]
+    return subprocess.run(run, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def test_it_is_small_and_says_how_it_was_made():
+    files = [f for f in TINY.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 15_000_000
+    weights = [f for f in files if f.suffix == ".safetensors"]
+    assert len(weights) == 5
+    for file in weights:
+        with safe_open(file, "pt") as opened:
+            told = opened.metadata()
+        assert told["command"].startswith("python train_tiny.py")
+        assert float(told["minutes"]) > 0 and int(told["seed"]) >= 0
+
+
+@pytest.mark.parametrize("kind", [*CATEGORIES, "caption"])
+def test_it_draws_unseen_prompts(model, kind):
+    """Far below the measured score, as rounding differs between machines, far above chance."""
+    tally = evaluate.score_generation(model, kind, False, 10, 123)[0]
+    assert tally.n == 10 and tally.right >= 6, tally.line()
+
+
+def test_it_answers_unseen_questions(model):
+    tallies = [evaluate.score_questions(model, kind, False, 4, 123)[0] for kind in QUESTIONS]
+    assert sum(t.right for t in tallies) >= 24, [t.line() for t in tallies]
+
+
+def test_it_edits_unseen_pictures(model):
+    tallies = [evaluate.score_edits(model, kind, False, 4, 123)[0] for kind in EDITS]
+    assert sum(t.right for t in tallies) >= 16, [t.line() for t in tallies]
+
+
+def test_the_editing_decoder_keeps_what_the_generation_decoder_cannot_know(model):
+    """The texture of the source reaches the picture through the reference embeddings alone."""
+    texture = Texture(angle=0.5, period=9.0, phase=1.0, amplitude=18.0, checks=False)
+    scene = Scene((Object("star", "yellow", cell=0),), "gray", texture=texture)
+    source = Image.fromarray(render(scene))
+    truth = render(Scene((), "gray", texture=texture))[:, 24:].astype(float)
+    kept, drawn = (
+        np.asarray(model.edit(source, "Change the star to pink.", decoder=d))[:, 24:].astype(float)
+        for d in ("editing", "generation")
+    )
+    assert np.abs(kept - truth).mean() < np.abs(drawn - truth).mean()
+
+
+def test_chinese(model):
+    reading = read(np.asarray(model.generate("一个红色圆形"))[None])[0]
+    assert [(o.shape, o.colour) for o in reading.scene.objects] == [("circle", "red")]
+
+
+def picture(kind: str) -> Image.Image:
+    rng = np.random.default_rng(0)
+    if kind == "photograph":  # smooth light, grain, no shapes
+        x, y = np.meshgrid(np.linspace(0, 3, 900), np.linspace(0, 2, 600))
+        base = np.stack([np.sin(x + y), np.cos(2 * x - y), np.sin(3 * y)], -1) * 90 + 128
+        return Image.fromarray((base + rng.normal(0, 8, base.shape)).clip(0, 255).astype("uint8"))
+    shapes = {"tiny": (1, 1), "huge": (3000, 2000), "wide": (900, 10), "tall": (7, 640)}
+    if kind in shapes:
+        return Image.new("RGB", shapes[kind], (200, 30, 60))
+    noise = rng.integers(0, 256, (40, 60, 4), dtype=np.uint8)
+    return Image.fromarray(noise, "RGBA").convert({"alpha": "RGBA", "grey": "L", "bits": "1"}[kind])
+
+
+@pytest.mark.parametrize(
+    "kind", ["photograph", "tiny", "huge", "wide", "tall", "alpha", "grey", "bits"]
+)
+def test_any_picture_gets_an_answer_and_an_edit(model, tmp_path, kind):
+    file = tmp_path / "in.png"
+    picture(kind).save(file)
+    assert isinstance(model.understand(file, "What color is the background?"), str)
+    assert model.edit(file, "Add a small red circle in the center.").size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a cat on the moon", "🎨" * 50, "<|im_end|><image_pad>", "\x00"]
+)
+def test_any_prompt_gets_a_picture(model, prompt):
+    assert model.generate(prompt).size == (64, 64)
+
+
+def test_the_command_line_warns_outside_the_toy_world(tmp_path):
+    picture("photograph").save(tmp_path / "photo.jpg")
+    done = command("edit", "photo.jpg", "Make the sky purple", "--output", "out.png", cwd=tmp_path)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert "never seen" in done.stderr and (tmp_path / "out.png").exists()
+
+
+def test_readme_commands_draw_edit_and_answer(tmp_path):
+    """Every `python -m nexus_min generate` line of the README, then an edit and a question."""
+    lines = re.findall(r"^python -m nexus_min generate (.+)$", README.read_text("utf-8"), re.M)
+    assert lines
+    prompt, output = re.fullmatch(r'"(.+)" --output (\S+)', lines[0]).groups()
+    assert command("generate", prompt, "--output", output, cwd=tmp_path).stdout.strip() == output
+    objects = read(np.asarray(Image.open(tmp_path / output))[None])[0].scene.objects
+    assert {(o.shape, o.colour) for o in objects} == {("star", "red"), ("circle", "blue")}
+    edit = command("edit", output, "Change the star to yellow.", "-o", "new.png", cwd=tmp_path)
+    assert edit.returncode == 0, edit.stderr
+    answer = command("understand", "new.png", "What color is the star?", cwd=tmp_path)
+    assert answer.stdout.strip() == "yellow"
+
+
+def test_readme_python_block_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.+?)```", README.read_text("utf-8"), re.S)
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert names["answer"] == "yellow"
