@@ -42,6 +42,7 @@ from nexus_min.autoregressive import NexusGenAR
 from nexus_min.config import NexusGenConfig
 from nexus_min.mmdit import MMDiT
 from nexus_min.tokenizer import QwenTokenizer
+from nexus_min.toy import base
 from nexus_min.toy import stages as toy
 from nexus_min.toy.vocabulary import build_tokenizer, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
@@ -136,9 +137,9 @@ class Folder:
 
 def train_vae(folder: Folder, run: Run, batch: int) -> dict:
     config = folder.config
-    vae = toy.init_vae(AutoEncoder(config.autoencoder))
-    summary = fit(toy.vae_stage(vae, batch), run)
-    scale, shift = toy.latent_statistics(vae)
+    vae = base.init_vae(AutoEncoder(config.autoencoder))
+    summary = fit(base.vae_stage(vae, batch), run)
+    scale, shift = base.latent_statistics(vae)
     sizes = replace(config.autoencoder, scale_factor=scale, shift_factor=shift)
     folder.save(replace(config, autoencoder=sizes), autoencoder=vae)
     return summary
@@ -147,8 +148,8 @@ def train_vae(folder: Folder, run: Run, batch: int) -> dict:
 def train_vision(folder: Folder, run: Run, batch: int) -> dict:
     config = folder.config
     ar = toy.init_ar(NexusGenAR(config.ar))
-    summary = fit(toy.vision_stage(ar.visual, config, batch), run)
-    toy.standardise(ar.visual, config)
+    summary = fit(base.vision_stage(ar.visual, config, batch), run)
+    base.standardise(ar.visual, config)
     with tempfile.TemporaryDirectory() as place:
         file = Path(place, "tokenizer.json")
         build_tokenizer(config).save(str(file))

@@ -33,7 +33,8 @@ RANKS = (
     ("toy.world",),
     ("toy.score", "toy.tasks"),
     ("toy.vocabulary",),
-    ("toy.stages", "toy.evaluate"),
+    ("toy.pictures",),
+    ("toy.base", "toy.stages", "toy.evaluate"),
     ("__main__",),
 )
 RANK = {name: i for i, names in enumerate(RANKS) for name in names} | {"": -1, "toy": -1}

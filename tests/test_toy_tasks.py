@@ -13,7 +13,7 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 
-from nexus_min.toy.stages import scenes as training_scenes
+from nexus_min.toy.pictures import scenes as training_scenes
 from nexus_min.toy.tasks import (
     CATEGORIES,
     EDITS,

@@ -24,6 +24,7 @@ from ..pipeline import NexusGen
 from ..sampling import Sampling
 from ..tokenizer import EDITING_REPLY, GENERATION_REPLY
 from . import score
+from .pictures import save_grid
 from .tasks import CATEGORIES, EDITS, QUESTIONS, Example, example, satisfies
 from .world import render
 
@@ -144,7 +145,7 @@ def score_generation(
                 tallies.setdefault(count, Tally(f"{name}, {count} objects")).add(ok)
             tallies["all"].add(ok)
         if save and number == 0:
-            save_strip(save / f"{name.replace(' ', '_').replace('/', '_')}.png", [pictures[:10]])
+            save_grid(save / f"{name.replace(' ', '_').replace('/', '_')}.png", [pictures[:10]])
     return [tallies.pop("all")] + [tallies[k] for k in sorted(tallies)]
 
 
@@ -173,7 +174,7 @@ def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list
         if save and number == 0:
             targets = _arrays(_pictures([ex.scenes[1] for ex in batch]))
             rows = [_arrays(sources), targets, drawn["editing"], drawn["generation"]]
-            save_strip(save / f"{name.replace(' ', '_')}.png", [r[:10] for r in rows])
+            save_grid(save / f"{name.replace(' ', '_')}.png", [r[:10] for r in rows])
     if distances["editing"]:
         tally.notes = {f"l1_outside_{d}": float(np.mean(v)) for d, v in distances.items()}
     return [tally]
@@ -193,15 +194,8 @@ def score_reconstruction(model, n, seed, save=None, **options) -> list[Tally]:
         for scene, reading in zip(batch, score.read(drawn), strict=True):
             tally.add(reading.is_exactly(scene))
         if save and number == 0:
-            save_strip(save / "reconstruction.png", [_arrays(pictures)[:10], drawn[:10]])
+            save_grid(save / "reconstruction.png", [_arrays(pictures)[:10], drawn[:10]])
     return [tally]
-
-
-def save_strip(path: Path, rows: list[np.ndarray], scale: int = 2) -> None:
-    """Write a PNG of rows of pictures."""
-    image = Image.fromarray(np.concatenate([np.concatenate(list(r), 1) for r in rows]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
 
 
 def summary(rows: list[Tally], name: str, parts: list[Tally]) -> None:

@@ -1,0 +1,71 @@
+"""Pictures of the toy world as tensors, as grids for the eye, and as the checker's verdict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from ..image_processor import patchify
+from ..vision import QwenViT
+from . import score
+from .world import Scene, held_out, random_scene
+
+DETAIL = 0.4  # share of textured pictures in the base stages
+
+
+def to_unit(images: list[np.ndarray]) -> Tensor:
+    """uint8 pictures -> [B, 3, H, W] in [0, 1]."""
+    return rearrange(torch.from_numpy(np.stack(images)), "B h w C -> B C h w").float() / 255
+
+
+def resize(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """As PIL does it: [B, 3, H, W] in [0, 1] -> [B, 3, size, size]."""
+    return F.interpolate(images, size=(size, size), mode=mode, antialias=True).clamp(0, 1)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """[-1, 1] -> uint8 [B, H, W, 3], truncating as the official code does."""
+    pixels = ((images.detach() / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
+    return rearrange(pixels, "B C h w -> B h w C").numpy()
+
+
+def save_grid(path: Path, rows: list[np.ndarray], scale: int = 2) -> None:
+    """Write a PNG whose rows are strips of equally many pictures uint8 [n, H, W, 3]."""
+    image = Image.fromarray(np.concatenate([rearrange(r, "n h w C -> h (n w) C") for r in rows]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+def scenes(rng: np.random.Generator, n: int, detail: float = DETAIL) -> list[Scene]:
+    """n random scenes that are not held out."""
+    found: list[Scene] = []
+    while len(found) < n:
+        scene = random_scene(rng, detail=detail)
+        if not held_out(scene.key):
+            found.append(scene)
+    return found
+
+
+def embed_views(visual: QwenViT, images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1] -> image embeddings [B, N, C] of their view at `size` px."""
+    pixels, grid = patchify(resize(images, size, mode))
+    tokens = visual(pixels, tuple(map(tuple, grid.tolist())))
+    return rearrange(tokens, "(B N) C -> B N C", B=len(images))
+
+
+def exactness(pictures: np.ndarray, wanted: list[Scene]) -> float:
+    """Share of pictures that the checker reads as exactly their scene."""
+    readings = score.read(pictures)
+    return float(np.mean([r.is_exactly(s) for r, s in zip(readings, wanted, strict=True)]))
+
+
+def agreement(drawn: np.ndarray, truth: np.ndarray) -> float:
+    """Share of pictures in which the checker reads the same scene as in the true ones."""
+    pairs = zip(score.read(drawn), score.read(truth), strict=True)
+    return float(np.mean([a.scene.key == b.scene.key for a, b in pairs]))
