@@ -109,7 +109,7 @@ def test_the_arrow_would_catch_a_back_edge():
     relative = ast.parse("from . import score\nfrom .tasks import example\nfrom ..flow import cfg")
     read = [absolute("toy.stages", node) for node in relative.body]
     assert read == [["nexus_min.toy.score"], ["nexus_min.toy.tasks"], ["nexus_min.flow"]]
-    assert {"toy.tasks", "toy.score", "toy.world", "flow"} < internal("toy.stages")
+    assert {"toy.tasks", "toy.pictures", "toy.world", "flow"} < internal("toy.stages")
     assert "autoregressive" in internal("pipeline")
 
 
