@@ -292,9 +292,13 @@ def fit(
 
 
 def build(make: Callable[[], nn.Module]) -> nn.Module:
-    """The model without memory: names and shapes only."""
-    with torch.device("meta"):
-        return make()
+    """The model without memory: names and shapes only. ValueError when no model has such sizes."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except (TypeError, ZeroDivisionError, RuntimeError) as error:  # a size that is 0, < 0 or a text
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"the sizes of the configuration make no model ({reason})") from error
 
 
 def part(config, name: str):
@@ -450,10 +454,10 @@ def save_checkpoint(
     }
     files = {file: state for file, state in files.items() if state}
     texts = config_files(folder, config)
+    for file, text in texts.items():  # first: weights without sizes would pass for full-size ones
+        replace_file(file, lambda path, text=text: path.write_text(text))
     for file, state in files.items():
         save_tensors(file, state, dtype, metadata)
-    for file, text in texts.items():
-        replace_file(file, lambda path, text=text: path.write_text(text))
     copies = [home / "tokenizer.json"] if tokenizer_file is not None else []
     for file in copies:
         replace_file(file, lambda path: shutil.copyfile(tokenizer_file, path))

@@ -21,6 +21,8 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DTYPES |= {name: name for name in DTYPES.values()}
 WORD = r"[a-z\u00c0-\u024f]+|[^\W\d_a-z\u00c0-\u024f]+"  # Latin letters, or other letters
+OPTION = r"--|-[^\d\s]\S*$"  # a word that looks like one: not "-3", not "- make it red"
+OUT_OF_MEMORY = "out of memory|can't allocate memory"  # on a GPU | on the CPU
 MAX_MESSAGE = 600  # characters of an error that are shown
 
 
@@ -69,6 +71,8 @@ def build_parser(with_eval: bool) -> Parser:
     add_drawing(edit, "edited.png")
     add_model(edit)
     evaluate = commands.add_parser("eval", help="score a model on the toy world")
+    add_folder(evaluate)
+    evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of cases and noise")
     if with_eval:
         from .toy.evaluate import add_arguments
 
@@ -80,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments; words may stand before, between and after the options."""
     parser = build_parser(argv[:1] == ["eval"])
     args, rest = parser.parse_known_args(argv)
-    if rest and (args.command == "eval" or any(word.startswith("--") for word in rest)):
+    if rest and (args.command == "eval" or any(re.match(OPTION, word) for word in rest)):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if rest:
         args.words += rest
@@ -112,9 +116,14 @@ def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--output", "-o", default=output, metavar="FILE", help=f"default {output}")
 
 
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """Which model."""
+    parser.add_argument("--model", default="tiny", metavar="DIR", help="a model's folder, or tiny")
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model, and where it runs."""
-    parser.add_argument("--model", default="tiny", metavar="DIR", help="a model's folder, or tiny")
+    add_folder(parser)
     parser.add_argument("--device", help="default: cuda, mps or cpu, what is there; tiny: cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on the CPU, else bf16")
     parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N")
@@ -165,9 +174,15 @@ def run_edit(args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    """Score a model on the toy world."""
+    """Score a model on the toy world; where results go is checked before the work is done."""
     from .toy.evaluate import main as evaluate
 
+    if args.seed < 0:
+        raise ValueError(f"the seed must be 0 or more, got {args.seed}")
+    if args.json:
+        check_place(args.json)
+    if args.save and args.save.exists() and not args.save.is_dir():
+        raise ValueError(f"cannot write grids to {str(args.save)!r}: it is no folder")
     evaluate(args)
 
 
@@ -257,8 +272,13 @@ def check_output(output: str) -> None:
     path = Path(output)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"output {output!r} must end in {', '.join(FORMATS)}")
+    check_place(path)
+
+
+def check_place(path: Path) -> None:
+    """ValueError when no file can be written to `path`."""
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot write {output!r}: no file can be made there")
+        raise ValueError(f"cannot write {str(path)!r}: no file can be made there")
 
 
 def save_image(image, path: Path, settings: dict) -> None:
@@ -318,10 +338,10 @@ def main(argv: list[str] | None = None) -> None:
         COMMANDS[args.command](args)
     except (ValueError, OSError) as error:
         fail(error)
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error), re.I):
             raise
-        fail(f"out of memory: {error}")
+        fail(f"out of memory: {error}".rstrip(": "))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -200,7 +200,7 @@ class NexusGenConfig:
                     num_attention_heads=4,
                     num_key_value_heads=2,
                     vocab_size=768,
-                    rope_theta=10_000.0,
+                    rope_theta=100.0,  # 16 frequencies: all of them turn within a toy sequence
                     mrope_section=(4, 5, 7),
                     max_position_embeddings=2048,
                 ),
@@ -225,7 +225,8 @@ class NexusGenConfig:
                 num_heads=4,
                 depth=2,
                 depth_single_blocks=4,
-                axes_dim=(8, 12, 12),
+                axes_dim=(4, 14, 14),
+                theta=32,  # 7 frequencies an axis: all of them tell the 8 rows of tokens apart
             ),
             autoencoder=AutoEncoderConfig(
                 ch=16,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -217,7 +218,9 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
         stream = path
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]  # older Pillows know fewer
-    return Image.open(stream, formats=formats)
+    with warnings.catch_warnings():  # of many pixels: `finish` refuses them itself
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(stream, formats=formats)
 
 
 def finish(image: Image.Image, max_pixels: int) -> Image.Image:

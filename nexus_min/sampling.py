@@ -95,7 +95,8 @@ def velocity_field(
 ) -> flow.Velocity:
     """The MMDiT as a function of x_t [B, z, height, width] (latent cells) and t [B] alone."""
     weight = mmdit.img_in.weight
-    rope = mmdit.rope(image_ids(height, width).to(weight.device), context.txt_ids)
+    ids = image_ids(height, width), context.txt_ids
+    rope = mmdit.rope(*(i.to(weight.device) for i in ids))
     strength = torch.full((1,), guidance, device=weight.device)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from tiny_model import save_tiny
 
-from nexus_min.__main__ import main, unknown_words
+from nexus_min.__main__ import COMMANDS, main, unknown_words
+from nexus_min.toy.evaluate import add_arguments as add_eval_arguments
 
 FAST = ["--steps", "1", "--fast_preamble"]
 
@@ -128,10 +129,12 @@ def test_a_negative_prompt_without_guidance_is_only_a_warning(here, capsys, fold
 def test_eval_hands_over_to_the_toy_world(capsys, monkeypatch):
     seen = []
     module = types.ModuleType("nexus_min.toy.evaluate")
-    module.add_arguments = lambda parser: parser.add_argument("--cases", type=int)
-    module.main = lambda args: seen.append(args.cases)
+    module.add_arguments = add_eval_arguments
+    module.main = lambda args: seen.append((args.cases, args.model, args.seed))
     monkeypatch.setitem(sys.modules, "nexus_min.toy.evaluate", module)
-    assert run(capsys, "eval", "--cases", "3")[0] == 0 and seen == [3]
+    assert run(capsys, "eval", "--cases", "3")[0] == 0 and seen == [(3, "tiny", 0)]
+    assert run(capsys, "eval", "--cases", "3", "--model", "m", "--seed", "4")[0] == 0
+    assert seen[1:] == [(3, "m", 4)]
     status, _, err = run(capsys, "eval", "--case", "x")
     assert status == 2 and err.count("\n") == 1
 
@@ -166,6 +169,12 @@ BAD = {
     "empty prompt": (["generate", "  "], "prompt is empty"),
     "overlong prompt": (["generate", "red " * 3000], "tokens long"),
     "undecodable prompt": (["generate", "a \udcff"], "not valid Unicode"),
+    "unknown short option": (["generate", "-v"], "unknown arguments: -v"),
+    "eval without cases": (["eval", "--cases", "0"], "--cases must be at least 1"),
+    "eval without a model": (["eval", "--model", "no_model"], "no model folder 'no_model'"),
+    "eval seed": (["eval", "--seed", "-1"], "the seed must be 0 or more"),
+    "eval json": (["eval", "--json", "no/such/a.json"], "cannot write 'no/such/a.json'"),
+    "eval grids": (["eval", "--save", "photo.png"], "cannot write grids to 'photo.png'"),
     "unquoted prompt": (["generate", "red", "circle"], "quotes"),
     "placeholder": (["generate", "a <image>"], "1 <image> placeholders for 0 images"),
     "steps 0": (["generate", "a", "--steps", "0"], "steps must be 1 to"),
@@ -242,6 +251,18 @@ def test_a_failed_save_leaves_nothing(here, capsys, folder, monkeypatch):
     status, out, err = run(capsys, *argv)
     assert (status, out) == (2, "") and "No space left" in err and err.count("\n") == 1
     assert (here / "old.png").read_bytes() == b"old" and len(list(here.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")]
+)
+def test_a_machine_that_is_too_small(here, capsys, monkeypatch, error):
+    def full(args):
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "generate", full)
+    status, out, err = run(capsys, "generate", "a")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "error: out of memory" in err
 
 
 # ---- the process -------------------------------------------------------------------------------

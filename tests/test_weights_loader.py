@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,18 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
     assert file.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_sizes_are_there_before_weights(tmp_path, monkeypatch):
+    """A save that is killed leaves no tiny weights that would be taken for full-size ones."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(w, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        w.save_checkpoint(tmp_path, TINY, autoencoder=tiny_components()["autoencoder"])
+    assert w.load_config(tmp_path) == TINY and not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_loader_maps_instead_of_copying(tmp_path, saved):
     folder, components = saved
     file = tmp_path / "generation_decoder.bin"
@@ -529,3 +542,10 @@ def test_bad_config_and_empty_prompt(tmp_path):
     save_file({"pooled": torch.zeros(1, 32)}, tmp_path / "empty_prompt.safetensors")
     with pytest.raises(ValueError, match=r"missing \(1\): context"):
         w.load_empty_prompt(tmp_path, TINY)
+
+
+@pytest.mark.parametrize("size", [0, -128, "x"])
+def test_sizes_of_no_model(saved, size):
+    wrong = replace(TINY.ar.text, num_attention_heads=size)
+    with pytest.raises(ValueError, match="sizes of the configuration make no model"):
+        w.load_ar(saved[0] / w.AR_FOLDER, replace(TINY.ar, text=wrong))

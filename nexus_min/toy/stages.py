@@ -16,7 +16,7 @@ from ..autoencoder import AutoEncoder
 from ..autoregressive import ARLoss, NexusGenAR, ar_loss, prefill_image_slots
 from ..config import NexusGenConfig
 from ..data import collate
-from ..flow import denoise, rf_loss, sample_t, schedule
+from ..flow import denoise, rf_loss, sample_t, schedule, time_shift
 from ..image_processor import patchify
 from ..mmdit import MMDiT, context_ids_editing, context_ids_generation
 from ..projector import GenerationAdapter, ImageEmbeddingMerger
@@ -234,8 +234,12 @@ def draw_rows(
 
 
 def flow_loss(mmdit: MMDiT, context: Context, x0: Tensor, generator: torch.Generator) -> Tensor:
-    """`rf_loss` at logit-normal times."""
-    noise, t = torch.randn(x0.shape, generator=generator), sample_t(len(x0), generator)
+    """`rf_loss` at logit-normal times, shifted to noise as the sampler's are.
+
+    Unshifted, one time in twelve lies above 0.8, where the context decides what is drawn: below,
+    the picture shows through the noise, and a decoder learns to read that instead of the context.
+    """
+    noise, t = torch.randn(x0.shape, generator=generator), time_shift(sample_t(len(x0), generator))
     return rf_loss(velocity_field(mmdit, context, *x0.shape[-2:]), x0, noise, t)
 
 
