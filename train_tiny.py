@@ -71,17 +71,40 @@ class Folder:
 
     @property
     def config(self) -> NexusGenConfig:
-        return loader.load_config(self.model) if self.model.exists() else NexusGenConfig.tiny()
+        known = (self.model / "nexus_min.json").exists()
+        return loader.load_config(self.model) if known else NexusGenConfig.tiny()
+
+    def note(self, stage: str) -> dict | None:
+        """What was noted when the stage was done, if it was. ValueError for a broken file."""
+        file = self.path / f"{stage}.json"
+        try:
+            return json.loads(file.read_text()) if file.exists() else None
+        except ValueError as error:
+            raise ValueError(f"{file}: not a summary ({error}); delete it") from None
 
     def finished(self, stage: str) -> dict | None:
-        """The summary of a stage whose part of the model is here, else None."""
-        file = self.path / f"{stage}.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        """The note of a stage, None also when a stage that it was built on has changed since."""
+        if not (note := self.note(stage)):
+            return None
+        built_on = note.get("needs", {})
+        fresh = all((self.finished(n) or {}).get("stamp") == t for n, t in built_on.items())
+        return note if fresh else None
 
-    def finish(self, summary: dict) -> None:
-        """Note that a stage is done and saved."""
-        text = json.dumps(summary, indent=1)
-        loader.replace_file(self.path / f"{summary['stage']}.json", lambda p: p.write_text(text))
+    def finish(self, summary: dict, command: str) -> None:
+        """Note that a stage is done and saved, by which command, on top of which others."""
+        stage = summary["stage"]
+        needs = {n: self.note(n).get("stamp") for n in NEEDS[stage]}
+        note = summary | {"command": command, "stamp": time.time(), "needs": needs}
+        text = json.dumps(note, indent=1)
+        loader.replace_file(self.path / f"{stage}.json", lambda p: p.write_text(text))
+
+    def drop_stale(self, stages: tuple[str, ...]) -> list[str]:
+        """Forget those of `stages` whose foundations have changed; return their names."""
+        stale = [n for n in stages if self.note(n) and not self.finished(n)]
+        for name in stale:
+            (self.path / f"{name}.json").unlink()
+            (self.path / f"{name}.ckpt").unlink(missing_ok=True)
+        return stale
 
     def check(self, stage: str) -> None:
         """ValueError, with the command to run first, when what the stage needs is missing."""
@@ -216,6 +239,7 @@ class Plan:
     quiet: bool
     bf16: bool
     started: float  # time.time()
+    command: str  # as given, for the record
 
     def seconds(self, stage: str) -> float | None:
         """Budget of a stage; what the ones before overran (final grids, start-up) comes off it."""
@@ -241,7 +265,7 @@ def train(plan: Plan) -> None:
         run = Run(folder.path, plan.seed, **limits, quiet=plan.quiet, bf16=bf16)
         summary = TRAIN[name](folder, run, max(1, BATCH[name] // plan.workers))
         if rank == 0:
-            folder.finish(summary)
+            folder.finish(summary, plan.command)
         if dist.is_initialized():
             dist.barrier()
 
@@ -293,11 +317,14 @@ def interrupts_forwarded(context: ProcessContext) -> Iterator[None]:
         raise
 
 
-def ship(folder: Folder, goal: Path, command: str, seed: int) -> None:
+def ship(folder: Folder, goal: Path, seed: int) -> None:
     """Copy a run's model into `goal` in fp16; every file's metadata say how it was made."""
     done = {name: folder.finished(name) for name in SHARES}
     facts = {
-        "command": command,
+        "command": "; ".join(dict.fromkeys(note["command"] for note in done.values())),
+        "stages": json.dumps(
+            {name: [n["command"], n["steps"], n["seconds"]] for name, n in done.items()}
+        ),
         "seed": str(seed),
         "minutes": f"{sum(summary['seconds'] for summary in done.values()) / 60:.1f}",
         "metrics": json.dumps({name: summary["metrics"] for name, summary in done.items()}),
@@ -347,12 +374,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
+        if value is not None and value >= 2**62:
+            raise ValueError(f"--{name} must be below 2^62, not {value}")
     if args.workers > (most := min(BATCH.values())):
         raise ValueError(f"--workers must be at most {most}, the smallest batch")
     return args
 
 
-def make_plan(args: argparse.Namespace, started: float) -> Plan:
+def make_plan(args: argparse.Namespace, started: float, command: str) -> Plan:
     """Check what can be checked before any work is done. ERRORS name the option or the folder."""
     folder = Folder(args.out)
     stages = tuple(SHARES) if args.stage == "all" else (args.stage,)
@@ -361,8 +390,10 @@ def make_plan(args: argparse.Namespace, started: float) -> Plan:
     if args.ship:
         folder.check_complete(stages)
     folder.check_writable()
+    for name in folder.drop_stale(stages):
+        print(f"{name} is trained again: what it was built on has changed")
     settings = (args.minutes, args.steps, args.seed, args.workers, args.quiet, bf16_pays())
-    return Plan(args.out, stages, *settings, started)
+    return Plan(args.out, stages, *settings, started, command)
 
 
 def tell(folder: Folder, stages: tuple[str, ...]) -> None:
@@ -379,14 +410,14 @@ def main(argv: list[str] | None = None) -> int:
     started = time.time()
     try:
         args = parse(argv)
-        plan = make_plan(args, started)
+        options = shlex.join(sys.argv[1:] if argv is None else argv)
+        plan = make_plan(args, started, f"python train_tiny.py {options}".strip())
         tell(Folder(args.out), plan.stages)
         launch(plan)
         minutes = (time.time() - started) / 60
         print(f"trained {args.stage} in {minutes:.1f} minutes: {args.out}/model")
         if args.ship:
-            options = shlex.join(sys.argv[1:] if argv is None else argv)
-            ship(Folder(args.out), args.ship, f"python train_tiny.py {options}", args.seed)
+            ship(Folder(args.out), args.ship, args.seed)
             print(f"shipped to {args.ship}")
     except ERRORS as error:
         print(f"train_tiny: {error}", file=sys.stderr)

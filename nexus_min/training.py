@@ -329,7 +329,9 @@ class Trainer:
         """Steps until the budget is spent."""
         start = time.perf_counter() - self.schedule.elapsed
         while not self.schedule.finished:
-            self.window.append(self.take_step())
+            numbers = self.take_step()
+            if self.rank == 0:
+                self.window.append(numbers)
             elapsed, stop = agreed(time.perf_counter() - start, interrupt.is_set())
             self.schedule.tick(elapsed)
             if self.rank == 0:
@@ -397,8 +399,8 @@ class Trainer:
         """Leave the average in the modules, the last grid and checkpoint in the folder."""
         put(self.average, self.parameters)
         if self.rank == 0:
-            self.sample("final")
             self.checkpoint.save(self.state())
+            self.sample("final")
 
     def report(self) -> None:
         """Log the mean of the metrics since the last report."""

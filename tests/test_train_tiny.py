@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def test_ship_writes_fp16_and_how_it_was_made(trained):
             kinds = {weights.get_slice(k).get_dtype() for k in weights.keys()}
         assert kinds == {"F16"}
         assert facts["seed"] == "0" and float(facts["minutes"]) >= 0
-        assert facts["command"].startswith("python train_tiny.py --out")
+        assert facts["command"].startswith("python train_tiny.py --stage vae --out")
+        assert facts["command"].count("; ") == len(train_tiny.SHARES) - 1
         assert set(json.loads(facts["metrics"])) == set(train_tiny.SHARES)
     assert sum(f.stat().st_size for f in (trained / "ship").rglob("*.*")) < 15e6
     assert NexusGen.load(trained / "ship").config == NexusGen.load(trained / "model").config
@@ -97,6 +99,18 @@ def test_what_is_finished_is_skipped_at_once(trained, capsys):
     assert "ar is finished (2 steps" in capsys.readouterr().out
 
 
+def test_what_stands_on_a_changed_stage_is_trained_again(trained, micro, tmp_path, capsys):
+    folder = train_tiny.Folder(shutil.copytree(trained, tmp_path / "run"))
+    for file in folder.path.glob("vision.*"):
+        file.unlink()
+    assert folder.finished("vae") and not folder.finished("generation") and folder.note("ar")
+    argv = ["--out", str(folder.path), *MICRO]
+    assert train_tiny.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "vae is finished" in said and "editing is trained again" in said
+    assert all(folder.finished(name) for name in train_tiny.SHARES)
+
+
 def test_the_same_command_gives_the_same_model(trained, micro, tmp_path):
     assert train_tiny.main(["--stage", "vae", "--out", str(tmp_path), *MICRO]) == 0
     name = "model/FLUX/FLUX.1-dev/ae.safetensors"
@@ -105,7 +119,7 @@ def test_the_same_command_gives_the_same_model(trained, micro, tmp_path):
 
 def test_budget_of_the_stages(monkeypatch):
     settings = {"out": Path("x"), "steps": None, "seed": 0, "workers": 1}
-    settings |= {"quiet": True, "bf16": False, "started": 1000.0}
+    settings |= {"quiet": True, "bf16": False, "started": 1000.0, "command": "test"}
     stages = tuple(train_tiny.SHARES)
     plan = train_tiny.Plan(stages=stages, minutes=10, **settings)
     now = 1000.0

@@ -282,7 +282,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def main(args: Namespace) -> int:
     """Evaluate and print one line a score. ValueError for bad options."""
     groups = tuple(g for g in args.groups.split(",") if g)
-    if unknown := [g for g in groups if g not in GROUPS]:
+    unknown = [g for g in groups if g not in GROUPS]
+    if unknown or not groups:
         raise ValueError(f"unknown groups {', '.join(unknown)}; there are {', '.join(GROUPS)}")
     if args.cases < 1:
         raise ValueError(f"--cases must be at least 1, got {args.cases}")

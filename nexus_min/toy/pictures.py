@@ -68,4 +68,4 @@ def exactness(pictures: np.ndarray, wanted: list[Scene]) -> float:
 def agreement(drawn: np.ndarray, truth: np.ndarray) -> float:
     """Share of pictures in which the checker reads the same scene as in the true ones."""
     pairs = zip(score.read(drawn), score.read(truth), strict=True)
-    return float(np.mean([a.scene.key == b.scene.key for a, b in pairs]))
+    return float(np.mean([a.known and a.scene.key == b.scene.key for a, b in pairs]))

@@ -270,7 +270,7 @@ def generation_stage(
             truth = to_uint8(vae.decode(latents))
         drawn = painter.draw(embeds)
         save_grid(path, [truth[:10], drawn[:10]])
-        return {"exact": agreement(drawn, truth)}
+        return {"exact_seen": agreement(drawn, truth)}
 
     modules = nn.ModuleDict({"mmdit": mmdit, "adapter": adapter})
     return Stage("generation", modules, loss, lr=8e-3, adamw_only=ADAMW_ONLY, sample=sample)
@@ -304,7 +304,7 @@ def editing_stage(
             truth = to_uint8(vae.decode(rows["latents"]))
             drawn = paint(mmdit, context(rows), vae, config)
         save_grid(path, [truth[:10], drawn[:10]])
-        return {"exact": agreement(drawn, truth)}
+        return {"exact_seen": agreement(drawn, truth)}
 
     modules = nn.ModuleDict({"mmdit": mmdit, "merger": merger})
     return Stage("editing", modules, loss, lr=8e-3, adamw_only=ADAMW_ONLY, sample=sample)
