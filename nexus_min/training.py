@@ -454,7 +454,10 @@ class Trainer:
             self.stage.modules.load_state_dict(state["modules"])
             put(state["average"], self.average)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                rates = [group["base_lr"] for group in optimizer.param_groups]
                 optimizer.load_state_dict(saved)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["base_lr"] = rate  # the stage's own, should it have changed since
             self.schedule.restore(state["schedule"])
             self.run, self.metrics = replace(self.run, bf16=state["bf16"]), state["metrics"]
         except (KeyError, RuntimeError, ValueError) as error:

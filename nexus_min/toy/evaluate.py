@@ -30,6 +30,7 @@ from .world import render
 
 BATCH = 50
 GROUPS = ("generation", "captions", "questions", "describe", "edits", "reconstruction", "seen")
+LANGUAGES = ("en", "zh")
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Tally:
     def line(self) -> str:
         """For the terminal."""
         low, high = self.interval
-        notes = "  ".join(f"{k} {v:.4f}" for k, v in self.notes.items())
+        notes = "  ".join(f"{k} {v:.4g}" for k, v in self.notes.items())
         return f"{self.name:34s} {self.rate:6.3f}  [{low:.3f}, {high:.3f}]  n={self.n:<5d} {notes}"
 
     def as_dict(self) -> dict:
@@ -133,8 +134,9 @@ def score_generation(
     model, kind, zh, n, seed, unseen=True, name="", save=None, **options
 ) -> list[Tally]:
     """Pictures of prompts of one kind; captions also by number of objects."""
-    tallies = {"all": Tally(name)}
-    for number, batch in enumerate(batches(examples("generate", kind, zh, n, seed, unseen))):
+    cases = examples("generate", kind, zh, n, seed, unseen)
+    tallies = {"all": Tally(name, notes={"scenes": len({ex.scenes[0].key for ex in cases})})}
+    for number, batch in enumerate(batches(cases)):
         pictures = draw(model, "generation", predict(model, batch), None, seed + number, **options)
         for ex, reading in zip(batch, score.read(pictures), strict=True):
             if kind != "caption":
@@ -252,14 +254,15 @@ def evaluate(
     cases: int = 200,
     seed: int = 0,
     groups: tuple[str, ...] = GROUPS,
+    languages: tuple[str, ...] = LANGUAGES,
     save: Path | None = None,
     report: Callable[[Tally], None] = lambda tally: None,
     **options,
 ) -> list[Tally]:
     """All tallies of the chosen groups; `report` is called with each as it is known."""
     book = _Book(report)
-    for zh in (False, True):
-        _score_language(book, model, zh, cases, seed, groups, save, options)
+    for language in languages:
+        _score_language(book, model, language == "zh", cases, seed, groups, save, options)
     if "reconstruction" in groups:
         book.add(score_reconstruction(model, cases, seed, save, **options))
     outside = [t.notes for t in book.rows if "l1_outside_editing" in t.notes]
@@ -275,21 +278,28 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, default=200, help="cases a category (default 200)")
     known = ", ".join(GROUPS)
     parser.add_argument("--groups", default=",".join(GROUPS), help=f"comma-separated: {known}")
+    parser.add_argument("--languages", default=",".join(LANGUAGES), help="en, zh or both")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--save", type=Path, help="write sample grids (PNG) to this folder")
 
 
+def chosen(text: str, names: tuple[str, ...], what: str) -> tuple[str, ...]:
+    """The comma-separated names of `text`. ValueError for one that is not among `names`."""
+    picked = tuple(word.strip() for word in text.split(",") if word.strip())
+    if unknown := [word for word in picked if word not in names] or ["(none)"] * (not picked):
+        raise ValueError(f"unknown {what} {', '.join(unknown)}; there are {', '.join(names)}")
+    return picked
+
+
 def main(args: Namespace) -> int:
     """Evaluate and print one line a score. ValueError for bad options."""
-    groups = tuple(g for g in args.groups.split(",") if g)
-    unknown = [g for g in groups if g not in GROUPS]
-    if unknown or not groups:
-        raise ValueError(f"unknown groups {', '.join(unknown)}; there are {', '.join(GROUPS)}")
+    groups = chosen(args.groups, GROUPS, "groups")
+    languages = chosen(args.languages, LANGUAGES, "languages")
     if args.cases < 1:
         raise ValueError(f"--cases must be at least 1, got {args.cases}")
     model = NexusGen.load(args.model)
     show = lambda tally: print(tally.line(), file=sys.stdout, flush=True)  # noqa: E731
-    rows = evaluate(model, args.cases, args.seed, groups, args.save, show)
+    rows = evaluate(model, args.cases, args.seed, groups, languages, args.save, show)
     if args.json:
         args.json.write_text(json.dumps([t.as_dict() for t in rows], indent=1))
     return 0

@@ -103,7 +103,15 @@ def ar_stage(
         return metrics
 
     names = ("embed", "lm_head")
-    return Stage("ar", nn.ModuleDict({"ar": ar}), loss, lr=4e-3, adamw_only=names, sample=sample)
+    return Stage(
+        "ar",
+        nn.ModuleDict({"ar": ar}),
+        loss,
+        lr=4e-3,
+        adamw_lr=3e-3,
+        adamw_only=names,
+        sample=sample,
+    )
 
 
 @torch.no_grad()
@@ -273,7 +281,9 @@ def generation_stage(
         return {"exact_seen": agreement(drawn, truth)}
 
     modules = nn.ModuleDict({"mmdit": mmdit, "adapter": adapter})
-    return Stage("generation", modules, loss, lr=8e-3, adamw_only=ADAMW_ONLY, sample=sample)
+    return Stage(
+        "generation", modules, loss, lr=6e-3, adamw_lr=2e-3, adamw_only=ADAMW_ONLY, sample=sample
+    )
 
 
 def editing_stage(
@@ -307,4 +317,6 @@ def editing_stage(
         return {"exact_seen": agreement(drawn, truth)}
 
     modules = nn.ModuleDict({"mmdit": mmdit, "merger": merger})
-    return Stage("editing", modules, loss, lr=8e-3, adamw_only=ADAMW_ONLY, sample=sample)
+    return Stage(
+        "editing", modules, loss, lr=6e-3, adamw_lr=2e-3, adamw_only=ADAMW_ONLY, sample=sample
+    )
