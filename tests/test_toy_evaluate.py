@@ -129,7 +129,7 @@ def test_generation_scores(artist, kind, tmp_path):
     artist(truth)
     (tally,) = ev.score_generation(None, kind, False, 12, 0, name="a / b c", save=tmp_path)
     assert (tally.name, tally.right, tally.n) == ("a / b c", 12, 12)
-    strip = Image.open(tmp_path / "a___b_c.png")
+    strip = Image.open(tmp_path / "a_b_c.png")
     assert strip.size == (10 * 64 * 2, 64 * 2)
     artist(one_missing)
     assert ev.score_generation(None, kind, True, 12, 0)[0].right == 0

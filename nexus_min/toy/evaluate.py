@@ -63,6 +63,8 @@ class Tally:
         """For the terminal."""
         low, high = self.interval
         notes = "  ".join(f"{k} {v:.4g}" for k, v in self.notes.items())
+        if not self.n and notes:  # a measure that is no rate
+            return f"{self.name:34s} {notes}"
         return f"{self.name:34s} {self.rate:6.3f}  [{low:.3f}, {high:.3f}]  n={self.n:<5d} {notes}"
 
     def as_dict(self) -> dict:
@@ -130,6 +132,11 @@ def batches(items: list) -> list[list]:
     return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
 
 
+def file_name(name: str) -> str:
+    """ "edits en / add" -> "edits_en_add"."""
+    return "_".join(name.replace("/", " ").split())
+
+
 def score_generation(
     model, kind, zh, n, seed, unseen=True, name="", save=None, **options
 ) -> list[Tally]:
@@ -147,7 +154,7 @@ def score_generation(
                 tallies.setdefault(count, Tally(f"{name}, {count} objects")).add(ok)
             tallies["all"].add(ok)
         if save and number == 0:
-            save_grid(save / f"{name.replace(' ', '_').replace('/', '_')}.png", [pictures[:10]])
+            save_grid(save / f"{file_name(name)}.png", [pictures[:10]])
     return [tallies.pop("all")] + [tallies[k] for k in sorted(tallies)]
 
 
@@ -176,7 +183,7 @@ def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list
         if save and number == 0:
             targets = _arrays(_pictures([ex.scenes[1] for ex in batch]))
             rows = [_arrays(sources), targets, drawn["editing"], drawn["generation"]]
-            save_grid(save / f"{name.replace(' ', '_')}.png", [r[:10] for r in rows])
+            save_grid(save / f"{file_name(name)}.png", [r[:10] for r in rows])
     if distances["editing"]:
         tally.notes = {f"l1_outside_{d}": float(np.mean(v)) for d, v in distances.items()}
     return [tally]
