@@ -146,9 +146,11 @@ def test_two_workers_stop_on_ctrl_c_and_one_goes_on(tmp_path, micro):
     """From the repository's folder, without an installed package; both workers save, then end."""
     argv = command(tmp_path, "--stage", "vae", "--minutes", "5", "--workers", "2", "--quiet")
     place = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits "ignored"
     process = subprocess.Popen(
         argv, stdout=-1, stderr=-1, text=True, start_new_session=True, **place
     )
+    signal.signal(signal.SIGINT, heard)
     log = tmp_path / "metrics.jsonl"
     deadline = time.time() + 60
     while not log.exists() and process.poll() is None and time.time() < deadline:

