@@ -27,8 +27,8 @@ def weights(tensors: dict[str, torch.Tensor], prefix: str = "") -> dict[str, tor
 
 
 @pytest.fixture
-def parity(request):
-    """parity(tower, reference, got, want, limit): assert the largest error and record it."""
+def assert_parity(request):
+    """assert_parity(tower, reference, got, want, limit): assert the largest error and record it."""
 
     def check(tower: str, reference: str, got, want, limit: float = 2e-5) -> None:
         got, want = torch.as_tensor(got), torch.as_tensor(want)

@@ -27,28 +27,34 @@ def scaled(state: dict, prefix: str) -> dict:
 
 
 @torch.inference_mode()
-def test_parity_encoder(parity):
+def test_parity_encoder(assert_parity):
     tensors, meta = golden("10a")
     vae, state = micro(meta), weights(tensors, "encoder.")
     vae.encoder.load_state_dict(state)
     image = tensors["in/image"]
-    parity("autoencoder", "10a moments", vae.moments(image), tensors["out/moments"])
-    parity("autoencoder", "10a latents", vae.encode(image), tensors["out/latents"])
+    assert_parity("autoencoder", "10a moments", vae.moments(image), tensors["out/moments"])
+    assert_parity("autoencoder", "10a latents", vae.encode(image), tensors["out/latents"])
     vae.encoder.load_state_dict(scaled(state, "conv_in."))
-    parity("autoencoder", "10a eps probe", vae.encode(image), tensors["out/eps_probe_latents"])
+    assert_parity(
+        "autoencoder", "10a eps probe", vae.encode(image), tensors["out/eps_probe_latents"]
+    )
 
 
 @torch.inference_mode()
-def test_parity_decoder(parity):
+def test_parity_decoder(assert_parity):
     tensors, meta = golden("10b")
     vae, state = micro(meta), weights(tensors, "decoder.")
     vae.decoder.load_state_dict(state)
     latents = tensors["in/latents"]
-    parity("autoencoder", "10b image", vae.decode(latents), tensors["out/image"])
+    assert_parity("autoencoder", "10b image", vae.decode(latents), tensors["out/image"])
     from_encoder = vae.decode(tensors["in/latents_from_encoder"])
-    parity("autoencoder", "10b encoder's latents", from_encoder, tensors["out/image_from_encoder"])
+    assert_parity(
+        "autoencoder", "10b encoder's latents", from_encoder, tensors["out/image_from_encoder"]
+    )
     vae.decoder.load_state_dict(scaled(state, "conv_in."))
-    parity("autoencoder", "10b eps probe", vae.decode(latents), tensors["out/eps_probe_image"])
+    assert_parity(
+        "autoencoder", "10b eps probe", vae.decode(latents), tensors["out/eps_probe_image"]
+    )
 
 
 def test_names_full_size():

@@ -84,12 +84,12 @@ ROPE_CASES = [
 
 
 @pytest.mark.parametrize("case", ROPE_CASES)
-def test_parity_rope_index(parity, case):
+def test_parity_rope_index(assert_parity, case):
     t, _ = golden("03")
     grid, mask = (t.get(f"in/{case}/{k}") for k in ("image_grid_thw", "attention_mask"))
     got, deltas = rope_index(t[f"in/{case}/input_ids"], grid, mask, config=ARConfig())
-    parity("rope_index", f"03 {case}", got, t[f"out/{case}/position_ids"], 0)
-    parity("rope_index", f"03 {case} deltas", deltas, t[f"out/{case}/rope_deltas"], 0)
+    assert_parity("rope_index", f"03 {case}", got, t[f"out/{case}/position_ids"], 0)
+    assert_parity("rope_index", f"03 {case} deltas", deltas, t[f"out/{case}/rope_deltas"], 0)
 
 
 def positions_by_hand(ids: list[int], grids: list[tuple[int, int]]) -> list[tuple[int, ...]]:
@@ -146,18 +146,18 @@ def test_wrong_mask_and_ids_are_named():
 # --- forward ----------------------------------------------------------------------------------
 
 
-def test_parity_forward_from_pixels(parity):
+def test_parity_forward_from_pixels(assert_parity):
     t, model = official("04")
     grid = t["in/image_grid_thw"]
     merged = model.visual(t["in/pixel_values"], grid)
-    parity("autoregressive", "04 visual_merged", merged, t["out/visual_merged"])
+    assert_parity("autoregressive", "04 visual_merged", merged, t["out/visual_merged"])
     positions, deltas = rope_index(t["in/input_ids"], grid, config=model.config)
-    parity("rope_index", "04 position_ids", positions, t["out/position_ids"], 0)
-    parity("rope_index", "04 rope_deltas", deltas, t["out/rope_deltas"], 0)
+    assert_parity("rope_index", "04 position_ids", positions, t["out/position_ids"], 0)
+    assert_parity("rope_index", "04 rope_deltas", deltas, t["out/rope_deltas"], 0)
     out = model(t["in/input_ids"], merged, grid)
-    parity("autoregressive", "04 logits", out.logits, t["out/logits"])
+    assert_parity("autoregressive", "04 logits", out.logits, t["out/logits"])
     want = t["out/image_embeddings"]
-    parity("autoregressive", "04 image_embeddings", out.image_embeddings, want)
+    assert_parity("autoregressive", "04 image_embeddings", out.image_embeddings, want)
 
 
 def test_image_token_count_is_checked(micro):
@@ -199,27 +199,27 @@ def loss_case(case: str) -> tuple[dict, NexusGenAR, tuple]:
 
 
 @pytest.mark.parametrize("case", ["all", "und_only", "gen_only"])
-def test_parity_loss(parity, case):
+def test_parity_loss(assert_parity, case):
     t, model, args = loss_case(case)
     positions, _ = rope_index(args[0], args[3], args[2], config=model.config)
-    parity("rope_index", f"06 {case}", positions, t[f"out/{case}/position_ids"], 0)
+    assert_parity("rope_index", f"06 {case}", positions, t[f"out/{case}/position_ids"], 0)
     for name, value in ar_loss(model, *args)._asdict().items():
-        parity("ar_loss", f"06 {case} {name}", value, t[f"out/{case}/{name}"])
+        assert_parity("ar_loss", f"06 {case} {name}", value, t[f"out/{case}/{name}"])
 
 
-def test_parity_loss_inputs_and_predictions(parity):
+def test_parity_loss_inputs_and_predictions(assert_parity):
     t, model, (ids, _, mask, grid, embeds, slots) = loss_case("all")
     target = slots[ids == model.config.image_token_id]
     want = t["out/all/target_image_embeddings"]
-    parity("ar_loss", "06 target_image_embeddings", embeds[target], want)
+    assert_parity("ar_loss", "06 target_image_embeddings", embeds[target], want)
     x = model.embed(ids, embeds[~target], slots)
-    parity("ar_loss", "06 inputs_embeds", x, t["out/all/inputs_embeds"])
+    assert_parity("ar_loss", "06 inputs_embeds", x, t["out/all/inputs_embeds"])
     out = model(ids, embeds[~target], grid, mask, slots)
     got = out.image_embeddings[:, :-1][slots[:, 1:]]
-    parity("ar_loss", "06 pred_image_embeddings", got, t["out/all/pred_image_embeddings"])
+    assert_parity("ar_loss", "06 pred_image_embeddings", got, t["out/all/pred_image_embeddings"])
 
 
-def test_parity_gradients(parity):
+def test_parity_gradients(assert_parity):
     t, model, args = loss_case("all")
     wanted = {k.removeprefix("out/all/grad/"): v for k, v in t.items() if "/grad/" in k}
     assert len(wanted) == 6
@@ -228,7 +228,7 @@ def test_parity_gradients(parity):
         parameters[name].requires_grad_(True)
     ar_loss(model, *args).loss.backward()
     for name, want in wanted.items():
-        parity("ar_loss", f"06 grad {name}", parameters[name].grad, want)
+        assert_parity("ar_loss", f"06 grad {name}", parameters[name].grad, want)
 
 
 def test_right_padding_needs_no_mask_and_left_padding_is_the_same_loss():
@@ -303,27 +303,27 @@ def slot_case(case: str):
 
 @pytest.mark.parametrize("case", SLOT_CASES)
 @pytest.mark.parametrize("read", [prefill_image_slots, prefill_image_slots_loop])
-def test_parity_slots(parity, case, read):
+def test_parity_slots(assert_parity, case, read):
     t, model, prompt = slot_case(case)
     got = read(model, *prompt)
     if prompt[1] is not None:
         want = t[f"out/{case}/onepass_ref_embeddings"]
-        parity("slots", f"05 {case} ref_embeddings", prompt[1], want)
-    parity("slots", f"05 {case} loop", got, t[f"out/{case}/output_image_embeddings"])
-    parity("slots", f"05 {case} one pass", got[0], t[f"out/{case}/onepass_image_embeddings"])
+        assert_parity("slots", f"05 {case} ref_embeddings", prompt[1], want)
+    assert_parity("slots", f"05 {case} loop", got, t[f"out/{case}/output_image_embeddings"])
+    assert_parity("slots", f"05 {case} one pass", got[0], t[f"out/{case}/onepass_image_embeddings"])
 
 
 @pytest.mark.parametrize("case", SLOT_CASES)
-def test_parity_slot_positions_follow_training(parity, case):
+def test_parity_slot_positions_follow_training(assert_parity, case):
     t, model, (_, _, grid) = slot_case(case)
     slot = torch.tensor([model.config.slot_grid])
     grids = slot if grid is None else torch.cat((grid, slot))
     got, _ = rope_index(t[f"out/{case}/sequences"], grids, config=model.config)
-    parity("rope_index", f"05 {case}", got, t[f"out/{case}/position_ids_training"], 0)
+    assert_parity("rope_index", f"05 {case}", got, t[f"out/{case}/position_ids_training"], 0)
 
 
 @pytest.mark.parametrize("case", SLOT_CASES)
-def test_parity_generate_with_the_official_tokens(parity, case):
+def test_parity_generate_with_the_official_tokens(assert_parity, case):
     """Forced to the official text: the official image, and training's logits after it."""
     t, model, (ids, embeds, grid) = slot_case(case)
     forced, seen = iter(t[f"in/{case}/forced_text_tokens"].tolist()), []
@@ -336,7 +336,9 @@ def test_parity_generate_with_the_official_tokens(parity, case):
     events = list(generate(model, *prompt, repetition_penalty=1.0, sample=sample))
     images = [value for kind, value in events if kind == "image"]
     assert len(images) == 1
-    parity("slots", f"05 {case} generate", images[0], t[f"out/{case}/onepass_image_embeddings"])
+    assert_parity(
+        "slots", f"05 {case} generate", images[0], t[f"out/{case}/onepass_image_embeddings"]
+    )
     tokens = [value for kind, value in events if kind == "token"]
     text = [i for i in t[f"out/{case}/sequences"][0].tolist() if i != model.config.image_token_id]
     assert tokens == text[-8:-1]  # with the forced vision_end, without im_end
@@ -345,11 +347,11 @@ def test_parity_generate_with_the_official_tokens(parity, case):
     assert (logits[:, ~allowed] == -torch.inf).all()
     before, after = t[f"out/{case}/step_logits_before_forcing"], "post_image_logits_training_pos"
     want = torch.cat((before[:4], t[f"out/{case}/{after}"][0]))
-    parity("slots", f"05 {case} step logits", logits[:, allowed], want[:, allowed])
+    assert_parity("slots", f"05 {case} step logits", logits[:, allowed], want[:, allowed])
 
 
 @pytest.mark.parametrize("case", SLOT_CASES)
-def test_parity_of_the_official_loop_positions_quirk(parity, case):
+def test_parity_of_the_official_loop_positions_quirk(assert_parity, case):
     """The official loop counts 81 slots as 81 text tokens; at its positions we get its logits."""
     t, model, (_, embeds, _) = slot_case(case)
     ids, loop = t[f"out/{case}/sequences"][:, :-1], t[f"out/{case}/position_ids_loop"]
@@ -363,9 +365,9 @@ def test_parity_of_the_official_loop_positions_quirk(parity, case):
     steps = [*range(start - 4, start + 1), *range(start + 81, start + 85)]
     want = t[f"out/{case}/step_logits_before_forcing"]
     free = [i for i in range(160) if i != model.config.vision_end_token_id]  # barred: -1e30 there
-    parity("slots", f"05 {case} loop logits", logits[0, steps][:, free], want[:, free])
+    assert_parity("slots", f"05 {case} loop logits", logits[0, steps][:, free], want[:, free])
     want = t[f"out/{case}/post_image_logits_loop"]
-    parity("slots", f"05 {case} loop post", logits[:, -3:], want)
+    assert_parity("slots", f"05 {case} loop post", logits[:, -3:], want)
 
 
 def test_smaller_slot_grids_use_the_first_prefill_vectors():

@@ -51,35 +51,35 @@ def image_inputs(tensors, decoder):
     return x.masked_scatter(is_image[..., None], tensors["out/visual_merged"])
 
 
-def test_parity_hidden_states_and_heads(official, parity):
+def test_parity_hidden_states_and_heads(official, assert_parity):
     t, decoder, lm_head = official
     trace = []
     hidden = decoder(image_inputs(t, decoder), t["out/position_ids"], trace=trace)
     assert len(trace) == 3
     for i, state in enumerate(trace):
-        parity("decoder", f"04 hidden_states.{i}", state, t[f"out/hidden_states.{i}"])
-    parity("decoder", "04 logits", hidden @ lm_head.T, t["out/logits"])
+        assert_parity("decoder", f"04 hidden_states.{i}", state, t[f"out/hidden_states.{i}"])
+    assert_parity("decoder", "04 logits", hidden @ lm_head.T, t["out/logits"])
     image = hidden @ t["weights/vision_head.weight"].T
-    parity("decoder", "04 image_embeddings", image, t["out/image_embeddings"])
+    assert_parity("decoder", "04 image_embeddings", image, t["out/image_embeddings"])
 
 
-def test_parity_prefill_then_cached_steps(official, parity):
+def test_parity_prefill_then_cached_steps(official, assert_parity):
     t, decoder, lm_head = official
     x, positions, n = image_inputs(t, decoder), t["out/position_ids"], int(t["in/prefill_len"])
     cache = KVCache()
     out = [decoder(x[:, :n], positions[..., :n], cache=cache)]
     for i in range(n, x.shape[1]):
         out.append(decoder(x[:, i : i + 1], positions[..., i : i + 1], cache=cache))
-    parity("decoder", "04 logits_kv", torch.cat(out, 1) @ lm_head.T, t["out/logits_kv"])
+    assert_parity("decoder", "04 logits_kv", torch.cat(out, 1) @ lm_head.T, t["out/logits_kv"])
 
 
 @pytest.mark.parametrize("key, factor", [("", 1.0), ("eps_probe_", 1e-3)])
-def test_parity_text_only_tail_and_eps_probe(official, parity, key, factor):
+def test_parity_text_only_tail_and_eps_probe(official, assert_parity, key, factor):
     t, decoder, lm_head = official
     x = decoder.embed_tokens(t["in/input_ids"][:, 32:]) * factor
     positions = torch.arange(x.shape[1]).expand(3, 1, -1)
     want = t[f"out/{key}text_only_tail_logits"]
-    parity("decoder", f"04 {key}tail", decoder(x, positions) @ lm_head.T, want)
+    assert_parity("decoder", f"04 {key}tail", decoder(x, positions) @ lm_head.T, want)
 
 
 def test_attention_is_softmax_over_shared_key_heads():

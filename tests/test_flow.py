@@ -15,43 +15,47 @@ def official() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("n", [4, 30, 50])
-def test_schedule_parity(official, parity, n):
+def test_schedule_parity(official, assert_parity, n):
     sigmas = flow.schedule(n)
-    parity("flow", f"11 sigmas {n}", sigmas[:-1], official[f"out/sigmas_{n}"], 1e-7)
-    parity("flow", f"11 timesteps {n}", 1000 * sigmas[:-1], official[f"out/timesteps_{n}"], 1e-4)
+    assert_parity("flow", f"11 sigmas {n}", sigmas[:-1], official[f"out/sigmas_{n}"], 1e-7)
+    assert_parity(
+        "flow", f"11 timesteps {n}", 1000 * sigmas[:-1], official[f"out/timesteps_{n}"], 1e-4
+    )
     assert sigmas[-1] == 0
 
 
-def test_strength_parity(official, parity):
+def test_strength_parity(official, assert_parity):
     got = flow.schedule(4, strength=0.6)[:-1]
-    parity("flow", "11 strength 0.6", got, official["out/sigmas_4_strength0.6"], 1e-7)
+    assert_parity("flow", "11 strength 0.6", got, official["out/sigmas_4_strength0.6"], 1e-7)
 
 
-def test_training_parity(official, parity):
+def test_training_parity(official, assert_parity):
     """The bell is over the shifted time, so it peaks at level 751, not 500."""
     sigmas = flow.training_sigmas()
     weights = flow.training_weights(sigmas)
-    parity("flow", "11 train sigmas", sigmas, official["out/train_sigmas"], 1e-7)
-    parity("flow", "11 train timesteps", 1000 * sigmas, official["out/train_timesteps"], 1e-4)
-    parity("flow", "11 train weights", weights, official["out/train_weights"], 1e-6)
+    assert_parity("flow", "11 train sigmas", sigmas, official["out/train_sigmas"], 1e-7)
+    assert_parity(
+        "flow", "11 train timesteps", 1000 * sigmas, official["out/train_timesteps"], 1e-4
+    )
+    assert_parity("flow", "11 train weights", weights, official["out/train_weights"], 1e-6)
     at_ids = weights[official["in/timestep_ids"]]
-    parity("flow", "11 weights at ids", at_ids, official["out/weights_at_ids"], 1e-6)
+    assert_parity("flow", "11 weights at ids", at_ids, official["out/weights_at_ids"], 1e-6)
     assert weights.argmax() == golden("11")[1]["notes"]["weights_argmax"]
 
 
-def test_path_parity(official, parity):
+def test_path_parity(official, assert_parity):
     x0, noise = official["in/sample"], official["in/noise"]
     times = flow.training_sigmas()[official["in/timestep_ids"]]
     noisy = torch.stack([flow.interpolate(x0, noise, t) for t in times])
-    parity("flow", "11 noisy", noisy, official["out/noisy"], 1e-6)
-    parity("flow", "11 target", flow.velocity_target(x0, noise), official["out/target"], 0)
+    assert_parity("flow", "11 noisy", noisy, official["out/noisy"], 1e-6)
+    assert_parity("flow", "11 target", flow.velocity_target(x0, noise), official["out/target"], 0)
 
 
-def test_denoise_parity(official, parity):
+def test_denoise_parity(official, assert_parity):
     """The official loop of four steps, with the same velocity at every step."""
     x, v = official["in/sample"], official["in/velocity"]
     steps = [step.x for step in flow.denoise(lambda x, t: v, x, flow.schedule(4))]
-    parity("flow", "11 steps", torch.stack(steps), official["out/steps_4"], 1e-6)
+    assert_parity("flow", "11 steps", torch.stack(steps), official["out/steps_4"], 1e-6)
 
 
 # ---- what straight paths imply -------------------------------------------------------------------

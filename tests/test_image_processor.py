@@ -72,20 +72,22 @@ def test_parity_smart_resize_table(official):
 
 
 @pytest.mark.parametrize("i", range(3))
-def test_parity_small_images(official, parity, i):
+def test_parity_small_images(official, assert_parity, i):
     tensors, meta = official
     image = Image.fromarray(tensors[f"in/image{i}_hwc_uint8"].numpy())
     bounded = bound_image(image)
     assert list(bounded.size) == meta["notes"]["small"][i]["bounded_wh"]
     want = tensors[f"out/image{i}_bounded_hwc_uint8"]
-    parity("image processor", f"02 image{i} bounded", np.array(bounded), want, 0)
+    assert_parity("image processor", f"02 image{i} bounded", np.array(bounded), want, 0)
     rows, grid = to_patches(bounded)
     assert torch.equal(grid, tensors[f"out/image{i}_grid_thw"]) and grid.dtype == torch.int64
-    parity("image processor", f"02 image{i} rows", rows, tensors[f"out/image{i}_pixel_values"])
+    assert_parity(
+        "image processor", f"02 image{i} rows", rows, tensors[f"out/image{i}_pixel_values"]
+    )
 
 
 @pytest.mark.parametrize("i", range(2))
-def test_parity_big_images(official, parity, i):
+def test_parity_big_images(official, assert_parity, i):
     tensors, meta = official
     note = meta["notes"]["big"][i]
     image = gradient(note["gradient_kind"], *note["size_wh"])
@@ -96,25 +98,27 @@ def test_parity_big_images(official, parity, i):
     rows, grid = to_patches(bounded)
     assert grid.tolist() == note["grid_thw"]
     want = tensors[f"out/big{i}_rows"]
-    parity("image processor", f"02 big{i} rows", rows[tensors[f"out/big{i}_rows_idx"]], want)
+    assert_parity("image processor", f"02 big{i} rows", rows[tensors[f"out/big{i}_rows_idx"]], want)
     means = tensors[f"out/big{i}_sum_per_row_f64"] / rows.shape[1]
-    parity("image processor", f"02 big{i} row means", rows.double().mean(1), means)
+    assert_parity("image processor", f"02 big{i} row means", rows.double().mean(1), means)
 
 
-def test_parity_reference_view(official, parity):
+def test_parity_reference_view(official, assert_parity):
     tensors, _ = official
     view = reference_view(Image.fromarray(tensors["in/image0_hwc_uint8"].numpy()), 56)
     want = tensors["out/ref_bilinear56_hwc_uint8"]
-    parity("image processor", "02 reference view", np.array(view), want, 0)
+    assert_parity("image processor", "02 reference view", np.array(view), want, 0)
     rows, _ = to_patches(view)
-    parity("image processor", "02 reference rows", rows, tensors["out/ref_bilinear56_pixel_values"])
+    assert_parity(
+        "image processor", "02 reference rows", rows, tensors["out/ref_bilinear56_pixel_values"]
+    )
 
 
-def test_parity_white_target(official, parity):
+def test_parity_white_target(official, assert_parity):
     tensors, _ = official
     rows, grid = to_patches(Image.new("RGB", (252, 252), "white"))
     assert torch.equal(grid, tensors["out/white252_grid"])
-    parity("image processor", "02 white row", rows[0], tensors["out/white252_row0"])
+    assert_parity("image processor", "02 white row", rows[0], tensors["out/white252_row0"])
 
 
 # --- sizes -------------------------------------------------------------------------------------

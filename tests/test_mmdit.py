@@ -79,43 +79,47 @@ def velocity(model: MMDiT, tensors: dict, t: float, ids: str, batch: int = 1) ->
 
 @pytest.mark.parametrize("t", ["1000", "640.25", "3"])
 @pytest.mark.parametrize("ids", ["zero", "edit"])
-def test_velocity_parity(official, parity, ids, t):
+def test_velocity_parity(official, assert_parity, ids, t):
     tensors, _, model = official
     got = velocity(model, tensors, float(t), ids)
-    parity("mmdit", f"09 velocity {ids} t={t}", got, tensors[f"out/velocity_{ids}_t{t}"])
+    assert_parity("mmdit", f"09 velocity {ids} t={t}", got, tensors[f"out/velocity_{ids}_t{t}"])
 
 
-def test_batch_parity(official, parity):
+def test_batch_parity(official, assert_parity):
     tensors, _, model = official
     got = velocity(model, tensors, 640.25, "edit", batch=2)
-    parity("mmdit", "09 velocity batch 2", got, tensors["out/velocity_batch2_edit_t640.25"])
+    assert_parity("mmdit", "09 velocity batch 2", got, tensors["out/velocity_batch2_edit_t640.25"])
 
 
-def test_condition_parity(official, parity):
+def test_condition_parity(official, assert_parity):
     tensors, _, model = official
     projected = timestep_embedding(torch.tensor([0.64025], dtype=torch.float64), 256)
-    parity("mmdit", "09 sinusoid", projected, tensors["out/time_proj_640.25"])
-    parity("mmdit", "09 time", model.time_in(projected), tensors["out/time_emb_640.25"])
+    assert_parity("mmdit", "09 sinusoid", projected, tensors["out/time_proj_640.25"])
+    assert_parity("mmdit", "09 time", model.time_in(projected), tensors["out/time_emb_640.25"])
     guidance = model.guidance_in(timestep_embedding(tensors["in/guidance"], 256))
-    parity("mmdit", "09 guidance", guidance, tensors["out/guidance_emb_3.5"])
+    assert_parity("mmdit", "09 guidance", guidance, tensors["out/guidance_emb_3.5"])
     y = model.vector_in(tensors["in/pooled_prompt_emb"])
-    parity("mmdit", "09 pooled", y, tensors["out/pooled_emb"])
+    assert_parity("mmdit", "09 pooled", y, tensors["out/pooled_emb"])
 
 
-def test_positions_parity(official, parity):
+def test_positions_parity(official, assert_parity):
     tensors, _, model = official
-    parity("mmdit", "09 patchify", patchify(tensors["in/latents"]), tensors["out/patchified"])
-    parity("mmdit", "09 image ids", image_ids(8, 12), tensors["out/image_ids"])
+    assert_parity(
+        "mmdit", "09 patchify", patchify(tensors["in/latents"]), tensors["out/patchified"]
+    )
+    assert_parity("mmdit", "09 image ids", image_ids(8, 12), tensors["out/image_ids"])
     edit = context_ids_editing((1, 6, 6), (1, 12, 12), 8, 12)
-    parity("mmdit", "09 edit ids", edit, tensors["in/text_ids_edit"], 0)
-    parity("mmdit", "09 zero ids", context_ids_generation(45), tensors["in/text_ids_zero"], 0)
+    assert_parity("mmdit", "09 edit ids", edit, tensors["in/text_ids_edit"], 0)
+    assert_parity(
+        "mmdit", "09 zero ids", context_ids_generation(45), tensors["in/text_ids_zero"], 0
+    )
     cos, sin = model.rope(image_ids(8, 12), edit)
     want = tensors["out/rope_edit"]  # 2 x 2 rotation matrices
-    parity("mmdit", "09 rope cos", cos, want[..., 0, 0])
-    parity("mmdit", "09 rope sin", sin, want[..., 1, 0])
+    assert_parity("mmdit", "09 rope cos", cos, want[..., 0, 0])
+    assert_parity("mmdit", "09 rope sin", sin, want[..., 1, 0])
 
 
-def test_blocks_parity(official, parity):
+def test_blocks_parity(official, assert_parity):
     tensors, _, model = official
     rope = model.rope(image_ids(8, 12), tensors["in/text_ids_edit"])
     t = torch.tensor([0.64025], dtype=torch.float64)
@@ -125,16 +129,16 @@ def test_blocks_parity(official, parity):
     txt = model.txt_in(tensors["in/prompt_emb"])
     for i, (block, mod) in enumerate(zip(model.double_blocks, mods.double, strict=True)):
         img, txt = block(img, txt, mod, rope)
-        parity("mmdit", f"09 double {i} img", img, tensors[f"out/joint{i}_img"])
-        parity("mmdit", f"09 double {i} txt", txt, tensors[f"out/joint{i}_txt"])
+        assert_parity("mmdit", f"09 double {i} img", img, tensors[f"out/joint{i}_img"])
+        assert_parity("mmdit", f"09 double {i} txt", txt, tensors[f"out/joint{i}_txt"])
     x = torch.cat((txt, img), dim=1)
     for i, (block, mod) in enumerate(zip(model.single_blocks, mods.single, strict=True)):
         x = block(x, mod, rope)
-        parity("mmdit", f"09 single {i}", x, tensors[f"out/single{i}"])
+        assert_parity("mmdit", f"09 single {i}", x, tensors[f"out/single{i}"])
 
 
 @pytest.mark.parametrize("probe", ["embed", "qkv"])
-def test_eps_parity(parity, probe):
+def test_eps_parity(assert_parity, probe):
     """With inputs this small the norms' epsilon decides the output.
 
     So does the last bit of the sinusoid: a few of its 128 frequencies, of which only k = 13 shows,
@@ -151,24 +155,24 @@ def test_eps_parity(parity, probe):
     rope = model.rope(image_ids(8, 12), tensors["in/text_ids_edit"])
     img, txt = patchify(tensors["in/latents"]), tensors["in/prompt_emb"]
     got = unpatchify(model.velocity(img, txt, mods, rope), 8, 12)
-    parity("mmdit", f"09 eps {probe}", got, tensors[f"out/eps_probe_{probe}"])
+    assert_parity("mmdit", f"09 eps {probe}", got, tensors[f"out/eps_probe_{probe}"])
     whole = velocity(model, tensors, 640.25, "edit")
-    parity("mmdit", f"09 eps {probe}, own sinusoid", whole, got, 6e-5)
+    assert_parity("mmdit", f"09 eps {probe}, own sinusoid", whole, got, 6e-5)
 
 
-def test_final_half_swap_parity(official, parity):
+def test_final_half_swap_parity(official, assert_parity):
     """DiffSynth stores [scale; shift], BFL [shift; scale]: swapped is exact, unswapped far off."""
     tensors, meta, model = official
     names = model.state_dict()
     swapped, unswapped = bfl_weights(tensors, names), bfl_weights(tensors, names, swap=False)
     for part in ("weight", "bias"):
         want = tensors[f"weights/BFL:{FINAL}{part}"]
-        parity("mmdit", f"09 final {part}", swapped[FINAL + part], want, 0)
-        parity("mmdit", f"09 loaded final {part}", model.state_dict()[FINAL + part], want, 0)
+        assert_parity("mmdit", f"09 final {part}", swapped[FINAL + part], want, 0)
+        assert_parity("mmdit", f"09 loaded final {part}", model.state_dict()[FINAL + part], want, 0)
     wrong = micro(tensors, meta)
     wrong.load_state_dict(unswapped)  # strict, and silent
     want = tensors["out/velocity_edit_t640.25"]
-    parity("mmdit", "09 swapped", velocity(model, tensors, 640.25, "edit"), want)
+    assert_parity("mmdit", "09 swapped", velocity(model, tensors, 640.25, "edit"), want)
     error = (velocity(wrong, tensors, 640.25, "edit") - want).abs().max()
     assert error > 0.5 * want.std()
 

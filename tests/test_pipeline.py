@@ -164,10 +164,10 @@ def first_velocity(model: NexusGen, mmdit: MMDiT, context: Context, sampling: Sa
     return noise - next(model.denoise_steps(mmdit, context, noise, sampling)).x0
 
 
-def check_picture(parity, tower, reference, model, latents, tensors, key):
+def check_picture(assert_parity, tower, reference, model, latents, tensors, key):
     """VAE output and 8-bit picture; a float at the edge of a level may fall on either side."""
     raw = model.autoencoder.decode(latents).detach()
-    parity(tower, f"{reference} vae output", raw, tensors[f"out/{key}/vae_output"])
+    assert_parity(tower, f"{reference} vae output", raw, tensors[f"out/{key}/vae_output"])
     if f"out/{key}/image_hwc_uint8" in tensors:
         got = np.asarray(model.decode(latents)[0]).astype(int)
         want = tensors[f"out/{key}/image_hwc_uint8"].numpy().astype(int)
@@ -175,30 +175,34 @@ def check_picture(parity, tower, reference, model, latents, tensors, key):
         assert (got != want).mean() < 1e-3
 
 
-def test_parity_noise_of_the_seed(parity, generation):
+def test_parity_noise_of_the_seed(assert_parity, generation):
     model, tensors = generation
     noise = official(model, 1.0).noise(model.config)
-    parity("pipeline", "12a noise", noise, tensors["in/noise"], 0.0)
+    assert_parity("pipeline", "12a noise", noise, tensors["in/noise"], 0.0)
 
 
-def test_parity_generation_contexts(parity, generation):
+def test_parity_generation_contexts(assert_parity, generation):
     model, tensors = generation
     context = model.generation_context(tensors["in/image_embeddings"])
-    parity("pipeline", "12a prompt_emb", context.txt, tensors["out/prompt_emb"])
-    parity("pipeline", "12a positive pooled", context.pooled, tensors["out/positive_pooled"])
+    assert_parity("pipeline", "12a prompt_emb", context.txt, tensors["out/prompt_emb"])
+    assert_parity("pipeline", "12a positive pooled", context.pooled, tensors["out/positive_pooled"])
     assert context.txt_ids.shape == (1, 81, 3) and not context.txt_ids.any()
     negative = model.negative_context("")
     assert negative.txt.shape == (1, 512, 32)
     head = negative.txt[:, :16]
-    parity("pipeline", "12a negative t5", head, tensors["out/negative_t5_first16"], 1e-4)
-    parity("pipeline", "12a negative pooled", negative.pooled, tensors["out/negative_pooled"])
+    assert_parity("pipeline", "12a negative t5", head, tensors["out/negative_t5_first16"], 1e-4)
+    assert_parity(
+        "pipeline", "12a negative pooled", negative.pooled, tensors["out/negative_pooled"]
+    )
 
 
 @pytest.mark.parametrize(
     ("key", "scale", "negative"),
     [("cfg3", 3.0, ""), ("cfg1", 1.0, ""), ("cfg3_negbad", 3.0, "bad")],
 )
-def test_parity_generation_steps(parity, official_sinusoid, generation, key, scale, negative):
+def test_parity_generation_steps(
+    assert_parity, official_sinusoid, generation, key, scale, negative
+):
     model, tensors = generation
     sampling = official(model, scale, negative)
     context = model.generation_context(tensors["in/image_embeddings"])
@@ -206,34 +210,36 @@ def test_parity_generation_steps(parity, official_sinusoid, generation, key, sca
     if key == "cfg3":
         want = tensors["out/cfg3/velocity_step0"]
         got = first_velocity(model, model.generation.mmdit, context, sampling)
-        parity("pipeline", "12a cfg3 velocity", got, want)
-        parity("pipeline", "12a cfg3 steps", latents, tensors["out/cfg3/latents_per_step"])
+        assert_parity("pipeline", "12a cfg3 velocity", got, want)
+        assert_parity("pipeline", "12a cfg3 steps", latents, tensors["out/cfg3/latents_per_step"])
     else:
-        parity("pipeline", f"12a {key} latents", latents[-1], tensors[f"out/{key}/latents_final"])
+        assert_parity(
+            "pipeline", f"12a {key} latents", latents[-1], tensors[f"out/{key}/latents_final"]
+        )
     if key != "cfg3_negbad":
-        check_picture(parity, "pipeline", f"12a {key}", model, latents[-1:], tensors, key)
+        check_picture(assert_parity, "pipeline", f"12a {key}", model, latents[-1:], tensors, key)
 
 
-def test_parity_with_our_own_sinusoid(parity, generation):
+def test_parity_with_our_own_sinusoid(assert_parity, generation):
     """The same walk with nothing taken from the fixtures: the ulp of frequency 13 shows."""
     model, tensors = generation
     context = model.generation_context(tensors["in/image_embeddings"])
     latents = walk(model, model.generation.mmdit, context, official(model, 3.0))
     want = tensors["out/cfg3/latents_per_step"]
-    parity("pipeline (own exp)", "12a cfg3 steps", latents, want, 6e-5)
+    assert_parity("pipeline (own exp)", "12a cfg3 steps", latents, want, 6e-5)
 
 
-def test_parity_editing_context(parity, editing):
+def test_parity_editing_context(assert_parity, editing):
     model, tensors = editing
     context = model.editing_context(
         tensors["in/image_embeddings"], tensors["in/ref_embeddings"], 8, 12
     )
-    parity("pipeline", "12b prompt_emb", context.txt, tensors["out/prompt_emb"])
-    parity("pipeline", "12b text_ids", context.txt_ids, tensors["out/text_ids_expected"])
+    assert_parity("pipeline", "12b prompt_emb", context.txt, tensors["out/prompt_emb"])
+    assert_parity("pipeline", "12b text_ids", context.txt_ids, tensors["out/text_ids_expected"])
 
 
 @pytest.mark.parametrize(("key", "scale"), [("cfg1", 1.0), ("cfg3", 3.0), ("noref_cfg1", 1.0)])
-def test_parity_editing_steps(parity, official_sinusoid, editing, key, scale):
+def test_parity_editing_steps(assert_parity, official_sinusoid, editing, key, scale):
     model, tensors = editing
     reference = None if key == "noref_cfg1" else tensors["in/ref_embeddings"]
     context = model.editing_context(tensors["in/image_embeddings"], reference, 8, 12)
@@ -242,16 +248,18 @@ def test_parity_editing_steps(parity, official_sinusoid, editing, key, scale):
     if key == "cfg1":
         want = tensors["out/cfg1/velocity_step0"]
         got = first_velocity(model, model.editing.mmdit, context, sampling)
-        parity("pipeline", "12b cfg1 velocity", got, want)
-        parity("pipeline", "12b cfg1 steps", latents, tensors["out/cfg1/latents_per_step"])
-        check_picture(parity, "pipeline", "12b cfg1", model, latents[-1:], tensors, key)
+        assert_parity("pipeline", "12b cfg1 velocity", got, want)
+        assert_parity("pipeline", "12b cfg1 steps", latents, tensors["out/cfg1/latents_per_step"])
+        check_picture(assert_parity, "pipeline", "12b cfg1", model, latents[-1:], tensors, key)
     else:
-        parity("pipeline", f"12b {key} latents", latents[-1], tensors[f"out/{key}/latents_final"])
+        assert_parity(
+            "pipeline", f"12b {key} latents", latents[-1], tensors[f"out/{key}/latents_final"]
+        )
 
 
 @pytest.mark.parametrize("name", ["12a", "12b"])
 @pytest.mark.parametrize("level", [10, 500, 990])
-def test_parity_training_loss(parity, official_sinusoid, request, name, level):
+def test_parity_training_loss(assert_parity, official_sinusoid, request, name, level):
     """One level of the official schedule: plain MSE, then times the level's weight."""
     model, tensors = request.getfixturevalue("generation" if name == "12a" else "editing")
     embeds = tensors["in/image_embeddings"]
@@ -266,8 +274,12 @@ def test_parity_training_loss(parity, official_sinusoid, request, name, level):
     t = sigmas[level, None]
     mse = flow.rf_loss(field, *pair, t)
     loss = flow.rf_loss(field, *pair, t, flow.training_weights(sigmas)[level, None])
-    parity("pipeline", f"{name} mse {level}", mse.detach(), tensors[f"out/train/mse_id{level}"])
-    parity("pipeline", f"{name} loss {level}", loss.detach(), tensors[f"out/train/loss_id{level}"])
+    assert_parity(
+        "pipeline", f"{name} mse {level}", mse.detach(), tensors[f"out/train/mse_id{level}"]
+    )
+    assert_parity(
+        "pipeline", f"{name} loss {level}", loss.detach(), tensors[f"out/train/loss_id{level}"]
+    )
 
 
 # ---- settings ----------------------------------------------------------------------------------

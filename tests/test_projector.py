@@ -37,47 +37,47 @@ def merger() -> tuple[ImageEmbeddingMerger, dict]:
     return model.requires_grad_(False), tensors
 
 
-def test_adapter_parity(parity):
+def test_adapter_parity(assert_parity):
     adapter, tensors, _ = official_adapter()
     got = adapter(tensors["in/image_embeddings"])
-    parity("adapter", "07", got, tensors["out/prompt_emb"])
+    assert_parity("adapter", "07", got, tensors["out/prompt_emb"])
 
 
-def test_adapter_eps_parity(parity):
+def test_adapter_eps_parity(assert_parity):
     """Linears this small leave the LayerNorms' epsilon (1e-5) to decide."""
     factor = official_adapter()[2]["notes"]["eps_probe"]["factor"]
     adapter, tensors, _ = official_adapter(factor)
     got = adapter(tensors["in/image_embeddings"])
-    parity("adapter", "07 eps", got, tensors["out/eps_probe_prompt_emb"])
+    assert_parity("adapter", "07 eps", got, tensors["out/eps_probe_prompt_emb"])
 
 
-def test_merger_parity(merger, parity):
+def test_merger_parity(merger, assert_parity):
     model, t = merger
     both = model(t["in/embeds"], TARGET, t["in/ref_embeds"], REFERENCE)
-    parity("merger", "08 with reference", both, t["out/with_ref"])
-    parity("merger", "08 without", model(t["in/embeds"], TARGET), t["out/without_ref"])
+    assert_parity("merger", "08 with reference", both, t["out/with_ref"])
+    assert_parity("merger", "08 without", model(t["in/embeds"], TARGET), t["out/without_ref"])
     odd = model(t["in/odd_embeds"], (1, 10, 14), t["in/odd_ref"], (1, 8, 6))
-    parity("merger", "08 odd grids", odd, t["out/odd_grids"])
+    assert_parity("merger", "08 odd grids", odd, t["out/odd_grids"])
 
 
-def test_merger_eps_parity(merger, parity):
+def test_merger_eps_parity(merger, assert_parity):
     model, t = merger
     got = model(t["in/embeds"] * 1e-3, TARGET, t["in/ref_embeds"] * 1e-3, REFERENCE)
-    parity("merger", "08 eps", got, t["out/eps_probe_with_ref"])
+    assert_parity("merger", "08 eps", got, t["out/eps_probe_with_ref"])
 
 
-def test_merger_positions_parity(merger, parity):
+def test_merger_positions_parity(merger, assert_parity):
     model, t = merger
     grids = {"18": TARGET, "36": REFERENCE, "10x14": (1, 10, 14)}
     for name, grid in grids.items():
         got, want = merger_positions(grid), t[f"out/position_ids_{name}"]
-        parity("merger", f"08 positions {name}", got, want, 1e-5)
+        assert_parity("merger", f"08 positions {name}", got, want, 1e-5)
     c = model.config
     pair = mrope_cos_sin(merger_positions(TARGET), c.head_dim, c.rope_theta, c.mrope_section)
     for name, got in zip(("cos", "sin"), pair, strict=True):
         parts = t[f"out/rope_{name}_18"].split(c.mrope_section * 2, dim=-1)  # [3, B, L, part]
         want = torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
-        parity("merger", f"08 rope {name}", got, want)
+        assert_parity("merger", f"08 rope {name}", got, want)
 
 
 def shapes(model: torch.nn.Module, prefix: str = "") -> dict[str, list[int]]:

@@ -42,36 +42,36 @@ def t5_and_state() -> tuple[T5Encoder, dict, dict]:
 
 @pytest.mark.parametrize("prompt", ["empty", "short"])
 @torch.inference_mode()
-def test_parity_clip(parity, prompt):
+def test_parity_clip(assert_parity, prompt):
     clip, _, tensors = clip_and_state()
     ids = tensors[f"in/clip_ids_{prompt}"]
-    parity("CLIP", f"13 pooled {prompt}", clip(ids), tensors[f"out/clip_pooled_{prompt}"])
+    assert_parity("CLIP", f"13 pooled {prompt}", clip(ids), tensors[f"out/clip_pooled_{prompt}"])
     penultimate = tensors[f"out/clip_hidden_penultimate_{prompt}"]
-    parity("CLIP", f"13 penultimate {prompt}", clip.hidden_states(ids)[-2], penultimate)
+    assert_parity("CLIP", f"13 penultimate {prompt}", clip.hidden_states(ids)[-2], penultimate)
 
 
 @torch.inference_mode()
-def test_parity_clip_eps_probe(parity):
+def test_parity_clip_eps_probe(assert_parity):
     clip, state, tensors = clip_and_state()
     clip.load_state_dict({k: v * 1e-3 if "embeddings." in k else v for k, v in state.items()})
     got = clip(tensors["in/clip_ids_short"])
-    parity("CLIP", "13 eps probe", got, tensors["out/eps_probe_clip_pooled_short"])
+    assert_parity("CLIP", "13 eps probe", got, tensors["out/eps_probe_clip_pooled_short"])
 
 
 @pytest.mark.parametrize("prompt", ["empty", "short"])
 @torch.inference_mode()
-def test_parity_t5(parity, prompt):
+def test_parity_t5(assert_parity, prompt):
     t5, _, tensors = t5_and_state()
     got = t5(tensors[f"in/t5_ids_{prompt}"])
-    parity("T5", f"13 {prompt}", got, tensors[f"out/t5_{prompt}"], 1e-4)
+    assert_parity("T5", f"13 {prompt}", got, tensors[f"out/t5_{prompt}"], 1e-4)
 
 
 @torch.inference_mode()
-def test_parity_t5_eps_probe(parity):
+def test_parity_t5_eps_probe(assert_parity):
     t5, state, tensors = t5_and_state()
     t5.load_state_dict(state | {"shared.weight": state["shared.weight"] * 1e-3})
     got = t5(tensors["in/t5_ids_short"])
-    parity("T5", "13 eps probe", got, tensors["out/eps_probe_t5_short"], 1e-4)
+    assert_parity("T5", "13 eps probe", got, tensors["out/eps_probe_t5_short"], 1e-4)
 
 
 @pytest.mark.parametrize(

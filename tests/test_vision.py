@@ -40,7 +40,7 @@ def random_images(grid) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_parity_hidden_states(official, parity):
+def test_parity_hidden_states(official, assert_parity):
     tensors, _, model = official
     states = model.hidden_states(tensors["in/pixel_values"], tensors["in/grid_thw"])
     names = {"patch_embed": "patch_embed", "merger": "merger_window_order", "merged": "merged"}
@@ -55,18 +55,18 @@ def test_parity_hidden_states(official, parity):
         "merged",
     ]
     for ours, theirs in names.items():
-        parity("vision", f"01 {theirs}", states[ours], tensors[f"out/{theirs}"], 2e-5)
+        assert_parity("vision", f"01 {theirs}", states[ours], tensors[f"out/{theirs}"], 2e-5)
 
 
 @torch.no_grad()
-def test_parity_forward(official, parity):
+def test_parity_forward(official, assert_parity):
     tensors, _, model = official
     out = model(tensors["in/pixel_values"], tensors["in/grid_thw"])
-    parity("vision", "01 merged (forward)", out, tensors["out/merged"], 2e-5)
+    assert_parity("vision", "01 merged (forward)", out, tensors["out/merged"], 2e-5)
 
 
 @torch.no_grad()
-def test_parity_eps_probe(official, parity):
+def test_parity_eps_probe(official, assert_parity):
     tensors, meta, _ = official
     probe = meta["notes"]["eps_probe"]
     model = QwenViT(VisionConfig.from_dict(meta["config"]))
@@ -77,23 +77,23 @@ def test_parity_eps_probe(official, parity):
         }
     )
     out = model(tensors["in/pixel_values"], tensors["in/grid_thw"])
-    parity("vision", "01 eps_probe_merged", out, tensors["out/eps_probe_merged"], 2e-5)
+    assert_parity("vision", "01 eps_probe_merged", out, tensors["out/eps_probe_merged"], 2e-5)
 
 
-def test_parity_layout(official, parity):
+def test_parity_layout(official, assert_parity):
     tensors, _, model = official
     grid = tensors["in/grid_thw"]
     index, lengths = window_index(grid, model.config)
-    parity("vision", "01 window_index", index, tensors["out/window_index"], 0)
+    assert_parity("vision", "01 window_index", index, tensors["out/window_index"], 0)
     ends = torch.tensor([0, *lengths]).cumsum(0)
-    parity("vision", "01 cu_window_seqlens", ends, tensors["out/cu_window_seqlens"], 0)
+    assert_parity("vision", "01 cu_window_seqlens", ends, tensors["out/cu_window_seqlens"], 0)
     raw = tensors["out/cu_window_seqlens_raw"].unique_consecutive()  # official empty windows
-    parity("vision", "01 cu_window_seqlens_raw", ends, raw, 0)
+    assert_parity("vision", "01 cu_window_seqlens_raw", ends, raw, 0)
     images = torch.tensor([0, *(t * h * w for t, h, w in grid.tolist())]).cumsum(0)
-    parity("vision", "01 cu_seqlens", images, tensors["out/cu_seqlens"], 0)
+    assert_parity("vision", "01 cu_seqlens", images, tensors["out/cu_seqlens"], 0)
     head_dim = model.config.hidden_size // model.config.num_heads
     angles = vision_angles(patch_positions(grid.tolist()), head_dim)
-    parity("vision", "01 rot_pos_emb", angles, tensors["out/rot_pos_emb_patch_order"], 2e-5)
+    assert_parity("vision", "01 rot_pos_emb", angles, tensors["out/rot_pos_emb_patch_order"], 2e-5)
 
 
 @pytest.mark.parametrize("manifest", ["nexus_genv2_ar", "qwen2_5_vl_7b_instruct"])

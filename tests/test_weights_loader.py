@@ -154,7 +154,7 @@ def velocity(model: MMDiT, tensors: dict) -> torch.Tensor:
     return unpatchify(tokens, *latents.shape[-2:])
 
 
-def test_parity_final_norm_halves_from_both_kinds_of_file(tmp_path, parity):
+def test_parity_final_norm_halves_from_both_kinds_of_file(tmp_path, assert_parity):
     tensors, config = micro_mmdit()
     want = tensors["out/velocity_edit_t640.25"]
     decoder = {
@@ -165,7 +165,7 @@ def test_parity_final_norm_halves_from_both_kinds_of_file(tmp_path, parity):
     decoder["adapter.0.weight"] = torch.zeros(1)  # belongs to the file, not to the MMDiT
     torch.save(decoder, tmp_path / "generation_decoder.bin")
     from_decoder = w.load_mmdit(tmp_path / "generation_decoder.bin", config)
-    parity("loader", "09 decoder file", velocity(from_decoder, tensors), want)
+    assert_parity("loader", "09 decoder file", velocity(from_decoder, tensors), want)
 
     for kind in ("weight", "bias"):  # the fixture holds the black-forest-labs order, too
         own = from_decoder.state_dict()[f"final_layer.adaLN_modulation.1.{kind}"]
@@ -174,7 +174,7 @@ def test_parity_final_norm_halves_from_both_kinds_of_file(tmp_path, parity):
     state = from_decoder.state_dict()
     save_file(state, tmp_path / "flux1-dev.safetensors")
     from_bfl = w.load_mmdit(tmp_path / "flux1-dev.safetensors", config)
-    parity("loader", "09 flux1-dev file", velocity(from_bfl, tensors), want)
+    assert_parity("loader", "09 flux1-dev file", velocity(from_bfl, tensors), want)
     back = w.to_diffsynth(state)
     assert all(torch.equal(back[k], decoder[k]) for k in back)
 
