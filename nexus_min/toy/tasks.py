@@ -269,6 +269,8 @@ def reference(rng: np.random.Generator, scene: Scene, obj: Object) -> tuple | No
 
 def _ask(rng: np.random.Generator, kind: str, scene: Scene, zh: bool) -> tuple[str, str] | None:
     """(question, answer) of one kind about a scene, or None when the scene does not admit one."""
+    if kind == "describe":
+        return "请描述这张图片。" if zh else "Please describe the image.", caption(None, scene, zh)
     obj = _choice(rng, scene.objects)
     ref = reference(rng, scene, obj)
     if kind in ("background", "count_all"):
@@ -356,22 +358,26 @@ def _ask_relation(rng: np.random.Generator, scene: Scene, zh: bool) -> tuple[str
 
 
 def question_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 4) -> Example:
-    """A question of one of QUESTIONS, or "describe", about a random scene (a quarter textured)."""
-    least = 2 if kind == "relation" else 1
+    """A question of one of QUESTIONS, or "describe", about a random scene (a quarter textured).
+
+    `kind` may name several, joined by "+": they are asked one after the other about one picture.
+    """
+    kinds = kind.split("+")
+    least = 2 if "relation" in kinds else 1
     while True:
         scene = random_scene(rng, int(rng.integers(least, max(least, most) + 1)), detail=0.25)
-        if kind == "describe":
-            question = "请描述这张图片。" if zh else "Please describe the image."
-            asked = question, caption(None, scene, zh)
-        else:
-            asked = _ask(rng, kind, scene, zh)
-        if asked:
+        asked = [_ask(rng, k, scene, zh) for k in kinds]
+        if all(asked):
             break
-    messages = (
-        {"role": "user", "content": IMAGE + asked[0]},
-        {"role": "assistant", "content": asked[1]},
+    messages = []
+    for question, answer in asked:
+        messages += [
+            {"role": "user", "content": question if messages else IMAGE + question},
+            {"role": "assistant", "content": answer},
+        ]
+    return Example(
+        "understand", kind, "zh" if zh else "en", (scene,), tuple(messages), *asked[0]
     )
-    return Example("understand", kind, "zh" if zh else "en", (scene,), messages, *asked)
 
 
 # ---------------------------------------------------------------- edits
@@ -460,6 +466,9 @@ def edit_example(
 
 MAKERS = {"understand": question_example, "generate": generation_example, "edit": edit_example}
 ZH_SHARE = 0.2
+TURNS = 4  # questions in a conversation
+# what refers to an object takes longest to learn
+EDIT_SHARES = np.array([5, 3, 3, 4, 1, 3, 1]) / 20
 
 
 def example(
@@ -485,6 +494,7 @@ def example(
 def _random_kind(rng: np.random.Generator, task: str) -> str:
     if task == "generate":
         return _choice(rng, CATEGORIES) if rng.random() < 0.4 else "caption"
-    if task == "understand":
-        return _choice(rng, QUESTIONS) if rng.random() < 0.7 else "describe"
-    return _choice(rng, EDITS)
+    if task == "understand":  # several turns about one picture: more answers for the same work
+        kinds = rng.choice(QUESTIONS, TURNS, replace=False)
+        return "+".join(["describe", *kinds[1:]] if rng.random() < 0.25 else kinds)
+    return str(rng.choice(EDITS, p=EDIT_SHARES))

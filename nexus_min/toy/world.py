@@ -36,7 +36,7 @@ BACKGROUNDS = {
 }
 RADIUS = {"small": 6.0, "large": 9.0}  # canvas pixels
 STYLES = ("filled", "outline")
-STROKE = 1.8  # width of an outline, canvas pixels
+STROKE = 1.5  # width of an outline, canvas pixels
 CENTRES = (11, 32, 53)  # of the 3x3 cells, along one axis
 CROP = 22  # side of the square around a cell's centre that holds any object in it
 JITTER = np.arange(-3, 4) / 2  # offsets of an object from its cell's centre, canvas pixels
@@ -138,7 +138,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.nd
         slope = np.hypot(2.0, 1.0)
         return np.maximum(y - 0.85 * r, (2.0 * abs(x) - y - r) / slope)
     if shape == "cross":
-        arm = 0.42 * r
+        arm = 0.48 * r
         across = np.maximum(abs(x) - r, abs(y) - arm)
         return np.minimum(across, np.maximum(abs(x) - arm, abs(y) - r))
     if shape == "star":  # fold the plane into one tenth of the star, then one edge
@@ -146,7 +146,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.nd
         angle = np.arctan2(x, -y)
         angle = abs((angle + sector / 2) % sector - sector / 2)
         px, py = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
-        bx, by = 0.46 * r * np.cos(sector / 2), 0.46 * r * np.sin(sector / 2)
+        bx, by = 0.54 * r * np.cos(sector / 2), 0.54 * r * np.sin(sector / 2)
         nx, ny = by, r - bx
         return ((px - r) * nx + py * ny) / np.hypot(nx, ny)
     raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
