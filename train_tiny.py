@@ -48,7 +48,7 @@ from nexus_min.toy.vocabulary import build_tokenizer, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
 # The stages in order: the share of --minutes, and the batch over all workers.
-SHARES = {"vae": 0.07, "vision": 0.16, "generation": 0.33, "ar": 0.24, "editing": 0.20}
+SHARES = {"vae": 0.06, "vision": 0.13, "generation": 0.25, "ar": 0.33, "editing": 0.23}
 BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
 NEEDS = {
     "vae": (),

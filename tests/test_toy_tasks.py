@@ -20,6 +20,7 @@ from nexus_min.toy.tasks import (
     MAKERS,
     QUESTIONS,
     RELATIONS,
+    TURNS,
     ZH,
     ZH_CELLS,
     Example,
@@ -399,7 +400,8 @@ def test_both_ways_of_an_edit_are_asked_for_alike():
 @pytest.mark.parametrize("task", MAKERS)
 def test_messages_follow_the_official_format(task):
     for ex in draw(task, None, 60):
-        assert [m["role"] for m in ex.messages] == ["user", "assistant"]
+        turns = TURNS if task == "understand" else 1  # questions come several about one picture
+        assert [m["role"] for m in ex.messages] == ["user", "assistant"] * turns
         joined = "".join(m["content"] for m in ex.messages)
         assert joined.count("<image>") == len(ex.scenes)
         assert ex.text in ex.messages[0]["content"]

@@ -93,9 +93,10 @@ class GroundingHead(nn.Module):
     """Thrown away after pre-training; what it can read is in the embeddings.
 
     One query per cell reads shape, colour, size and jitter out of the image embeddings, two more
-    read background and style, and each embedding redraws its own part of the picture without its
-    texture. Keys carry no position: where things are must be in the embeddings, since the
-    generation decoder gets all of them at position 0.
+    read background and style, and each embedding redraws its own part of the picture: a reference's
+    with its texture, which the editing decoder takes from there, a target's without. Keys carry no
+    position: where things are must be in the embeddings, since the generation decoder gets all of
+    them at position 0.
     """
 
     def __init__(self, width: int, dim: int = 128, heads: int = 4):
@@ -171,9 +172,9 @@ def vision_stage(visual: QwenViT, config: NexusGenConfig, batch: int) -> Stage:
         batch_scenes = scenes(rng, max(1, batch // 4) if large else batch)
         said = head(embed_views(visual, to_unit([render(s) for s in batch_scenes]), size))
         want = grounding_targets(batch_scenes)
-        plain = to_unit([render(replace(s, texture=None)) for s in batch_scenes])
-        plain = resize(plain, 8 * size // unit, "bilinear") * 2 - 1
-        want["pixels"] = rearrange(plain, "B C (h p) (w q) -> B (h w) (p q C)", p=8, q=8)
+        shown = batch_scenes if large else [replace(s, texture=None) for s in batch_scenes]
+        shown = resize(to_unit([render(s) for s in shown]), 8 * size // unit, "bilinear") * 2 - 1
+        want["pixels"] = rearrange(shown, "B C (h p) (w q) -> B (h w) (p q C)", p=8, q=8)
         return grounding_loss(said, want)
 
     modules = nn.ModuleDict({"visual": visual, "head": head})

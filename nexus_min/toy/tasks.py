@@ -375,9 +375,7 @@ def question_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 
             {"role": "user", "content": question if messages else IMAGE + question},
             {"role": "assistant", "content": answer},
         ]
-    return Example(
-        "understand", kind, "zh" if zh else "en", (scene,), tuple(messages), *asked[0]
-    )
+    return Example("understand", kind, "zh" if zh else "en", (scene,), tuple(messages), *asked[0])
 
 
 # ---------------------------------------------------------------- edits

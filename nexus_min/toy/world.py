@@ -36,7 +36,7 @@ BACKGROUNDS = {
 }
 RADIUS = {"small": 6.0, "large": 9.0}  # canvas pixels
 STYLES = ("filled", "outline")
-STROKE = 1.5  # width of an outline, canvas pixels
+STROKE = 1.65  # width of an outline, canvas pixels: never so thin that the checker drops it
 CENTRES = (11, 32, 53)  # of the 3x3 cells, along one axis
 CROP = 22  # side of the square around a cell's centre that holds any object in it
 JITTER = np.arange(-3, 4) / 2  # offsets of an object from its cell's centre, canvas pixels
