@@ -407,16 +407,54 @@ def load_config(folder: str | Path) -> NexusGenConfig:
         raise ValueError(f"{file}: not a configuration ({error})") from None
 
 
+ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
 def load_empty_prompt(
     folder: str | Path, config: NexusGenConfig, *, device="cpu", dtype=None
-) -> dict[str, Tensor]:
-    """CLIP's `pooled` [1, vec] and T5's `context` [1, L, ctx] of the empty prompt."""
-    file = find_file(Path(folder) / "empty_prompt.safetensors")
+) -> dict[str, Tensor] | None:
+    """CLIP's `pooled` [1, vec] and T5's `context` [1, L, ctx] of the empty prompt.
+
+    None when they must be computed: the encoders are there, the file is not, or is of others.
+    """
+    folder = Path(folder)
+    path, made_from = folder / "empty_prompt.safetensors", encoders_fingerprint(folder)
+    if made_from and (not path.is_file() or stored_fingerprint(path) not in (made_from, None)):
+        return None
+    file = find_file(path)
     entries, sizes = open_weights(file), config.mmdit
     length = entries["context"].shape[1:2] if "context" in entries else ("L",)
     shapes = {"pooled": (1, sizes.vec_in_dim), "context": (1, *length, sizes.context_in_dim)}
     check(file, "the MMDiT", shapes, entries)
     return {key: entry.read().to(device, dtype) for key, entry in entries.items()}
+
+
+def save_empty_prompt(folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Keep what the folder's encoders made of "", and of which files they were read."""
+    made_from = {"encoders": encoders_fingerprint(Path(folder)) or ""}
+    save_tensors(Path(folder) / "empty_prompt.safetensors", tensors, None, made_from)
+
+
+def encoders_fingerprint(folder: Path) -> str | None:
+    """Of names, sizes, first and last 64 KiB of CLIP's and T5's files; None when there are none."""
+    flux, mark = folder / FLUX_FOLDER, hashlib.md5()
+    files = [f for name in ENCODER_FOLDERS for f in sorted((flux / name).glob("*")) if f.is_file()]
+    for file in files:
+        mark.update(f"{file.relative_to(flux)} {file.stat().st_size} ".encode())
+        with open(file, "rb") as data:
+            mark.update(data.read(1 << 16))
+            data.seek(max(0, file.stat().st_size - (1 << 16)))
+            mark.update(data.read())
+    return mark.hexdigest() if files else None
+
+
+def stored_fingerprint(file: Path) -> str | None:
+    """Which encoders a file of constants was made from; None when it does not say."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return (handle.metadata() or {}).get("encoders")
+    except (SafetensorError, OSError):
+        return None  # whoever reads it will say what is wrong
 
 
 # ----------------------------------------------------------------------------------------- saving

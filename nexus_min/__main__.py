@@ -126,6 +126,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
     parser.add_argument("--device", help="default: cuda, mps or cpu, what is there; tiny: cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on the CPU, else bf16")
+    parser.add_argument(
+        "--memory",
+        choices=("auto", "resident", "staged", "stream"),
+        default="auto",
+        help="what stays on the GPU: all, one part at a time, or a few blocks; auto: what fits",
+    )
+    parser.add_argument("--fp8", action="store_true", help="store the decoders in 8 bits")
     parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N")
 
 
@@ -208,7 +215,10 @@ def load_model(args: argparse.Namespace, parts: list[str]):
 
     device = find_device(args.device, args.model)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    return NexusGen.load(args.model, device, dtype, parts)
+    model = NexusGen.load(args.model, device, dtype, parts, args.memory, args.fp8)
+    if model.placement is not None and model.placement.reason:
+        say(sys.stderr, f"{PROGRAM}: memory {model.placement.profile}: {model.placement.reason}")
+    return model
 
 
 def find_device(name: str | None, model: str) -> str:

@@ -107,17 +107,6 @@ def read_text_encoders(folder: Path, config: NexusGenConfig, place: dict) -> Tex
     )
 
 
-def read_empty_prompt(folder: Path, config: NexusGenConfig, place: dict) -> dict[str, Tensor]:
-    """Stored pooled [1, V] and context [1, L, C] of "", else what CLIP and T5 make of it."""
-    import weights_loader as loader
-
-    if has_text_encoders(folder) and not (folder / "empty_prompt.safetensors").is_file():
-        encoders = read_text_encoders(folder, config, place)  # not kept: 9.8 GB at full size
-        txt, _, pooled = text_context(encoders, *encoders.ids(""))
-        return {"pooled": pooled, "context": txt}
-    return loader.load_empty_prompt(folder, config, **place)
-
-
 def has_text_encoders(folder: Path) -> bool:
     """Whether the folder holds CLIP and T5; the tiny model's does not."""
     import weights_loader as loader

@@ -336,18 +336,20 @@ class MMDiT(nn.Module):
         y: Tensor,
         guidance: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
+        mods: Modulations | None = None,
     ) -> Tensor:
         """Return the velocity noise - data as tokens [B, N, in_channels].
 
         img [B, N, in_channels] noisy latents from `patchify`; txt [B, L, context_in_dim]; timesteps
         [B] in [0, 1]; y [B, vec_in_dim] pooled CLIP vector; guidance [B] (FLUX.1-dev's distilled
         guidance, 3.5); ids [1 or B, N or L, 3], or None when `rope` = `self.rope(img_ids, txt_ids)`
-        is given. A batch of one in timesteps, y or guidance serves the whole batch. Raises
-        ValueError when sizes disagree.
+        is given; `mods` = what `self.modulations` made of timesteps, y and guidance. A batch of one
+        in these three serves the whole batch. Raises ValueError when sizes disagree.
         """
         rope = self.rope(img_ids, txt_ids) if rope is None else rope
         self.check(img, txt, timesteps=timesteps, y=y, guidance=guidance, positions=rope[0])
-        mods = self.modulations(self.condition(timesteps, y, guidance))
+        if mods is None:
+            mods = self.modulations(self.condition(timesteps, y, guidance))
         return self.velocity(img, txt, mods, rope)
 
     def rope(self, img_ids: Tensor, txt_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,7 +32,6 @@ from .components import (
     TextEncoders,
     has_text_encoders,
     model_folder,
-    read_empty_prompt,
     read_part,
     read_text_encoders,
     read_tokenizer,
@@ -40,6 +40,7 @@ from .components import (
 from .config import NexusGenConfig
 from .image_processor import bound_image, load_image, reference_view, to_image, to_patches
 from .mmdit import MMDiT, context_ids_editing, context_ids_generation
+from .placement import PROFILES, Place, Placement, to_fp8
 from .sampling import Context, Sampling, guided, velocity_field
 from .tokenizer import (
     EDITING_PROMPT,
@@ -107,7 +108,8 @@ class NexusGen:
     editing: EditingDecoder | None = None
     empty_prompt: dict[str, Tensor] | None = None  # CLIP's pooled [1, V], T5's context [1, L, C]
     text_encoders: TextEncoders | None = None
-    read_text_encoders: Callable[[], TextEncoders] | None = None  # called when first needed
+    read_text_encoders: Callable[[], TextEncoders] | None = None  # for one negative prompt each
+    placement: Placement | None = None  # None: every part works where its weights are
 
     @classmethod
     def load(
@@ -116,34 +118,66 @@ class NexusGen:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         parts: Sequence[str] = PARTS,
+        memory: str = "auto",
+        fp8: bool = False,
     ) -> NexusGen:
         """The shipped tiny model, or a folder laid out as the official release.
 
         dtype None is fp32 on the CPU and bf16 elsewhere. `parts` says what to load, of `PARTS`:
-        understanding needs "ar" alone. ValueError for a folder that is not there, lacks a file, or
-        holds one of other sizes than its configuration says.
+        understanding needs "ar" alone. `memory` is a profile of `placement` ("auto": the first that
+        fits the device), fp8 stores the decoders' matrices in 8 bits. ValueError for a folder that
+        is not there, lacks a file, or holds one of other sizes than its configuration says.
         """
         import weights_loader as loader
 
-        folder = model_folder(model)
-        if dtype is None:
-            dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        config, place = loader.load_config(folder), {"device": device, "dtype": dtype}
+        if memory not in PROFILES:
+            raise ValueError(f"memory must be one of {', '.join(PROFILES)}, got {memory!r}")
+        folder, device = model_folder(model), torch.device(device)
+        config = loader.load_config(folder)
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        goal = {"device": device, "dtype": dtype}
+        at_once = not fp8 and memory in (("auto", "resident") if device.type == "cpu" else ())
+        place = goal if at_once else {}  # else mapped on the host, as stored
         self = cls(config, read_tokenizer(folder, config))
         for name in parts:
             setattr(self, name, read_part(name, folder, config, place))
+        for decoder in (self.generation, self.editing) if fp8 else ():
+            if decoder is not None:
+                to_fp8(decoder.mmdit)
+        if not at_once:
+            loaded = {name: getattr(self, name) for name in parts}
+            self.placement = Placement.of(memory, loaded, Place(device, dtype))
         if has_text_encoders(folder):
             self.read_text_encoders = lambda: read_text_encoders(folder, config, place)
         if "generation" in parts or "editing" in parts:
-            self.empty_prompt = read_empty_prompt(folder, config, place)
+            self.empty_prompt = loader.load_empty_prompt(folder, config, **goal)
+            if self.empty_prompt is None:
+                self.empty_prompt = self.make_empty_prompt(folder)
         return self
 
-    def need(self, name: str) -> Any:
+    def make_empty_prompt(self, folder: Path) -> dict[str, Tensor]:
+        """What CLIP and T5 make of "", computed once and kept in the model's folder: 4 MB."""
+        import weights_loader as loader
+
+        txt, _, pooled = self.encode_text("")
+        tensors = {"pooled": pooled, "context": txt}
+        try:
+            loader.save_empty_prompt(folder, tensors)
+        except OSError as error:
+            logger.warning("cannot keep the constants of the empty prompt: %s", error)
+        return tensors
+
+    def have(self, name: str) -> Any:
         """The component of that name. ValueError when this model was loaded without it."""
-        if name == "text_encoders" and not self.text_encoders and self.read_text_encoders:
-            self.text_encoders = self.read_text_encoders()
         if (part := getattr(self, name)) is None:
             raise ValueError(f"this model has no {NOUNS.get(name, name)}")
+        return part
+
+    def need(self, name: str) -> Any:
+        """The component of that name, where it works. ValueError when this model has none."""
+        part = self.have(name)
+        if self.placement is not None:
+            self.placement.bring(part)
         return part
 
     # ---- the autoregressive half ---------------------------------------------------------------
@@ -258,11 +292,21 @@ class NexusGen:
         """T5's states [1, L, C] of a negative prompt, at position 0, and CLIP's vector of it."""
         if prompt:
             check_text(prompt, "negative prompt")
-            encoders = self.need("text_encoders")
-            return text_context(encoders, *encoders.ids(prompt))
+            return self.encode_text(prompt)
         empty = self.need("empty_prompt")
         txt = empty["context"]
         return Context(txt, context_ids_generation(txt.shape[1]), empty["pooled"])
+
+    @torch.no_grad()
+    def encode_text(self, prompt: str) -> Context:
+        """T5's states and CLIP's vector; encoders that must be read first are freed again."""
+        encoders = self.text_encoders
+        if encoders is None and self.read_text_encoders:
+            encoders = self.read_text_encoders()
+        if encoders is None:
+            raise ValueError(f"this model has no {NOUNS['text_encoders']}")
+        with self.placement.guest(encoders) if self.placement else nullcontext():
+            return text_context(encoders, *encoders.ids(prompt))
 
     @torch.no_grad()
     def reference_embeds(self, image: ImageLike) -> Tensor:
@@ -271,6 +315,11 @@ class NexusGen:
         return self.embed_images([view])[0].unsqueeze(0)
 
     # ---- drawing -------------------------------------------------------------------------------
+
+    def negative_of(self, sampling: Sampling) -> Context | None:
+        """What cfg leads away from; None when it is off."""
+        on = sampling.cfg_scale != 1
+        return self.negative_context(sampling.negative_prompt) if on else None
 
     @torch.no_grad()
     def denoise_steps(
@@ -285,14 +334,16 @@ class NexusGen:
 
         `negative` is what cfg leads away from; default: the context of `sampling.negative_prompt`.
         """
-        size = (*noise.shape[-2:], sampling.guidance)
+        negative = negative or self.negative_of(sampling)
+        if self.placement is not None:
+            self.placement.bring(mmdit)
+        sigmas = flow.schedule(sampling.num_steps)
+        settings = (*noise.shape[-2:], sampling.guidance, sigmas[:-1].tolist())
         away = None
         if sampling.cfg_scale != 1:
-            negative = negative or self.negative_context(sampling.negative_prompt)
-            away = velocity_field(mmdit, negative, *size)
-        field = guided(velocity_field(mmdit, context, *size), away, sampling.cfg_scale)
-        noise = noise.to(mmdit.img_in.weight.device)
-        yield from flow.denoise(field, noise, flow.schedule(sampling.num_steps))
+            away = velocity_field(mmdit, negative, *settings)
+        field = guided(velocity_field(mmdit, context, *settings), away, sampling.cfg_scale)
+        yield from flow.denoise(field, noise.to(mmdit.img_in.weight.device), sigmas)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -300,11 +351,14 @@ class NexusGen:
         vae = self.need("autoencoder")
         return [to_image(x) for x in vae.decode(latents.to(vae.decoder.conv_in.weight)).float()]
 
-    def draw_steps(self, mmdit: MMDiT, context: Context, sampling: Sampling) -> Iterator[Event]:
+    def draw_steps(
+        self, mmdit: MMDiT, context: Context, sampling: Sampling, negative: Context | None = None
+    ) -> Iterator[Event]:
         """Yield ("sampling", Sampling), ("context", Context), ("step", Step)..., ("image", PIL)."""
         yield "sampling", sampling
         yield "context", context
-        for step in self.denoise_steps(mmdit, context, sampling.noise(self.config), sampling):
+        noise = sampling.noise(self.config)
+        for step in self.denoise_steps(mmdit, context, noise, sampling, negative):
             yield "step", step
         yield "image", self.decode(step.x)[0]
 
@@ -336,14 +390,15 @@ class NexusGen:
         **sampling,
     ) -> Iterator[Event]:
         """`generate` step by step: ("text", str), ("embeddings", [1, N, C]), then `draw_steps`."""
-        decoder = self.need("generation")
+        mmdit = self.have("generation").mmdit
         settings = Sampling(**sampling).resolve(self.config, self.config.cfg_scale)
         sentence = GENERATION_REPLY[pick_language(language, prompt)]
         inputs = self.generation_inputs(prompt, language)
         text, embeds = self.predict_embeddings(inputs, sentence, fast_preamble, max_new_tokens)
         yield "text", text
         yield "embeddings", embeds
-        yield from self.draw_steps(decoder.mmdit, self.generation_context(embeds), settings)
+        negative = self.negative_of(settings)
+        yield from self.draw_steps(mmdit, self.generation_context(embeds), settings, negative)
 
     def generate(self, prompt: str, **options) -> Image.Image:
         """Draw a description, English or Chinese.
@@ -370,7 +425,7 @@ class NexusGen:
         """`edit` step by step: ("text", str), ("embeddings", [1, N, C]), then `draw_steps`."""
         if decoder not in ("editing", "generation"):
             raise ValueError(f"decoder must be editing or generation, got {decoder!r}")
-        mmdit = self.need(decoder).mmdit
+        mmdit = self.have(decoder).mmdit
         cfg_scale = 1.0 if decoder == "editing" else self.config.cfg_scale
         settings = Sampling(**sampling).resolve(self.config, cfg_scale)
         sentence = EDITING_REPLY[pick_language(language, instruction)]
@@ -379,12 +434,14 @@ class NexusGen:
         text, embeds = self.predict_embeddings(inputs, sentence, fast_preamble, max_new_tokens)
         yield "text", text
         yield "embeddings", embeds
+        reference = self.reference_embeds(source) if decoder == "editing" else None
+        negative = self.negative_of(settings)
         if decoder == "generation":
             context = self.generation_context(embeds)
         else:
             size = settings.latent_shape(self.config)[2:]
-            context = self.editing_context(embeds, self.reference_embeds(source), *size)
-        yield from self.draw_steps(mmdit, context, settings)
+            context = self.editing_context(embeds, reference, *size)
+        yield from self.draw_steps(mmdit, context, settings, negative)
 
     def edit(self, image: ImageLike, instruction: str, **options) -> Image.Image:
         """Change a picture as told.

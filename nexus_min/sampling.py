@@ -12,15 +12,16 @@ so that a seed means the same picture on every device; the official run draws on
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import flow
 from .config import NexusGenConfig
-from .mmdit import PATCH, MMDiT, image_ids, patchify, unpatchify
+from .mmdit import PATCH, MMDiT, Modulations, image_ids, patchify, unpatchify
 
 MAX_STEPS = 1000  # no finer than the noise levels of training
 MAX_SCALE = 8  # sides of at most 8 times the model's own
@@ -91,20 +92,49 @@ def whole_side(side: int | None, config: NexusGenConfig) -> int:
 
 
 def velocity_field(
-    mmdit: MMDiT, context: Context, height: int, width: int, guidance: float = 3.5
+    mmdit: MMDiT,
+    context: Context,
+    height: int,
+    width: int,
+    guidance: float = 3.5,
+    times: Sequence[float] = (),
 ) -> flow.Velocity:
-    """The MMDiT as a function of x_t [B, z, height, width] (latent cells) and t [B] alone."""
+    """The MMDiT as a function of x_t [B, z, height, width] (latent cells) and t [B] alone.
+
+    The modulations of `times` are evaluated at once, ahead; at another t, when it comes.
+    """
     weight = mmdit.img_in.weight
     ids = image_ids(height, width), context.txt_ids
     rope = mmdit.rope(*(i.to(weight.device) for i in ids))
     strength = torch.full((1,), guidance, device=weight.device)
+    ahead = modulations_ahead(mmdit, context.pooled.to(weight), strength, times)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         txt, _, pooled = context.like(len(x), weight)
-        tokens = mmdit(patchify(x).to(weight), None, txt, None, t, pooled, strength, rope)
+        mods = ahead.get(float(t[0])) if ahead else None
+        tokens = mmdit(patchify(x).to(weight), None, txt, None, t, pooled, strength, rope, mods)
         return unpatchify(tokens.float(), height, width)
 
     return velocity
+
+
+def modulations_ahead(
+    mmdit: MMDiT, pooled: Tensor, guidance: Tensor, times: Sequence[float]
+) -> dict[float, Modulations]:
+    """Time -> modulations, for one pooled vector [1, V]; a batch of them is left to the network."""
+    if not times or len(pooled) > 1:
+        return {}
+    t = torch.tensor(times, dtype=torch.float32, device=pooled.device)
+    table = mmdit.modulations(mmdit.condition(t, pooled, guidance))
+    return {time: row(table, i) for i, time in enumerate(t.tolist())}
+
+
+def row(table: Any, i: int) -> Any:
+    """Row i of every tensor [N, ...] in nested lists and tuples, kept as [1, ...]."""
+    if isinstance(table, Tensor):
+        return table[i : i + 1]
+    items = [row(item, i) for item in table]
+    return type(table)(*items) if hasattr(table, "_fields") else type(table)(items)
 
 
 def guided(positive: flow.Velocity, negative: flow.Velocity | None, scale: float) -> flow.Velocity:

@@ -26,7 +26,7 @@ RANKS = (
     ("mmdit", "flow"),
     ("autoencoder",),
     ("sampling",),
-    ("components",),
+    ("components", "placement"),
     ("pipeline",),
     ("data",),
     ("training",),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import GOLDEN, golden, weights
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_tokenizer import byte_tokenizer
 from tiny_model import make_tiny, save_tiny
 
@@ -543,7 +543,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_folder, tmp_path):
         NexusGen.load(folder)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def released_folder(tiny_folder, tmp_path_factory):
     """A folder as downloaded: text encoders (tiny, official vocabularies), no constants of ""."""
     folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("released") / "model")
@@ -566,20 +566,41 @@ def released_folder(tiny_folder, tmp_path_factory):
     return folder
 
 
-def test_text_encoders_are_read_when_a_negative_prompt_needs_them(released_folder):
+def test_text_encoders_are_read_for_each_negative_prompt_and_freed(released_folder):
     model = NexusGen.load(released_folder, parts=["ar", "generation", "autoencoder"])
-    assert model.text_encoders is None
     assert model.empty_prompt["context"].shape == (1, 512, 96)
+    encoders, reads = model.read_text_encoders(), []
+    model.read_text_encoders = lambda: reads.append(1) or encoders
     options = {"fast_preamble": True, "num_steps": 1, "cfg_scale": 2.0}
     empty = model.generate("a circle", **options)
-    assert model.text_encoders is None
+    assert not reads
     negative = model.generate("a circle", negative_prompt="blurry", **options)
-    assert model.text_encoders is not None and negative.tobytes() != empty.tobytes()
-    computed = text_context(model.text_encoders, *model.text_encoders.ids(""))
+    assert len(reads) == 1 and negative.tobytes() != empty.tobytes()
+    assert model.text_encoders is None
+    computed = text_context(encoders, *encoders.ids(""))
     assert torch.equal(computed.txt, model.empty_prompt["context"])
     assert torch.equal(computed.pooled, model.empty_prompt["pooled"])
     with pytest.raises(ValueError, match="negative prompt is not valid Unicode"):
         model.negative_context("\udcff")
+
+
+def test_constants_of_the_empty_prompt_are_kept_until_the_encoders_change(released_folder):
+    kept = released_folder / "empty_prompt.safetensors"
+    parts = ["generation"]
+    first = NexusGen.load(released_folder, parts=parts).empty_prompt
+    written = kept.stat().st_mtime_ns
+    again = NexusGen.load(released_folder, parts=parts).empty_prompt
+    assert kept.stat().st_mtime_ns == written
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    file = released_folder / "FLUX/FLUX.1-dev/text_encoder/model.safetensors"
+    save_file({k: v + 1 for k, v in load_file(file).items()}, file)
+    other = NexusGen.load(released_folder, parts=parts).empty_prompt
+    assert not torch.equal(first["pooled"], other["pooled"])
+    shutil.rmtree(released_folder / "FLUX/FLUX.1-dev/text_encoder_2")
+    for name in ("text_encoder", "tokenizer", "tokenizer_2"):
+        shutil.rmtree(released_folder / "FLUX/FLUX.1-dev" / name)
+    alone = NexusGen.load(released_folder, parts=parts).empty_prompt
+    assert torch.equal(alone["pooled"], other["pooled"])
 
 
 def test_positions_go_where_the_network_is(monkeypatch):
