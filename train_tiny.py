@@ -389,6 +389,7 @@ def make_plan(args: argparse.Namespace, started: float, command: str) -> Plan:
         folder.check(args.stage)
     if args.ship:
         folder.check_complete(stages)
+        Folder(args.ship).check_writable()  # now, not after hours of training
     folder.check_writable()
     for name in folder.drop_stale(stages):
         print(f"{name} is trained again: what it was built on has changed")

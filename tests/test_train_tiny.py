@@ -206,6 +206,9 @@ def test_a_folder_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused(capsys, "--out", tmp_path / "file", *MICRO)
     assert "/proc/nexus" in refused(capsys, "--out", "/proc/nexus", *MICRO)
+    goal = ["--ship", "/proc/nexus"]  # told before anything is trained
+    assert "/proc/nexus" in refused(capsys, "--out", tmp_path / "run", *MICRO, *goal)
+    assert not (tmp_path / "run").exists()
 
 
 def test_ship_needs_every_stage(capsys, tmp_path, micro):
