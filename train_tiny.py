@@ -48,7 +48,7 @@ from nexus_min.toy.vocabulary import build_tokenizer, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
 # The stages in order: the share of --minutes, and the batch over all workers.
-SHARES = {"vae": 0.06, "vision": 0.13, "generation": 0.25, "ar": 0.33, "editing": 0.23}
+SHARES = {"vae": 0.05, "vision": 0.17, "generation": 0.18, "ar": 0.38, "editing": 0.22}
 BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
 NEEDS = {
     "vae": (),
@@ -206,10 +206,10 @@ def train_editing(folder: Folder, run: Run, batch: int) -> dict:
     started = time.perf_counter()
     pool = toy.editing_pool(ar, vae, folder.tokenizer(), config, run)
     run = run.less(time.perf_counter() - started)
-    mmdit, merger = folder.generation()[0], loader.make_merger(config)
+    (mmdit, adapter), merger = folder.generation(), loader.make_merger(config)
     merger.layers[0].load_state_dict(ar.model.layers[0].state_dict())
-    stage = toy.editing_stage(mmdit, merger, folder.empty_prompt(), pool, vae, config, batch)
-    summary = fit(stage, run)
+    parts = mmdit, merger, frozen_copy(adapter)
+    summary = fit(toy.editing_stage(*parts, folder.empty_prompt(), pool, vae, config, batch), run)
     folder.save(config, editing=(mmdit, merger))
     return summary
 

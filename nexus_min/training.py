@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from .muon import Muon
+
 DECAY = 0.4  # the last part of every stage, over which the learning rate falls to zero
 WARMUP = 50  # steps
 REPORT = 50  # steps whose metrics are averaged into one line
@@ -214,8 +216,10 @@ def deferred_interrupt() -> Iterator[threading.Event]:
 # --------------------------------------------------------------------------------------- optimisers
 
 
-def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices (and convolutions, as matrices), AdamW for everything else."""
+def make_optimizers(
+    stage: Stage, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """Muon, in `dtype`, for hidden matrices (and convolutions, as such); AdamW for all the rest."""
     matrices, others = [], []
     for name, p in stage.modules.named_parameters():
         if not p.requires_grad:
@@ -227,8 +231,7 @@ def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
             matrices.append(p if p.ndim == 2 else as_matrix(p))
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        settings = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(matrices, lr=stage.lr, **settings))
+        optimizers.append(Muon(matrices, stage.lr, dtype=dtype))
     if others:
         lr = stage.adamw_lr or stage.lr
         optimizers.append(torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
@@ -312,7 +315,7 @@ class Trainer:
         self.rank, self.size = world()
         self.parameters = [p for p in stage.modules.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizers = make_optimizers(stage)
+        self.optimizers = make_optimizers(stage, torch.bfloat16 if run.bf16 else torch.float32)
         seconds = None if run.seconds is None else agreed(max(1.0, run.seconds - run.spent))[0]
         self.schedule = Schedule(seconds, run.steps)
         self.checkpoint = Checkpoint(run.folder / f"{stage.name}.ckpt")

@@ -28,7 +28,7 @@ RANKS = (
     ("sampling",),
     ("components", "placement"),
     ("pipeline",),
-    ("data",),
+    ("data", "muon"),
     ("training",),
     ("toy.world",),
     ("toy.score", "toy.tasks"),

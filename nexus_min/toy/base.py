@@ -20,7 +20,7 @@ from ..config import NexusGenConfig
 from ..training import Stage
 from ..vision import QwenViT
 from .pictures import embed_views, exactness, resize, save_grid, scenes, to_uint8, to_unit
-from .world import BACKGROUNDS, COLOURS, RADIUS, SHAPES, STYLES, Scene, render
+from .world import BACKGROUNDS, COLOURS, RADIUS, SHAPES, STYLES, Object, Scene, render
 
 # ---------------------------------------------------------------- the autoencoder
 
@@ -93,60 +93,117 @@ class GroundingHead(nn.Module):
     """Thrown away after pre-training; what it can read is in the embeddings.
 
     One query per cell reads shape, colour, size and jitter out of the image embeddings, two more
-    read background and style, and each embedding redraws its own part of the picture: a reference's
-    with its texture, which the editing decoder takes from there, a target's without. Keys carry no
-    position: where things are must be in the embeddings, since the generation decoder gets all of
-    them at position 0.
+    read background and style; each embedding redraws its own part of the picture: a reference's
+    with its texture, which the editing decoder takes from there, a target's without. Phrases
+    ("red", "small red star") look up the object that they mean, by one attention over content, so
+    that a decoder's one attention can. Keys carry no position: where things are must be in the
+    embeddings, since the generation decoder gets all of them at position 0.
     """
 
     def __init__(self, width: int, dim: int = 128, heads: int = 4):
         super().__init__()
         self.heads = heads
         self.query = nn.Parameter(torch.randn(11, dim) * 0.5)
-        self.kv = nn.Linear(width, 2 * dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.words = nn.ModuleList(nn.Embedding(n + 1, dim) for n in NUMBERS_OF)
+        self.place, self.phrase = _Reader(width, dim), _Reader(width, dim)
         classes = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(RADIUS)}
-        cell = {k: nn.Linear(dim, n) for k, n in (classes | {"jitter": 2}).items()}
-        self.cell = nn.ModuleDict(cell)
-        self.background = nn.Linear(dim, len(BACKGROUNDS))
-        self.style = nn.Linear(dim, len(STYLES))
+        self.cell = _linears(dim, classes | {"jitter": 2})
+        self.whole = _linears(dim, {"background": len(BACKGROUNDS), "style": len(STYLES)})
+        self.meant = _linears(dim, classes | {"cell": 9, "matches": 5})
         self.pixels = nn.Linear(width, 8 * 8 * 3)
 
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        """tokens [B, N, C] -> what each part says, by name."""
-        k, v = rearrange(self.kv(tokens), "B N (two H D) -> two B H N D", two=2, H=self.heads)
-        q = repeat(self.query, "Q (H D) -> B H Q D", H=self.heads, B=len(tokens))
-        x = rearrange(F.scaled_dot_product_attention(q, k, v), "B H Q D -> B Q (H D)")
-        x = F.rms_norm(x + self.query, x.shape[-1:])
-        x = x + self.mlp(x)
+    def forward(self, tokens: Tensor, phrases: Tensor) -> dict[str, Tensor]:
+        """tokens [B, N, C], phrases [B, P, 3] -> what each part says, by name."""
+        x = self.place(tokens, repeat(self.query, "Q D -> B Q D", B=len(tokens)), self.heads)
         said = {name: layer(x[:, :9]) for name, layer in self.cell.items()}
-        return said | {
-            "background": self.background(x[:, 9]),
-            "style": self.style(x[:, 10]),
-            "pixels": self.pixels(tokens),
-        }
+        said |= {name: self.whole[name](x[:, 9 + i]) for i, name in enumerate(self.whole)}
+        query = sum(words(phrases[..., i]) for i, words in enumerate(self.words))
+        x = self.phrase(tokens, query, self.heads)
+        said |= {f"meant_{name}": layer(x) for name, layer in self.meant.items()}
+        return said | {"pixels": self.pixels(tokens)}
 
 
-def grounding_targets(batch: list[Scene]) -> dict[str, Tensor]:
-    """Class ids of each cell [B, 9] (shape 0 = empty, the others -100 there) and picture [B]."""
+class _Reader(nn.Module):
+    """Queries that read out of image embeddings: one attention, one MLP."""
+
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        self.kv = nn.Linear(width, 2 * dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, tokens: Tensor, query: Tensor, heads: int) -> Tensor:
+        """tokens [B, N, C], query [B, Q, D] -> [B, Q, D]."""
+        k, v = rearrange(self.kv(tokens), "B N (two H D) -> two B H N D", two=2, H=heads)
+        q = rearrange(query, "B Q (H D) -> B H Q D", H=heads)
+        x = rearrange(F.scaled_dot_product_attention(q, k, v), "B H Q D -> B Q (H D)")
+        x = F.rms_norm(x + query, x.shape[-1:])
+        return x + self.mlp(x)
+
+
+def _linears(dim: int, outputs: dict[str, int]) -> nn.ModuleDict:
+    return nn.ModuleDict({name: nn.Linear(dim, n) for name, n in outputs.items()})
+
+
+def _ids(o: Object) -> tuple[int, int, int]:
+    """Class ids of shape, colour and size."""
+    sizes = list(RADIUS)
+    return SHAPES.index(o.shape), list(COLOURS).index(o.colour), sizes.index(o.size)
+
+
+def random_phrases(rng: np.random.Generator, batch: list[Scene], n: int) -> Tensor:
+    """n phrases a scene, ids of shape, colour, size (the last id of each: not said): [B, n, 3].
+
+    Each is said of an object that is there, but one in five with one word changed.
+    """
+    rows = []
+    for scene in batch:
+        for _ in range(n):
+            ids = np.array(_ids(scene.objects[rng.integers(len(scene.objects))]))
+            if rng.random() < 0.2:
+                i = rng.integers(3)
+                ids[i] = rng.integers(NUMBERS_OF[i])
+            said = PHRASES[rng.integers(len(PHRASES))]
+            rows.append(np.where(said, ids, NUMBERS_OF))
+    return torch.from_numpy(np.stack(rows)).view(len(batch), n, 3)
+
+
+def grounding_targets(batch: list[Scene], phrases: Tensor) -> dict[str, Tensor]:
+    """Class ids of each cell [B, 9] (shape 0 = empty, the others -100 there) and picture [B].
+
+    Of each phrase [B, P]: the number of objects that it fits, and what the one is that it means.
+    """
     want = {k: torch.full((len(batch), 9), -100) for k in ("colour", "size")}
     want |= {"shape": torch.zeros(len(batch), 9).long(), "jitter": torch.zeros(len(batch), 9, 2)}
+    meant = {k: torch.full(phrases.shape[:2], -100) for k in ("shape", "colour", "size", "cell")}
+    meant["matches"] = torch.zeros(phrases.shape[:2]).long()
     for i, scene in enumerate(batch):
         for o in scene.objects:
-            want["shape"][i, o.cell] = 1 + SHAPES.index(o.shape)
-            want["colour"][i, o.cell] = list(COLOURS).index(o.colour)
-            want["size"][i, o.cell] = list(RADIUS).index(o.size)
+            shape, want["colour"][i, o.cell], want["size"][i, o.cell] = _ids(o)
+            want["shape"][i, o.cell] = 1 + shape
             want["jitter"][i, o.cell] = torch.tensor([o.dx, o.dy]) / 1.5
+        ids = torch.tensor([_ids(o) for o in scene.objects])
+        said = phrases[i, :, None]
+        fits = ((said == ids) | (said == torch.tensor(NUMBERS_OF))).all(-1)  # [P, objects]
+        meant["matches"][i] = fits.sum(1).clamp_max(4)
+        cells = torch.tensor([o.cell for o in scene.objects])[:, None]
+        one = torch.cat((ids, cells), 1)[fits.int().argmax(1)]
+        for j, name in enumerate(("shape", "colour", "size", "cell")):
+            meant[name][i] = one[:, j].masked_fill(fits.sum(1) != 1, -100)
     want["background"] = torch.tensor([list(BACKGROUNDS).index(s.background) for s in batch])
     want["style"] = torch.tensor([STYLES.index(s.style) for s in batch])
-    return want
+    return want | {f"meant_{name}": x for name, x in meant.items()}
 
 
+NUMBERS_OF = (len(SHAPES), len(COLOURS), len(RADIUS))
+PHRASES = np.array([(1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 1, 1)], bool)  # which words are said
 GROUNDING_WEIGHTS = {"shape": 3.0, "colour": 1.0, "size": 1.0, "background": 0.3, "style": 0.3}
+GROUNDING_WEIGHTS |= {f"meant_{name}": 0.5 for name in ("shape", "colour", "size", "matches")}
+GROUNDING_WEIGHTS["meant_cell"] = 1.0
+EMBEDDING_NOISE = 0.5  # up to this much, of embeddings of deviation 1
 
 
 def grounding_loss(said: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[Tensor, dict]:
-    """Weighted cross-entropies + jitter + pixels; and the accuracies where there is an object."""
+    """Weighted cross-entropies + jitter + pixels; and the accuracies where there is an answer."""
     there = want["shape"] > 0
     loss = sum(
         weight * F.cross_entropy(said[k].flatten(0, -2), want[k].flatten())
@@ -154,25 +211,42 @@ def grounding_loss(said: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[Te
     )
     jitter = (said["jitter"] - want["jitter"])[there].square().mean()
     pixels = (said["pixels"] - want["pixels"]).square().mean()
+    one = want["meant_cell"] >= 0
     right = {
-        f"{k}_acc": (said[k].argmax(-1) == want[k])[there].float().mean()
-        for k in ("shape", "colour", "size")
+        f"{k}_acc": (said[k].argmax(-1) == want[k])[one if "meant" in k else there].float().mean()
+        for k in ("shape", "colour", "size", "meant_shape", "meant_colour", "meant_cell")
     }
     return loss + 0.5 * jitter + 4 * pixels, {**right, "jitter": jitter, "pixels": pixels}
 
 
+def noised(tokens: Tensor, most: float) -> Tensor:
+    """Embeddings [B, N, C] of mean 0 and deviation 1, under noise of a level of 0 to `most` each.
+
+    What survives it is told apart by more than the AR model's errors, and worth predicting.
+    """
+    mean, std = tokens.mean((0, 1)), tokens.std((0, 1))
+    level = most * torch.rand(len(tokens), 1, 1)
+    return (tokens - mean) / (std + 1e-6) + level * torch.randn_like(tokens)
+
+
 def vision_stage(visual: QwenViT, config: NexusGenConfig, batch: int) -> Stage:
-    """Grounding at the target's resolution, every fifth batch at the reference's."""
+    """Grounding at the target's resolution, every fifth batch at the reference's.
+
+    In scenes of up to nine objects: more to learn from a picture.
+    """
     head = GroundingHead(config.ar.vision.out_hidden_size)
     unit = config.ar.vision.patch_size * config.ar.vision.spatial_merge_size
 
     def loss(rng, progress):
         large = rng.random() < 0.2
         size = config.reference_size if large else config.target_size
-        batch_scenes = scenes(rng, max(1, batch // 4) if large else batch)
-        said = head(embed_views(visual, to_unit([render(s) for s in batch_scenes]), size))
-        want = grounding_targets(batch_scenes)
-        shown = batch_scenes if large else [replace(s, texture=None) for s in batch_scenes]
+        found = scenes(rng, max(1, batch // 4) if large else batch, most=9)
+        phrases = random_phrases(rng, found, 8)
+        tokens = embed_views(visual, to_unit([render(s) for s in found]), size)
+        noise = 0.0 if large else EMBEDDING_NOISE * min(1.0, 2 * progress)
+        said = head(noised(tokens, noise), phrases)
+        want = grounding_targets(found, phrases)
+        shown = found if large else [replace(s, texture=None) for s in found]
         shown = resize(to_unit([render(s) for s in shown]), 8 * size // unit, "bilinear") * 2 - 1
         want["pixels"] = rearrange(shown, "B C (h p) (w q) -> B (h w) (p q C)", p=8, q=8)
         return grounding_loss(said, want)
@@ -185,7 +259,7 @@ def vision_stage(visual: QwenViT, config: NexusGenConfig, batch: int) -> Stage:
         lr=5e-3,
         adamw_lr=3e-3,
         ema=0.995,
-        adamw_only=("head", "patch_embed"),
+        adamw_only=("head", "patch_embed", "merger.mlp.0"),
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autoencoder import AutoEncoder
@@ -21,7 +22,7 @@ from ..image_processor import patchify
 from ..mmdit import MMDiT, context_ids_editing, context_ids_generation
 from ..projector import GenerationAdapter, ImageEmbeddingMerger
 from ..sampling import Context, velocity_field
-from ..tokenizer import IMAGE, QwenTokenizer
+from ..tokenizer import IGNORE, IMAGE, QwenTokenizer
 from ..training import Run, Stage, world
 from ..vision import QwenViT
 from .pictures import (
@@ -39,7 +40,7 @@ from .world import render
 
 POOL = 24_576  # most pictures embedded once for a decoder stage, over all workers
 MIXTURE = ("understand", "generate", "generate", "edit")  # 1:2:1
-COND_NOISE = 0.12  # up to this much noise on the embeddings a decoder learns from
+COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
 
 
 # ---------------------------------------------------------------- the autoregressive model
@@ -64,11 +65,30 @@ def init_ar(ar: NexusGenAR) -> NexusGenAR:
 def ar_batch_loss(
     ar: NexusGenAR, tokenizer: QwenTokenizer, config: NexusGenConfig, batch: list[Example]
 ) -> ARLoss:
-    """`ar_loss` of toy examples, through the reader of the message-like format."""
-    b = collate([toy_line(ex) for ex in batch], tokenizer, config)
+    """`ar_loss` of toy examples, through the reader of the message-like format.
+
+    Questions, which are longer, go apart from pictures, to spare padding; the sum is the same.
+    """
+    questions = [ex for ex in batch if ex.task == "understand"]
+    others = [ex for ex in batch if ex.task != "understand"]
+    found = [_part_loss(ar, tokenizer, config, part) for part in (questions, others) if part]
+    losses, labels, slots = zip(*found, strict=True)
+    ce = sum(x.ce * n for x, n in zip(losses, labels, strict=True)) / max(1, sum(labels))
+    mse, cos = (
+        sum(getattr(x, name) * n for x, n in zip(losses, slots, strict=True)) / max(1, sum(slots))
+        for name in ("mse", "one_minus_cos")
+    )
+    return ARLoss(3.0 * ce + 1.5 * mse + 1.5 * cos, ce, mse, cos)
+
+
+def _part_loss(ar, tokenizer, config, part: list[Example]) -> tuple[ARLoss, int, int]:
+    """Loss of some examples, and over how many labels and slots its terms are means."""
+    b = collate([toy_line(ex) for ex in part], tokenizer, config)
     with torch.no_grad():
         embeds = ar.visual(b.pixel_values, tuple(map(tuple, b.image_grid_thw.tolist())))
-    return ar_loss(ar, b.input_ids, b.labels, None, b.image_grid_thw, embeds, b.slot_mask)
+    loss = ar_loss(ar, b.input_ids, b.labels, None, b.image_grid_thw, embeds, b.slot_mask)
+    labels = int(((b.labels[:, 1:] != IGNORE) & ~b.slot_mask[:, 1:]).sum())
+    return loss, labels, int(b.slot_mask.sum())
 
 
 def ar_stage(
@@ -230,13 +250,13 @@ def editing_pool(
 
 
 def draw_rows(
-    rng: np.random.Generator, pool: dict, n: int
+    rng: np.random.Generator, pool: dict, n: int, noise: float = 0.0
 ) -> tuple[dict[str, Tensor], torch.Generator]:
-    """n random rows of a pool in fp32, embeddings lightly noised; a generator for the rest."""
+    """n random rows of a pool in fp32, embeddings with up to `noise`; a generator for the rest."""
     picked = torch.from_numpy(rng.integers(len(pool["embeds"]), size=n))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     rows = {name: x[picked].float() for name, x in pool.items()}
-    level = COND_NOISE * torch.rand(n, 1, 1, generator=generator)
+    level = noise * torch.rand(n, 1, 1, generator=generator)
     rows["embeds"] = rows["embeds"] + level * torch.randn(rows["embeds"].shape, generator=generator)
     return rows, generator
 
@@ -251,6 +271,7 @@ def flow_loss(mmdit: MMDiT, context: Context, x0: Tensor, generator: torch.Gener
     return rf_loss(velocity_field(mmdit, context, *x0.shape[-2:]), x0, noise, t)
 
 
+IMITATION = 0.04  # of the editing stage
 ADAMW_ONLY = ("img_in", "final_layer", "time_in", "vector_in", "guidance_in")
 
 
@@ -267,7 +288,7 @@ def generation_stage(
     painter = Painter(vae, mmdit, adapter, empty, config)
 
     def loss(rng, progress):
-        rows, generator = draw_rows(rng, pool, batch)
+        rows, generator = draw_rows(rng, pool, batch, COND_NOISE)
         txt = empty["context"] if rng.random() < 0.1 else adapter(rows["embeds"])
         context = Context(txt, context_ids_generation(txt.shape[1]), empty["pooled"])
         return flow_loss(mmdit, context, rows["latents"], generator), {}
@@ -289,13 +310,18 @@ def generation_stage(
 def editing_stage(
     mmdit: MMDiT,
     merger: ImageEmbeddingMerger,
+    adapter: GenerationAdapter,
     empty: dict[str, Tensor],
     pool: dict[str, Tensor],
     vae: AutoEncoder,
     config: NexusGenConfig,
     batch: int,
 ) -> Stage:
-    """Draw the target from its predicted embeddings and the source's at twice the resolution."""
+    """Draw the target from its predicted embeddings and the source's at twice the resolution.
+
+    First the merger learns to say what the adapter says of the target, in the words that this
+    MMDiT, the generation decoder's, knows already; that takes a few seconds.
+    """
     side = config.reference_size // config.ar.vision.patch_size
     grids = config.ar.slot_grid, (1, side, side)
 
@@ -306,6 +332,9 @@ def editing_stage(
 
     def loss(rng, progress):
         rows, generator = draw_rows(rng, pool, batch)
+        if progress < IMITATION:
+            said = context(rows).txt[:, : rows["embeds"].shape[1]]
+            return F.mse_loss(said, adapter(rows["embeds"])), {}
         return flow_loss(mmdit, context(rows), rows["latents"], generator), {}
 
     def sample(path):

@@ -464,7 +464,7 @@ def edit_example(
 
 MAKERS = {"understand": question_example, "generate": generation_example, "edit": edit_example}
 ZH_SHARE = 0.2
-TURNS = 4  # questions in a conversation
+TURNS = 6  # questions in a conversation
 # what refers to an object takes longest to learn
 EDIT_SHARES = np.array([5, 3, 3, 4, 1, 3, 1]) / 20
 

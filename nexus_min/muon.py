@@ -1,0 +1,83 @@
+"""Muon: momentum whose matrices are orthogonalised, so that all directions learn at one pace.
+
+    M <- beta M + (1 - beta) G;  W <- (1 - lr wd) W - lr * 0.2 sqrt(max(m, n)) * msign(nesterov M)
+
+msign(M) = U V^T for M = U S V^T, approximated by five Newton-Schulz steps (Keller Jordan, "Muon",
+2024); the factor gives updates the size of AdamW's (Moonshot, arXiv 2502.16982). `torch.optim.Muon`
+computes the same, but always in bf16, which takes a CPU without bf16 units several times as long as
+the model itself (tests/benchmarks/optimizer.py). Here it is fp32 unless told otherwise, matrices of
+one shape go through together, and processes share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that drives singular values towards 1
+ITERATIONS = 5
+
+
+def orthogonalised(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """msign of each of [K, m, n], its singular values between about 0.7 and 1.2; fp32."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """For parameters [m, n], with AdamW's learning rate; gradients must be equal on all ranks."""
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every matrix."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, parameters in shapes.items():
+                directions = self._shared(self._momenta(parameters, group["momentum"]))
+                size = group["lr"] * 0.2 * max(shape) ** 0.5
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, list(directions), alpha=-size)
+
+    def _momenta(self, parameters: list[nn.Parameter], beta: float) -> Tensor:
+        """Nesterov's momentum of parameters of one shape: [K, m, n]."""
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        kept = [self.state[p]["momentum"] for p in parameters]
+        grads = [p.grad for p in parameters]
+        torch._foreach_lerp_(kept, grads, 1 - beta)
+        return torch.stack(torch._foreach_lerp(grads, kept, beta))
+
+    def _shared(self, matrices: Tensor) -> Tensor:
+        """`orthogonalised`, each process doing its part of [K, m, n]."""
+        size = dist.get_world_size() if dist.is_initialized() else 1
+        if size == 1:
+            return orthogonalised(matrices, self.dtype)
+        each = -(-len(matrices) // size)
+        padded = torch.cat([matrices, matrices[:1].expand(each * size - len(matrices), -1, -1)])
+        mine = orthogonalised(padded.chunk(size)[dist.get_rank()].contiguous(), self.dtype)
+        parts = [torch.empty_like(mine) for _ in range(size)]
+        dist.all_gather(parts, mine.contiguous())
+        return torch.cat(parts)[: len(matrices)]

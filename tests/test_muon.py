@@ -1,0 +1,91 @@
+"""Muon: the direction against an exact decomposition, the step against torch's, and processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from nexus_min.muon import Muon, orthogonalised
+
+SHAPES = [(8, 8), (6, 10), (6, 10), (12, 5), (6, 10)]
+
+
+def parameters(seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(s, generator=generator)) for s in SHAPES]
+
+
+def train(optimizer, params, steps: int = 3) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 6, 20), (2, 20, 6)])
+def test_singular_vectors_stay_and_values_become_one(shape):
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vh = torch.linalg.svd(m, full_matrices=False)
+    core = u.mT @ orthogonalised(m) @ vh.mT
+    values = core.diagonal(dim1=-2, dim2=-1)
+    assert (core - torch.diag_embed(values)).abs().max() < 1e-4
+    assert values.max() < 1.25 and values.median() > 0.65
+
+
+def test_steps_are_those_of_torch_but_for_its_bf16():
+    ours, theirs = parameters(), parameters()
+    train(Muon(ours, lr=0.01), ours)
+    settings = {"weight_decay": 0.01, "adjust_lr_fn": "match_rms_adamw"}
+    train(torch.optim.Muon(theirs, lr=0.01, **settings), theirs)
+    for a, b, start in zip(ours, theirs, parameters(), strict=True):
+        assert (a - b).norm() < 0.02 * (a - start).norm()  # bf16 rounds by 0.4 %, five times over
+        assert (a - start).norm() > 0
+
+
+def test_bf16_is_a_choice_and_zero_gradients_are_harmless():
+    exact, rounded = parameters(), parameters()
+    train(Muon(exact, lr=0.01), exact)
+    train(Muon(rounded, lr=0.01, dtype=torch.bfloat16), rounded)
+    assert any(not torch.equal(a, b) for a, b in zip(exact, rounded, strict=True))
+    still = parameters()
+    for p in still:
+        p.grad = torch.zeros_like(p)
+    Muon(still, lr=0.01, weight_decay=0.0).step()
+    assert all(torch.equal(a, b) for a, b in zip(still, parameters(), strict=True))
+
+
+def test_saved_state_goes_on_exactly():
+    straight, resumed = parameters(), parameters()
+    train(Muon(straight, lr=0.01), straight, 4)
+    generator = torch.Generator().manual_seed(1)
+    first = Muon(resumed, lr=0.01)
+    for step in range(4):
+        if step == 2:
+            state, first = first.state_dict(), Muon(resumed, lr=0.01)
+            first.load_state_dict(state)
+        for p in resumed:
+            p.grad = torch.randn(p.shape, generator=generator)
+        first.step()
+    assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
+
+
+def one_of_two(rank: int, place: str) -> None:
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{place}/store")
+    params = parameters()
+    train(Muon(params, lr=0.01), params)
+    torch.save([p.detach() for p in params], f"{place}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_share_the_work_and_agree(tmp_path):
+    mp.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    alone = parameters()
+    train(Muon(alone, lr=0.01), alone)
+    for a, b, c in zip(first, second, alone, strict=True):
+        assert torch.equal(a, b)
+        assert torch.allclose(a, c, atol=1e-6)

@@ -1,0 +1,96 @@
+"""What the toy stages learn from: grounding targets, and the AR loss in parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_model import make_tiny
+
+from nexus_min.autoregressive import ar_loss
+from nexus_min.data import collate
+from nexus_min.toy import stages
+from nexus_min.toy.base import (
+    NUMBERS_OF,
+    GroundingHead,
+    grounding_loss,
+    grounding_targets,
+    noised,
+    random_phrases,
+)
+from nexus_min.toy.pictures import scenes
+from nexus_min.toy.tasks import example
+from nexus_min.toy.world import COLOURS, RADIUS, SHAPES, Object, Scene
+
+RED_STAR, RED_CIRCLE = Object("star", "red", "small", 2), Object("circle", "red", "large", 7, 1.5)
+ANY = NUMBERS_OF
+
+
+def ids(shape=None, colour=None, size=None) -> list[int]:
+    names = SHAPES, list(COLOURS), list(RADIUS)
+    said = (shape, colour, size)
+    return [n.index(s) if s else k for n, s, k in zip(names, said, ANY, strict=True)]
+
+
+def test_grounding_targets_name_what_stands_in_each_cell_and_what_phrases_mean():
+    scene = Scene((RED_STAR, RED_CIRCLE), "gray", "outline")
+    said = [ids("star"), ids(None, "red"), ids("circle", "red", "large"), ids("cross")]
+    want = grounding_targets([scene], torch.tensor([said]))
+    assert want["shape"][0].tolist() == [0, 0, 4, 0, 0, 0, 0, 1, 0]
+    assert want["colour"][0].tolist() == [-100, -100, 0, -100, -100, -100, -100, 0, -100]
+    assert want["jitter"][0, 7].tolist() == [1.0, 0.0]
+    assert want["meant_matches"][0].tolist() == [1, 2, 1, 0]
+    assert want["meant_cell"][0].tolist() == [2, -100, 7, -100]
+    assert want["meant_size"][0].tolist() == [0, -100, 1, -100]
+
+
+def test_phrases_mostly_fit_and_sometimes_do_not():
+    found = scenes(np.random.default_rng(0), 40, most=9)
+    assert max(len(s.objects) for s in found) > 6
+    want = grounding_targets(found, random_phrases(np.random.default_rng(1), found, 8))
+    none = (want["meant_matches"] == 0).float().mean()
+    assert 0.02 < none < 0.4
+
+
+def test_a_perfect_reader_has_little_loss_and_a_wrong_one_much():
+    found = scenes(np.random.default_rng(0), 4)
+    phrases = random_phrases(np.random.default_rng(1), found, 3)
+    want = grounding_targets(found, phrases) | {"pixels": torch.zeros(4, 16, 192)}
+    said = GroundingHead(8)(torch.randn(4, 16, 8), phrases)
+    assert said.keys() == want.keys()
+    right = dict(said)
+    for name, x in said.items():
+        if want[name].is_floating_point():
+            right[name] = want[name].clone()
+        else:
+            right[name] = 30 * torch.nn.functional.one_hot(want[name].clamp_min(0), x.shape[-1])
+    small, accuracy = grounding_loss({k: v.float() for k, v in right.items()}, want)
+    assert small < 1e-3 and accuracy["meant_cell_acc"] == 1
+    assert grounding_loss(said, want)[0] > 5
+
+
+def test_noise_is_added_to_standard_embeddings():
+    tokens = 3 + 5 * torch.randn(64, 16, 8)
+    assert noised(tokens, 0.0).std().item() == pytest.approx(1, abs=0.01)
+    assert noised(tokens, 1.0).std().item() > 1.1
+
+
+def test_loss_in_parts_is_the_loss_of_the_batch():
+    model = make_tiny()
+    rng = np.random.default_rng(0)
+    batch = [example(rng, task) for task in ("understand", "generate", "edit", "generate")]
+    parts = stages.ar_batch_loss(model.ar, model.tokenizer, model.config, batch)
+    b = collate([stages.toy_line(ex) for ex in batch], model.tokenizer, model.config)
+    embeds = model.ar.visual(b.pixel_values, tuple(map(tuple, b.image_grid_thw.tolist())))
+    grid = b.image_grid_thw
+    whole = ar_loss(model.ar, b.input_ids, b.labels, None, grid, embeds, b.slot_mask)
+    for a, c in zip(parts, whole, strict=True):
+        assert torch.allclose(a, c, atol=1e-5)
+    alone = stages.ar_batch_loss(model.ar, model.tokenizer, model.config, batch[:1])
+    assert alone.mse == 0 and alone.ce > 0
+
+
+def test_scenes_of_the_base_stages_are_never_held_out():
+    from nexus_min.toy.world import held_out
+
+    assert not any(held_out(s.key) for s in scenes(np.random.default_rng(3), 300, most=9))
