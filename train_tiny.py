@@ -262,6 +262,7 @@ def train(plan: Plan) -> None:
         torch.manual_seed(plan.seed)
         bf16 = plan.bf16 and name != "vae"  # its convolutions gain nothing
         limits = {"seconds": plan.seconds(name), "steps": plan.steps}
+        limits["sample_every"] = max(60.0, (limits["seconds"] or 0.0) / 15)
         run = Run(folder.path, plan.seed, **limits, quiet=plan.quiet, bf16=bf16)
         summary = TRAIN[name](folder, run, max(1, BATCH[name] // plan.workers))
         if rank == 0:

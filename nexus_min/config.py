@@ -200,7 +200,7 @@ class NexusGenConfig:
                     num_attention_heads=4,
                     num_key_value_heads=2,
                     vocab_size=768,
-                    rope_theta=100.0,  # 16 frequencies: all of them turn within a toy sequence
+                    rope_theta=10_000.0,  # most frequencies turn little: words find what they mean
                     mrope_section=(4, 5, 7),
                     max_position_embeddings=2048,
                 ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
             worst[tower] = (error, limit, reference, test)
     if not worst:
         return
+    if record := os.environ.get("PARITY_RECORD"):
+        Path(record).write_text(json.dumps(worst), "utf-8")
     terminalreporter.section("parity with the official code (largest absolute error per tower)")
     for tower, (error, limit, reference, test) in sorted(worst.items()):
         terminalreporter.line(

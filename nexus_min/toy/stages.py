@@ -40,6 +40,8 @@ from .world import render
 
 POOL = 24_576  # most pictures embedded once for a decoder stage, over all workers
 MIXTURE = ("understand", "generate", "generate", "edit")  # 1:2:1
+QUESTIONS_ALONE = 0.3  # of the AR stage
+CROWDS = {0.07: 1, 0.15: 2, 0.3: 4, 1.0: 8}  # until this part of them: most objects
 COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
 
 
@@ -98,12 +100,21 @@ def ar_stage(
     batch: int,
     painter: Painter | None = None,
 ) -> Stage:
-    """Multi-task training with the vision tower frozen; scenes grow from one object to four."""
+    """Multi-task training with the vision tower frozen; scenes grow from one object to four.
+
+    First comes what Qwen2.5-VL brings along to the paper's training: questions alone, about ever
+    fuller pictures. There only looking up what a question means helps, which editing builds on.
+    """
     ar.visual.requires_grad_(False)
 
     def loss(rng, progress):
-        most = 1 if progress < 0.03 else 2 if progress < 0.1 else 4
-        found = [example(rng, MIXTURE[i % 4], most=most) for i in range(batch)]
+        if progress < QUESTIONS_ALONE:
+            most = next(n for until, n in CROWDS.items() if progress < until * QUESTIONS_ALONE)
+            found = [example(rng, "understand", most=most) for _ in range(batch)]
+        else:
+            grown = (progress - QUESTIONS_ALONE) / (1 - QUESTIONS_ALONE)
+            most = 1 if grown < 0.03 else 2 if grown < 0.1 else 4
+            found = [example(rng, MIXTURE[i % 4], most=most) for i in range(batch)]
         out = ar_batch_loss(ar, tokenizer, config, found)
         return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
 

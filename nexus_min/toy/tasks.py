@@ -267,81 +267,94 @@ def reference(rng: np.random.Generator, scene: Scene, obj: Object) -> tuple | No
 # ---------------------------------------------------------------- questions
 
 
-def _ask(rng: np.random.Generator, kind: str, scene: Scene, zh: bool) -> tuple[str, str] | None:
-    """(question, answer) of one kind about a scene, or None when the scene does not admit one."""
+Asked = tuple[str, str, tuple[Object, ...]]  # question, answer, the objects that they tell of
+
+
+def _ask(
+    rng: np.random.Generator, kind: str, scene: Scene, free: list[Object], zh: bool
+) -> Asked | None:
+    """A question of one kind about a scene, or None when the scene does not admit one.
+
+    It is about `free` objects only, of which nothing has been told.
+    """
     if kind == "describe":
-        return "请描述这张图片。" if zh else "Please describe the image.", caption(None, scene, zh)
-    obj = _choice(rng, scene.objects)
-    ref = reference(rng, scene, obj)
+        question = "请描述这张图片。" if zh else "Please describe the image."
+        return question, caption(None, scene, zh), scene.objects
     if kind in ("background", "count_all"):
         return _ask_whole(kind, scene, zh)
+    if kind == "count":
+        return _ask_count(rng, scene, zh)
+    if not free:
+        return None
+    obj = _choice(rng, free)
     if kind in ("shape", "colour"):
         return _ask_attribute(kind, scene, obj, zh)
-    if kind == "count":
-        return _ask_count(rng, scene, obj, zh)
     if kind == "exist":
         return _ask_existence(rng, scene, obj, zh)
-    if ref is None:
-        return None
     if kind == "relation":
-        return _ask_relation(rng, scene, zh)
+        return _ask_relation(rng, scene, free, zh)
+    if (ref := reference(rng, scene, obj)) is None:
+        return None
     if zh:
-        return f"{noun(*ref, True)}在哪里？", place(obj.cell, True)
-    return f"Where is the {noun(*ref, False)}?", place(obj.cell)
+        return f"{noun(*ref, True)}在哪里？", place(obj.cell, True), (obj,)
+    return f"Where is the {noun(*ref, False)}?", place(obj.cell), (obj,)
 
 
-def _ask_whole(kind: str, scene: Scene, zh: bool) -> tuple[str, str]:
+def _ask_whole(kind: str, scene: Scene, zh: bool) -> Asked | None:
     if kind == "background":
-        colour = scene.background
-        return ("背景是什么颜色？", ZH[colour]) if zh else ("What color is the background?", colour)
-    n = len(scene.objects)
-    if zh:
-        return "一共有几个图形？", ZH_NUMBERS[n]
-    return "How many objects are there?", NUMBERS[n]
+        if zh:
+            return "背景是什么颜色？", ZH[scene.background], ()
+        return "What color is the background?", scene.background, ()
+    question = "一共有几个图形？" if zh else "How many objects are there?"
+    return _number(question, len(scene.objects), zh)
 
 
-def _ask_attribute(kind: str, scene: Scene, obj: Object, zh: bool) -> tuple[str, str] | None:
+def _number(question: str, n: int, zh: bool) -> Asked | None:
+    """A question and its number, if there is a word for it."""
+    return (question, (ZH_NUMBERS if zh else NUMBERS)[n], ()) if n < len(NUMBERS) else None
+
+
+def _ask_attribute(kind: str, scene: Scene, obj: Object, zh: bool) -> Asked | None:
     """The colour of the only object of its shape, or the shape of the only one of its colour."""
     known = {"colour": "shape", "shape": "colour"}[kind]
     if sum(getattr(o, known) == getattr(obj, known) for o in scene.objects) > 1:
         return None
     if kind == "shape":
         if zh:
-            return f"{ZH[obj.colour]}的图形是什么形状？", ZH[obj.shape]
-        return f"What shape is the {obj.colour} object?", obj.shape
+            return f"{ZH[obj.colour]}的图形是什么形状？", ZH[obj.shape], (obj,)
+        return f"What shape is the {obj.colour} object?", obj.shape, (obj,)
     if zh:
-        return f"{ZH[obj.shape]}是什么颜色？", ZH[obj.colour]
-    return f"What color is the {obj.shape}?", obj.colour
+        return f"{ZH[obj.shape]}是什么颜色？", ZH[obj.colour], (obj,)
+    return f"What color is the {obj.shape}?", obj.colour, (obj,)
 
 
-def _ask_count(rng: np.random.Generator, scene: Scene, obj: Object, zh: bool) -> tuple[str, str]:
-    shape = obj.shape if rng.random() < 0.7 else _choice(rng, SHAPES)
+def _ask_count(rng: np.random.Generator, scene: Scene, zh: bool) -> Asked | None:
+    shape = _choice(rng, scene.objects).shape if rng.random() < 0.7 else _choice(rng, SHAPES)
     n = sum(o.shape == shape for o in scene.objects)
-    if zh:
-        return f"有几个{ZH[shape]}？", ZH_NUMBERS[n]
-    return f"How many {plural(shape)} are there?", NUMBERS[n]
+    question = f"有几个{ZH[shape]}？" if zh else f"How many {plural(shape)} are there?"
+    return _number(question, n, zh)
 
 
-def _ask_existence(
-    rng: np.random.Generator, scene: Scene, obj: Object, zh: bool
-) -> tuple[str, str]:
+def _ask_existence(rng: np.random.Generator, scene: Scene, obj: Object, zh: bool) -> Asked:
     shape, colour = obj.shape, obj.colour
     if rng.random() < 0.5:  # a near miss half of the time: one attribute changed
         if rng.random() < 0.5:
             shape = _choice(rng, SHAPES)
         else:
             colour = _choice(rng, list(COLOURS))
-    yes = any((o.shape, o.colour) == (shape, colour) for o in scene.objects)
+    fits = tuple(o for o in scene.objects if (o.shape, o.colour) == (shape, colour))
     name = noun(shape, colour, None, zh)
     if zh:
-        return f"有{name}吗？", "有" if yes else "没有"
-    return f"Is there {a(name)}?", "yes" if yes else "no"
+        return f"有{name}吗？", "有" if fits else "没有", fits
+    return f"Is there {a(name)}?", "yes" if fits else "no", fits
 
 
-def _ask_relation(rng: np.random.Generator, scene: Scene, zh: bool) -> tuple[str, str] | None:
-    if len(scene.objects) < 2:
+def _ask_relation(
+    rng: np.random.Generator, scene: Scene, free: list[Object], zh: bool
+) -> Asked | None:
+    if len(free) < 2:
         return None
-    first, second = (scene.objects[i] for i in rng.choice(len(scene.objects), 2, replace=False))
+    first, second = (free[i] for i in rng.choice(len(free), 2, replace=False))
     refs = reference(rng, scene, first), reference(rng, scene, second)
     if None in refs:
         return None
@@ -353,22 +366,30 @@ def _ask_relation(rng: np.random.Generator, scene: Scene, zh: bool) -> tuple[str
     yes = related(first, second, relation)
     one, two = (noun(*r, zh) for r in refs)
     if zh:
-        return f"{one}在{two}的{ZH_RELATIONS[relation]}吗？", "是" if yes else "不是"
-    return f"Is the {one} {relation} the {two}?", "yes" if yes else "no"
+        question = f"{one}在{two}的{ZH_RELATIONS[relation]}吗？"
+        return question, "是" if yes else "不是", (first, second)
+    return f"Is the {one} {relation} the {two}?", "yes" if yes else "no", (first, second)
 
 
 def question_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 4) -> Example:
     """A question of one of QUESTIONS, or "describe", about a random scene (a quarter textured).
 
-    `kind` may name several, joined by "+": they are asked one after the other about one picture.
+    `kind` may name several, joined by "+": asked one after the other about one picture, as far as
+    there are objects of which nothing has been told yet. Else answers could be read off the text.
     """
     kinds = kind.split("+")
-    least = 2 if "relation" in kinds else 1
-    while True:
+    least = 2 if kinds[0] == "relation" else 1
+    asked: list[tuple[str, str]] = []
+    while not asked:
         scene = random_scene(rng, int(rng.integers(least, max(least, most) + 1)), detail=0.25)
-        asked = [_ask(rng, k, scene, zh) for k in kinds]
-        if all(asked):
-            break
+        free = list(scene.objects)
+        for k in kinds:
+            found = _ask(rng, k, scene, free, zh)
+            if found and found[:2] not in asked:
+                asked.append(found[:2])
+                free = [o for o in free if o not in found[2]]
+            elif not asked:
+                break
     messages = []
     for question, answer in asked:
         messages += [
@@ -464,7 +485,8 @@ def edit_example(
 
 MAKERS = {"understand": question_example, "generate": generation_example, "edit": edit_example}
 ZH_SHARE = 0.2
-TURNS = 6  # questions in a conversation
+TURNS = 4  # most questions in a conversation, or as many as there may be objects
+QUESTION_SHARES = np.array([4, 4, 3, 1, 3, 4, 1, 4]) / 24  # what is hard is asked often
 # what refers to an object takes longest to learn
 EDIT_SHARES = np.array([5, 3, 3, 4, 1, 3, 1]) / 20
 
@@ -484,15 +506,16 @@ def example(
     """
     while True:
         zh_now = rng.random() < ZH_SHARE if zh is None else zh
-        found = MAKERS[task](rng, kind or _random_kind(rng, task), zh_now, most)
+        found = MAKERS[task](rng, kind or _random_kind(rng, task, most), zh_now, most)
         if found.unseen == unseen:
             return found
 
 
-def _random_kind(rng: np.random.Generator, task: str) -> str:
+def _random_kind(rng: np.random.Generator, task: str, most: int) -> str:
     if task == "generate":
         return _choice(rng, CATEGORIES) if rng.random() < 0.4 else "caption"
     if task == "understand":  # several turns about one picture: more answers for the same work
-        kinds = rng.choice(QUESTIONS, TURNS, replace=False)
-        return "+".join(["describe", *kinds[1:]] if rng.random() < 0.25 else kinds)
+        if rng.random() < 0.2:
+            return "describe"
+        return "+".join(rng.choice(QUESTIONS, max(TURNS, most), p=QUESTION_SHARES))
     return str(rng.choice(EDITS, p=EDIT_SHARES))

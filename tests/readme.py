@@ -1,0 +1,81 @@
+"""The tables of the README that the code itself can fill.
+
+    python tests/readme.py            print the file tour and the parity table
+    python tests/readme.py --write    put them into README.md, between their markers
+
+The tour lists each file's lines and the first sentence of its docstring; the parity table each
+tower's largest error against the official code, from a run of the parity tests.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parents[1]
+README = HOME / "README.md"
+ROOMS = ("nexus_min/*.py", "nexus_min/toy/*.py", "*.py")
+
+
+def tour() -> str:
+    """Markdown table: file, lines, what it is."""
+    rows = ["| file | lines | what it is |", "|---|---:|---|"]
+    for file in (f for room in ROOMS for f in sorted(HOME.glob(room))):
+        text = file.read_text("utf-8")
+        if about := ast.get_docstring(ast.parse(text)):
+            first = about.split("\n\n")[0].replace("\n", " ")
+            name = file.relative_to(HOME).as_posix()
+            rows.append(f"| `{name}` | {text.count(chr(10))} | {first} |")
+    return "\n".join(rows)
+
+
+def parity() -> str:
+    """Markdown table: tower, where its error is largest, the error, its limit, the test."""
+    with tempfile.TemporaryDirectory() as place:
+        record = Path(place, "parity.json")
+        command = [sys.executable, "-m", "pytest", "-q", "-k", "parity", "--ignore", __file__]
+        command += ["-p", "no:cacheprovider", "--deselect", "tests/test_readme.py", str(HOME)]
+        subprocess.run(
+            command,
+            check=True,
+            cwd=HOME,
+            env=os.environ | {"PARITY_RECORD": str(record)},
+            stdout=subprocess.DEVNULL,
+        )
+        worst = json.loads(record.read_text("utf-8"))
+    rows = ["| tower | official fixture | largest error | limit | test |", "|---|---|---|---|---|"]
+    for tower, (error, limit, reference, test) in sorted(worst.items()):
+        test = test.split("[")[0]
+        rows.append(f"| {tower} | {reference} | {error:.0e} | {limit:.0e} | `{test}` |")
+    return "\n".join(rows)
+
+
+TABLES = {"tour": tour, "parity": parity}
+
+
+def section(name: str, text: str) -> str:
+    """What stands in a README between the markers of a table. ValueError without markers."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end {name} -->", text, re.DOTALL)
+    if not found:
+        raise ValueError(f"README.md has no markers <!-- {name} --> and <!-- end {name} -->")
+    return found[1]
+
+
+def main() -> None:
+    text = README.read_text("utf-8")
+    for name, make in TABLES.items():
+        table = make()
+        print(table, end="\n\n")
+        text = text.replace(section(name, text), table)
+    if sys.argv[1:] == ["--write"]:
+        README.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
