@@ -35,6 +35,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from nexus_min.autoencoder import AutoEncoder
@@ -304,10 +305,20 @@ def fit(
     return model
 
 
+class NoInit(TorchFunctionMode):
+    """Skip `torch.nn.init`: on `meta` nothing is there to fill, and it would import sympy."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def build(make: Callable[[], nn.Module]) -> nn.Module:
     """The model without memory: names and shapes only. ValueError when no model has such sizes."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), NoInit():
             return make()
     except (TypeError, ZeroDivisionError, RuntimeError) as error:  # a size that is 0, < 0 or a text
         reason = str(error).split("\n")[0]
