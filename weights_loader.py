@@ -21,6 +21,7 @@ import pickle
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,6 +35,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from nexus_min.autoencoder import AutoEncoder
@@ -235,7 +237,7 @@ def open_shards(index: Path) -> dict[str, Entry]:
 
 # What unexpected keys look like -> what to do about them.
 HINTS = {
-    r"lora_": "a LoRA: merge it into the full weights first",
+    r"(?i)lora[._]": "a LoRA: merge it into the full weights first",
     r"^model\.language_model\.": "renamed by a newer transformers: use the released file",
     r"transformer_blocks\.": "diffusers' names: use flux1-dev.safetensors",
     r"\.(down|up)_blocks\.": "diffusers' names: use ae.safetensors",
@@ -290,9 +292,11 @@ def fit(
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     names = {file_name(name): name for name in shapes}
     check(source, type(model).__name__, {k: shapes[n] for k, n in names.items()}, entries)
-    stored = {entry.dtype for entry in entries.values()}
+    stored = Counter(entry.dtype for entry in entries.values())
     if dtype is None and len(stored) > 1:
-        raise ValueError(f"{source}: mixes {shown(stored)}; choose one with dtype=")
+        rare = min(stored, key=stored.get)
+        odd = shown([key for key, entry in entries.items() if entry.dtype == rare], 3)
+        raise ValueError(f"{source}: mixes {shown(stored)} ({rare}: {odd}); choose one with dtype=")
     state = {}
     for key, name in names.items():
         tensor = entries[key].read().to(device=device, dtype=dtype)
@@ -301,10 +305,20 @@ def fit(
     return model
 
 
+class NoInit(TorchFunctionMode):
+    """Skip `torch.nn.init`: on `meta` nothing is there to fill, and it would import sympy."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def build(make: Callable[[], nn.Module]) -> nn.Module:
     """The model without memory: names and shapes only. ValueError when no model has such sizes."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), NoInit():
             return make()
     except (TypeError, ZeroDivisionError, RuntimeError) as error:  # a size that is 0, < 0 or a text
         reason = str(error).split("\n")[0]
@@ -329,9 +343,14 @@ def load_ar(path, config=None, *, device="cpu", dtype=None) -> NexusGenAR:
     file = find_file(path, ("model",))
     model = build(lambda: NexusGenAR(part(config, "ar")))
     entries = open_weights(file)
-    if "lm_head.weight" in entries and not any(name in entries for name in NEW_IN_NEXUS):
+    if is_base(entries):
         entries |= fresh_entries(file, model, entries["lm_head.weight"].dtype)
     return fit(model, file, entries, device=device, dtype=dtype)
+
+
+def is_base(entries: Mapping) -> bool:
+    """Whether these are Qwen2.5-VL's: a language model without what Nexus-Gen adds to it."""
+    return "lm_head.weight" in entries and not any(name in entries for name in NEW_IN_NEXUS)
 
 
 def fresh_entries(file: Path, model: NexusGenAR, dtype: torch.dtype) -> dict[str, Entry]:
@@ -640,7 +659,7 @@ def inspect_weights(row: dict[str, str], folder: Path, config: NexusGenConfig) -
     file = find_file(place.parent, (place.name,))
     row |= {"file": str(file.relative_to(folder)), "bytes": readable(file.stat().st_size)}
     entries = open_weights(file)
-    if "lm_head.weight" in entries and not any(key in entries for key in NEW_IN_NEXUS):
+    if is_base(entries):
         expected = {key: shape for key, shape in expected.items() if key not in NEW_IN_NEXUS}
         published, told = BASE_HASH, "the base model Qwen2.5-VL, not Nexus-Gen; it answers, but to"
         row["remark"] = f"{told} draw it has to be trained: {shown(NEW_IN_NEXUS)} will be random"

@@ -111,7 +111,10 @@ def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--seed", default=0, **number)
     parser.add_argument("--language", choices=("en", "zh"), help="default: by the characters")
     parser.add_argument(
-        "--fast_preamble", action="store_true", help="do not generate the text before the picture"
+        "--fast_preamble",
+        "--fast-preamble",
+        action="store_true",
+        help="do not generate the text before the picture",
     )
     parser.add_argument("--output", "-o", default=output, metavar="FILE", help=f"default {output}")
 
@@ -129,8 +132,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory",
         choices=("auto", "resident", "staged", "stream"),
-        default="auto",
-        help="what stays on the GPU: all, one part at a time, or a few blocks; auto: what fits",
+        help="what stays on the GPU: all, one part at a time, or a few blocks; auto, the default:"
+        " what fits, and why is told",
     )
     parser.add_argument("--fp8", action="store_true", help="store the decoders in 8 bits")
     parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N")
@@ -212,12 +215,18 @@ def load_model(args: argparse.Namespace, parts: list[str]):
     import torch
 
     from .pipeline import NexusGen
+    from .placement import choose, needs
 
     device = find_device(args.device, args.model)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    model = NexusGen.load(args.model, device, dtype, parts, args.memory, args.fp8)
-    if model.placement is not None and model.placement.reason:
-        say(sys.stderr, f"{PROGRAM}: memory {model.placement.profile}: {model.placement.reason}")
+    model = NexusGen.load(args.model, device, dtype, parts, args.memory or "auto", args.fp8)
+    profile, reason = "resident", ""
+    if model.placement is not None:
+        profile, reason = model.placement.profile, model.placement.reason
+    elif args.memory == "auto":  # on the CPU, where there is nothing to choose, only if asked
+        profile, reason = choose(needs({name: model.have(name) for name in parts}), None)
+    if reason:
+        say(sys.stderr, f"{PROGRAM}: memory {profile}: {reason}")
     return model
 
 

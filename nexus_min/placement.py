@@ -194,7 +194,7 @@ def blocks(part: Any) -> list[nn.Module]:
         elif isinstance(tower, NexusGenAR):
             found += tower.model.layers
         elif isinstance(tower, T5Encoder):
-            found += tower.encoder.block
+            found += tower.encoder.block[1:]  # the first owns the position bias, read ahead of all
     return found
 
 
@@ -204,8 +204,8 @@ def size(parameters: Iterable[Tensor], dtype: torch.dtype | None = None) -> int:
     return sum(p.numel() * width.get(p.dtype, (dtype or p.dtype).itemsize) for p in parameters)
 
 
-def needs(parts: dict[str, Any], dtype: torch.dtype) -> dict[str, int]:
-    """Bytes on the device under each profile, without activations."""
+def needs(parts: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, int]:
+    """Bytes on the device under each profile, without activations, in `dtype` or as they are."""
 
     def of(part: Any, without: Sequence[nn.Module]) -> int:
         away = {p for m in without for p in m.parameters()}
@@ -221,8 +221,14 @@ def needs(parts: dict[str, Any], dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def choose(wanted: dict[str, int], free: int) -> tuple[str, str]:
-    """The first profile that leaves `ROOM` of the `free` bytes (else stream), and why."""
+def choose(wanted: dict[str, int], free: int | None) -> tuple[str, str]:
+    """The first profile that leaves `ROOM` of the `free` bytes (else stream), and why.
+
+    None free: resident, on a device that shares the host's memory.
+    """
+    if free is None:
+        need = wanted["resident"] / 1e9
+        return "resident", f"{need:.2f} GB of weights, on a device that shares the host's memory"
     fits = [name for name, need in wanted.items() if need + ROOM <= free]
     name = fits[0] if fits else "stream"
     told = ", ".join(f"{profile} needs {need / 1e9:.1f}" for profile, need in wanted.items())
@@ -248,10 +254,7 @@ class Placement:
         """The profile asked for, or chosen by the device's free memory; with all `parts`."""
         profile, reason = memory, ""
         if memory == "auto":
-            free = free_bytes(place.device)
-            profile = "resident"
-            if free is not None:
-                profile, reason = choose(needs(parts, place.dtype), free)
+            profile, reason = choose(needs(parts, place.dtype), free_bytes(place.device))
         self = cls(profile, place, reason)
         for part in parts.values():
             self.add(part)

@@ -14,6 +14,7 @@ import torch
 from conftest import GOLDEN, golden, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_mmdit import official_frequencies, sinusoid_limit
 from test_tokenizer import byte_tokenizer
 from tiny_model import make_tiny, save_tiny
 
@@ -29,7 +30,7 @@ from nexus_min.config import (
     T5Config,
     TextConfig,
 )
-from nexus_min.mmdit import MMDiT, context_ids_generation, timestep_frequencies
+from nexus_min.mmdit import MMDiT, context_ids_generation
 from nexus_min.pipeline import NexusGen
 from nexus_min.projector import GenerationAdapter, ImageEmbeddingMerger
 from nexus_min.sampling import Context, Sampling, velocity_field
@@ -116,21 +117,6 @@ def generation():
 @pytest.fixture(scope="module")
 def editing():
     return micro_model("12b")
-
-
-def official_frequencies() -> torch.Tensor:
-    """The 128 frequencies of the official sinusoid, to the last bit, read off fixture 09.
-
-    Its fp32 exp rounded a few of them the other way than ours, which is exp in fp64, rounded once:
-    an ulp each. Only k = 13 shows, where 1000 t makes it 1.5e-5 of the sinusoid.
-    """
-    cos, sin = golden("09")[0]["out/time_proj_640.25"][0].double().chunk(2)
-    ours = timestep_frequencies(128)
-    near = [torch.nextafter(ours, torch.full_like(ours, side)) for side in (0.0, 1.0)]
-    near = torch.stack([ours, *near])
-    angles = torch.tensor(640.25) * near
-    best = ((angles.cos() - cos) ** 2 + (angles.sin() - sin) ** 2).argmin(dim=0)
-    return near.gather(0, best[None])[0]
 
 
 @pytest.fixture
@@ -221,12 +207,12 @@ def test_parity_generation_steps(
 
 
 def test_parity_with_our_own_sinusoid(assert_parity, generation):
-    """The same walk with nothing taken from the fixtures: the ulp of frequency 13 shows."""
+    """The same walk with nothing taken from the fixtures: an ulp of frequency 13 would show."""
     model, tensors = generation
     context = model.generation_context(tensors["in/image_embeddings"])
     latents = walk(model, model.generation.mmdit, context, official(model, 3.0))
     want = tensors["out/cfg3/latents_per_step"]
-    assert_parity("pipeline (own exp)", "12a cfg3 steps", latents, want, 6e-5)
+    assert_parity("pipeline (own exp)", "12a cfg3 steps", latents, want, sinusoid_limit())
 
 
 def test_parity_editing_context(assert_parity, editing):

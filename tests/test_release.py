@@ -30,7 +30,7 @@ FILES = {  # manifest of a released model -> its files here
     "t5_text_encoder_2": T5_SHARDS,
 }
 DRAWING = {"num_steps": 2, "seed": 3, "fast_preamble": True}
-FAST = ["--steps", "2", "--seed", "3", "--fast_preamble", "--device", "cpu"]
+FAST = ["--steps", "2", "--seed", "3", "--fast-preamble", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,21 @@ def test_understand_in_a_process_of_its_own(release, model, photo):
     want = model.understand(photo, "what is it?", max_new_tokens=12)
     assert (result.returncode, result.stderr) == (0, b"")
     assert want and result.stdout.decode() == want + "\n"
+
+
+@pytest.mark.parametrize("memory", ["staged", "stream"])
+def test_text_encoders_travel(release, model, memory):
+    placed = NexusGen.load(release, memory=memory, parts=["autoencoder"])
+    for text in ("", "blurry"):
+        got, want = placed.encode_text(text), model.encode_text(text)
+        torch.testing.assert_close(list(got), list(want), atol=1e-5, rtol=0)
+
+
+def test_memory_auto_tells_what_it_chose(release, photo, capsys):
+    argv = ["understand", photo, "what is it?", "--model", str(release), "--device", "cpu"]
+    for asked, told in (([], ""), (["--memory", "auto"], r".*: memory resident: 0\.01 GB of .*\n")):
+        main([*argv, "--max_new_tokens", "1", *asked])
+        assert re.fullmatch(told, capsys.readouterr().err)
 
 
 def test_a_negative_prompt_reads_both_text_encoders(release, model, photo):

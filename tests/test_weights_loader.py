@@ -441,8 +441,12 @@ BAD_TENSORS = [
     (lambda s: s.update({KEY: torch.zeros(4)}), rf"wrong shape \(1\): {KEY} \(4,\) instead of \(3"),
     (lambda s: s.update({KEY: torch.zeros(3).long()}), rf"wrong dtype \(1\): {KEY} I64"),
     (lambda s: s.update({KEY: torch.zeros(3).to(torch.float8_e4m3fn)}), r"wrong dtype .*F8_E4M3"),
-    (lambda s: s.update({KEY: torch.zeros(3).half()}), r"mixes torch.float16, torch.float32"),
+    (
+        lambda s: s.update({KEY: torch.zeros(3).half()}),
+        rf"mixes .*float32 \(torch.float16: {KEY}\)",
+    ),
     (lambda s: s.update({"a.lora_A.weight": torch.zeros(1)}), r"LoRA: merge it"),
+    (lambda s: s.update({"a.lora.up.weight": torch.zeros(1)}), r"LoRA: merge it"),
     (lambda s: s.update({"encoder.down_blocks.0.x": torch.zeros(1)}), r"diffusers' names"),
 ]
 

@@ -6,7 +6,8 @@
 Every load is a process of its own, ours and theirs in turn, after all files were read once: they
 come from the page cache. Mapped weights are not read before they are used, so there are two times:
 until the model is there, and until one byte of every page of its parameters has been read as well.
-Both begin after the imports, which have their own line. Copied is the growth of anonymous memory,
+Both begin after the imports, which have their own line; "CPU" is what the process itself worked,
+which other work on the machine does not change. Copied is the growth of anonymous memory,
 as a share of the file; mapped pages are not copies, they count in the peak alone. The peers load
 with their defaults, in the stored bf16; diffusers from flux1-dev, and from a copy under its own
 names, which spares it the conversion. Needs Linux and tests/requirements.txt.
@@ -136,17 +137,21 @@ def touch(model) -> None:
 
 def measure(load: Callable) -> dict[str, float]:
     """Seconds and bytes of one load."""
-    before, start = memory("RssAnon"), time.perf_counter()
+    before, start, worked = memory("RssAnon"), time.perf_counter(), time.process_time()
     model = load()
-    seconds, copied = time.perf_counter() - start, memory("RssAnon") - before
+    seconds, work = time.perf_counter() - start, time.process_time() - worked
+    copied, peak = memory("RssAnon") - before, memory("VmHWM") / 1e9
     touch(model)
     return {
         "imports, s": start - BEGIN,
         "ready, s": seconds,
+        "ready, CPU s": work,
         "touched, s": time.perf_counter() - start,
+        "touched, CPU s": time.process_time() - worked,
         "copied when ready": copied,
         "copied when touched": memory("RssAnon") - before,
-        "peak RSS, GB": memory("VmHWM") / 1e9,
+        "peak RSS ready, GB": peak,
+        "peak RSS touched, GB": memory("VmHWM") / 1e9,
     }
 
 
