@@ -40,8 +40,8 @@ from .world import render
 
 POOL = 24_576  # most pictures embedded once for a decoder stage, over all workers
 MIXTURE = ("understand", "generate", "generate", "edit")  # 1:2:1
-QUESTIONS_ALONE = 0.3  # of the AR stage
-CROWDS = {0.07: 1, 0.15: 2, 0.3: 4, 1.0: 8}  # until this part of them: most objects
+QUESTIONS_ALONE = 0.4  # of the AR stage
+CROWDS = {0.05: 1, 0.1: 2, 0.22: 4, 1.0: 8}  # until this part of them: most objects
 COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
 
 
