@@ -24,7 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -162,7 +162,24 @@ def open_weights(file: Path) -> dict[str, Entry]:
     """Key -> entry for one file, or for all shards of an index; headers only."""
     if file.name.endswith(".index.json"):
         return open_shards(file)
-    return open_safetensors(file) if file.suffix == ".safetensors" else open_pickle(file)
+    seen = stamp(file)
+    entries = open_safetensors(file) if file.suffix == ".safetensors" else open_pickle(file)
+
+    def read(entry: Entry) -> Tensor:
+        if stamp(file) != seen:  # a mapped file that was cut short would kill the process
+            raise ValueError(f"{file}: changed while it was being read; load it again")
+        return entry.read()
+
+    return {key: replace(entry, read=partial(read, entry)) for key, entry in entries.items()}
+
+
+def stamp(file: Path) -> tuple[int, int, int] | None:
+    """Changes when the file is written to or replaced; None when it is not there."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def open_safetensors(file: Path) -> dict[str, Entry]:
@@ -207,6 +224,9 @@ def open_pickle(file: Path) -> dict[str, Entry]:
     )
     if not flat:
         raise ValueError(f"{file}: not a flat dict of tensors; use the official file")
+    odd = [k for k, t in tensors.items() if t.layout != torch.strided or t.device.type != "cpu"]
+    if odd:  # sparse, or without data
+        raise ValueError(f"{file}: not plain tensors: {shown(odd)}; use the official file")
     return {key: Entry(file, tuple(t.shape), t.dtype, lambda t=t: t) for key, t in tensors.items()}
 
 
@@ -579,7 +599,10 @@ def save_tensors(
     """Write one safetensors file atomically."""
     tensors = {k: t.detach().to("cpu", dtype).contiguous() for k, t in state.items()}
     header = {"format": "pt", **(metadata or {})}
-    replace_file(file, lambda path: save_file(tensors, path, header))
+    try:
+        replace_file(file, lambda path: save_file(tensors, path, header))
+    except SafetensorError as error:  # how it tells of a full disk
+        raise OSError(f"cannot write {file}: {error}") from None
 
 
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:
