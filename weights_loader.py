@@ -674,8 +674,11 @@ def released_shapes(component: str, config: NexusGenConfig) -> dict[str, tuple[i
 COLUMNS = ("component", "file", "tensors", "bytes", "dtype", "names and shapes", "state")
 
 
-def inspect_weights(row: dict[str, str], folder: Path, config: NexusGenConfig) -> None:
-    """Fill in the row of a component of tensors, headers only; ValueError tells what is wrong."""
+def inspect_weights(
+    row: dict[str, str], folder: Path, config: NexusGenConfig, values: bool = False
+) -> None:
+    """Fill in the row of a component of tensors, from headers only unless `values`; ValueError
+    tells what is wrong."""
     repo, path, published = RELEASED[row["component"]]
     place, expected = folder / FOLDERS[repo] / path, released_shapes(row["component"], config)
     row["tensors"] = f"0/{len(expected)}"
@@ -696,6 +699,9 @@ def inspect_weights(row: dict[str, str], folder: Path, config: NexusGenConfig) -
     if config != NexusGenConfig.v2():
         row["names and shapes"] = "none published"
     check(file, f"the {row['component']}", expected, entries)
+    odd = [key for key, e in entries.items() if not e.read().isfinite().all()] if values else []
+    if odd:
+        raise ValueError(f"{file}: holds NaN or infinite values ({len(odd)}): {shown(odd)}")
 
 
 def inspect_tokenizer(row: dict[str, str], folder: Path, config: NexusGenConfig) -> None:
@@ -721,11 +727,13 @@ def inspect_empty_prompt(row: dict[str, str], folder: Path, config: NexusGenConf
         row |= {"state": "stale", "remark": "not of these text encoders; made anew when needed"}
 
 
-def inspected(component: str, needed: bool, folder: Path, config: NexusGenConfig) -> dict[str, str]:
+def inspected(
+    component: str, needed: bool, folder: Path, config: NexusGenConfig, values: bool = False
+) -> dict[str, str]:
     """The row of a component, and a remark: what is wrong with it, and where to get it."""
     row = dict.fromkeys(COLUMNS, "-") | {"component": component, "state": "ok", "remark": ""}
     repo, _, published = RELEASED.get(component, ("", "", None))
-    inspect = inspect_weights if published else inspect_tokenizer
+    inspect = partial(inspect_weights, values=values) if published else inspect_tokenizer
     try:
         (inspect if repo else inspect_empty_prompt)(row, folder, config)
     except (ValueError, OSError) as error:
@@ -747,7 +755,8 @@ def run_check(args: argparse.Namespace) -> int:
     config, kept = load_config(folder), (folder / "empty_prompt.safetensors").is_file()
     prompt = inspected("empty prompt", kept, folder, config)
     optional = ("FLUX.1-dev", *(TEXT_ENCODERS if prompt["state"] == "ok" else ()))
-    rows = [inspected(name, name not in optional, folder, config) for name in RELEASED] + [prompt]
+    rows = [inspected(name, name not in optional, folder, config, args.values) for name in RELEASED]
+    rows.append(prompt)
     lines = [COLUMNS, *([row[column] for column in COLUMNS] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -988,7 +997,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         return command
 
     about = "compare names, shapes and types of all tensors with the models and the released ones;"
-    verb("check", run_check, "DIR", f"{about} exit status 1 when a needed file is missing or wrong")
+    about += " exit status 1 when a needed file is missing or wrong"
+    checked = verb("check", run_check, "DIR", about)
+    checked.add_argument("--values", action="store_true", help="also read all, and look for NaN")
     about = "write each decoder's .bin as .safetensors beside it, same names, types and values;"
     verb("convert", run_convert, "DIR|FILE", f"{about} little memory; the same command goes on")
     about = "get the release, 75 GB, from the Hugging Face hub; what is there is skipped, what is"

@@ -163,12 +163,15 @@ def to_latent_image(image: Image.Image, h: int, w: int) -> Tensor:
 def to_image(x: Tensor) -> Image.Image:
     """[3, H, W] or [1, 3, H, W] in [-1, 1] (clipped) -> PIL RGB; truncates, as officially.
 
-    Raises ValueError for another shape or for NaN.
+    Raises ValueError for another shape or for values that are not finite.
     """
     if x.ndim not in (3, 4) or x.shape[-3] != 3 or x.numel() != x.shape[-3:].numel():
         raise ValueError(f"to_image takes [3, H, W] or [1, 3, H, W], got {describe(x)}")
-    if x.isnan().any():
-        raise ValueError(f"a picture of {tuple(x.shape)} holds {int(x.isnan().sum())} NaN values")
+    if odd := int((~x.isfinite()).sum()):
+        raise ValueError(
+            f"a picture of {tuple(x.shape)} holds {odd} NaN or infinite values: the weights are "
+            "broken, or their dtype too narrow"
+        )
     pixels = (x.detach().float() / 2 + 0.5).clamp(0, 1) * 255
     pixels = rearrange(pixels.reshape(x.shape[-3:]), "c H W -> H W c")
     return Image.fromarray(pixels.to(device="cpu", dtype=torch.uint8).contiguous().numpy())

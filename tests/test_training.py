@@ -329,7 +329,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="toy.ckpt: .*File too large.*last good checkpoint is kept") as e:
+        with pytest.raises(
+            OSError, match="toy.ckpt: .*File too large.*last good checkpoint is kept"
+        ) as e:
             checkpoint.save({"x": torch.ones(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -347,7 +349,9 @@ def test_a_failing_write_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, 
     checkpoint = Checkpoint(tmp_path / "toy.ckpt")
     checkpoint.save({"x": torch.ones(3)})
     monkeypatch.setattr(training.os, call, fail)
-    with pytest.raises(OSError, match="toy.ckpt: .*Input/output error; the last good checkpoint is kept"):
+    with pytest.raises(
+        OSError, match="toy.ckpt: .*Input/output error; the last good checkpoint is kept"
+    ):
         checkpoint.save({"x": torch.zeros(3)})
     assert torch.equal(checkpoint.load()["x"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["toy.ckpt"]
