@@ -214,8 +214,8 @@ def open_pickle(file: Path) -> dict[str, Entry]:
             f"{file}: refused, it holds more than plain tensors (code, or a whole model); use the"
             " official file"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # the unpickler raises a dozen kinds on a broken file
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(
             f"{file}: truncated or not a torch.save file ({reason}); download it again"
         ) from None
@@ -235,7 +235,7 @@ def open_shards(index: Path) -> dict[str, Entry]:
     try:
         promised = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(promised.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index}: not an index with a weight_map; download it again") from None
     if any(Path(name).name != name for name in shards):
         raise ValueError(f"{index}: names shards outside its own folder: {shown(shards)}")
@@ -452,7 +452,7 @@ def load_config(folder: str | Path) -> NexusGenConfig:
         return NexusGenConfig.v2()
     try:
         return NexusGenConfig.from_dict(json.loads(file.read_text()))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not a configuration ({error})") from None
 
 

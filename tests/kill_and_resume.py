@@ -29,6 +29,7 @@ import torch
 
 import train_tiny
 from nexus_min import training
+from nexus_min.toy import base, pictures
 from nexus_min.toy import stages as toy
 
 NOT_COMPARED = ("elapsed", "metrics")  # the clock, and what was logged
@@ -39,6 +40,8 @@ def shrink() -> None:
     torch.set_num_threads(1)
     train_tiny.BATCH = dict.fromkeys(train_tiny.BATCH, 4)
     toy.POOL = 64
+    for module in (base, toy):  # pictures to measure or to embed before and after the steps
+        module.scenes = lambda rng, n, *rest: pictures.scenes(rng, min(n, 8), *rest)
     train_tiny.Run = partial(training.Run, save_every=0.0)
     train_tiny.bf16_pays = lambda: False
     training.Trainer.sample = lambda *_: None
@@ -122,7 +125,7 @@ def main() -> int:
     """Print a line for every round and the count; 1 when anything differs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=20, help="rounds with at least one kill")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--stages", default=",".join(train_tiny.SHARES))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
