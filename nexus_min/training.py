@@ -170,7 +170,10 @@ class Checkpoint:
         if not path.exists():
             return None
         try:
-            return torch.load(path, weights_only=True, map_location="cpu")
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            if not isinstance(state, dict):
+                raise ValueError(type(state).__name__)
+            return state
         except OSError:
             raise
         except Exception as error:  # bytes that are no checkpoint fail in a dozen ways
@@ -323,6 +326,9 @@ class Trainer:
     """A stage under way: weights, their average, optimisers, schedule, and what is written when."""
 
     def __init__(self, stage: Stage, run: Run):
+        self.checkpoint = Checkpoint(run.folder / f"{stage.name}.ckpt")
+        state = self.checkpoint.load() or {}
+        run = replace(run, bf16=state.get("bf16", run.bf16))  # as it began, whatever pays now
         self.stage, self.run = stage, run
         self.rank, self.size = world()
         self.parameters = [p for p in stage.modules.parameters() if p.requires_grad]
@@ -330,10 +336,9 @@ class Trainer:
         self.optimizers = make_optimizers(stage, torch.bfloat16 if run.bf16 else torch.float32)
         seconds = None if run.seconds is None else agreed(max(1.0, run.seconds - run.spent))[0]
         self.schedule = Schedule(seconds, run.steps)
-        self.checkpoint = Checkpoint(run.folder / f"{stage.name}.ckpt")
         self.metrics: dict[str, float] = {}  # the latest of each name
         self.window: list[dict[str, float]] = []  # of the steps since the last report
-        if state := self.checkpoint.load():
+        if state:
             self.restore(state)
         self.saved = self.sampled = self.schedule.elapsed
         silent = run.quiet or self.rank > 0 or self.schedule.finished
@@ -506,8 +511,8 @@ class Trainer:
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["base_lr"] = rate  # the stage's own, should it have changed since
             self.schedule.restore(state["schedule"])
-            self.run, self.metrics = replace(self.run, bf16=state["bf16"]), state["metrics"]
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.metrics = state["metrics"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"{self.checkpoint.path}: does not fit this stage ({reason})"

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which optimisers import at their first step: here once for all processes
 
 import train_tiny
 from nexus_min import training

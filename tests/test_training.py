@@ -248,6 +248,23 @@ def test_resume_gives_the_same_bits(tmp_path, how, error):
     assert_same_bits(flat(want_state), flat(got_state))
 
 
+def test_a_run_that_began_in_bf16_ends_so(tmp_path):
+    """Whatever this machine is measured to be best at when it is resumed."""
+    options, want = {"steps": 20, "save_every": 0.0}, make_stage()
+    fit(want, run_in(tmp_path / "a", bf16=True, **options))
+    with pytest.raises(ZeroDivisionError):
+        crashing = make_stage(at_step=stop_at(7, crash))
+        fit(crashing, run_in(tmp_path / "b", bf16=True, **options))
+    stage = make_stage()
+    fit(stage, run_in(tmp_path / "b", bf16=False, **options))
+    assert_same_bits(weights_of(want), weights_of(stage))
+    plain = make_stage()
+    fit(plain, run_in(tmp_path / "c", bf16=False, **options))
+    assert not torch.equal(
+        weights_of(plain)["net.linear.weight"], weights_of(stage)["net.linear.weight"]
+    )
+
+
 @pytest.mark.parametrize("moment", ["between the renames", "the last one is broken"])
 def test_the_one_before_takes_over(tmp_path, monkeypatch, moment):
     """The last two are kept; the older leads to the same weights, bit for bit."""
