@@ -248,7 +248,7 @@ def estimate(wanted: dict[str, int]) -> str:
 
 def advice(profile: str, wanted: dict[str, int]) -> str:
     """What to do when memory ran out under a profile; `wanted` as from `needs`."""
-    smaller = {"resident": "staged", "staged": "stream"}.get(profile)
+    smaller = {"auto": "staged", "resident": "staged", "staged": "stream"}.get(profile)
     told = f"the next smaller is {smaller}: --memory {smaller}" if smaller else "try --fp8"
     rest = f"weights alone: {estimate(wanted)}; this was {profile}, {told}"
     return f"{rest}, or a smaller height and width"

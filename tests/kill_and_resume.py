@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -41,8 +42,9 @@ def shrink() -> None:
     torch.set_num_threads(1)
     train_tiny.BATCH = dict.fromkeys(train_tiny.BATCH, 4)
     toy.POOL = 64
+    few = pictures.scenes
     for module in (base, toy):  # pictures to measure or to embed before and after the steps
-        module.scenes = lambda rng, n, *rest: pictures.scenes(rng, min(n, 8), *rest)
+        module.scenes = lambda rng, n, *more, **named: few(rng, min(n, 8), *more, **named)
     train_tiny.Run = partial(training.Run, save_every=0.0)
     train_tiny.bf16_pays = lambda: False
     training.Trainer.sample = lambda *_: None
@@ -54,14 +56,15 @@ def start(folder: Path, stage: str, steps: int) -> tuple[int, int]:
     if child := os.fork():
         os.close(steps_in)
         return child, steps_out
-    try:
+    try:  # nothing of the parent's shall run here
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         inner = training.Trainer.take_step
         training.Trainer.take_step = lambda self: os.write(steps_in, b".") and inner(self)
         argv = ["--stage", stage, "--steps", str(steps), "--out", str(folder)]
         os._exit(train_tiny.main([*argv, "--workers", "1", "--quiet"]))
-    finally:
-        os._exit(3)  # an exception: its traceback is on standard error
+    except BaseException:
+        traceback.print_exc()
+        os._exit(3)
 
 
 def wait(child: int, pipe: int) -> None:
