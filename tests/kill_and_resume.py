@@ -31,6 +31,7 @@ import torch._dynamo  # which optimisers import at their first step: here once f
 
 import train_tiny
 from nexus_min import training
+from nexus_min.config import NexusGenConfig
 from nexus_min.toy import base, pictures
 from nexus_min.toy import stages as toy
 
@@ -42,6 +43,8 @@ def shrink() -> None:
     torch.set_num_threads(1)
     train_tiny.BATCH = dict.fromkeys(train_tiny.BATCH, 4)
     toy.POOL = 64
+    tokenizer = train_tiny.build_tokenizer(NexusGenConfig.tiny())  # seconds: once for all processes
+    train_tiny.build_tokenizer = lambda config: tokenizer
     few = pictures.scenes
     for module in (base, toy):  # pictures to measure or to embed before and after the steps
         module.scenes = lambda rng, n, *more, **named: few(rng, min(n, 8), *more, **named)
