@@ -103,7 +103,8 @@ class Folder:
         stale = [n for n in stages if self.note(n) and not self.finished(n)]
         for name in stale:
             (self.path / f"{name}.json").unlink()
-            (self.path / f"{name}.ckpt").unlink(missing_ok=True)
+            for file in self.path.glob(f"{name}.*ckpt"):
+                file.unlink()
         return stale
 
     def check(self, stage: str) -> None:

@@ -24,7 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -162,7 +162,24 @@ def open_weights(file: Path) -> dict[str, Entry]:
     """Key -> entry for one file, or for all shards of an index; headers only."""
     if file.name.endswith(".index.json"):
         return open_shards(file)
-    return open_safetensors(file) if file.suffix == ".safetensors" else open_pickle(file)
+    seen = stamp(file)
+    entries = open_safetensors(file) if file.suffix == ".safetensors" else open_pickle(file)
+
+    def read(entry: Entry) -> Tensor:
+        if stamp(file) != seen:  # a mapped file that was cut short would kill the process
+            raise ValueError(f"{file}: changed while it was being read; load it again")
+        return entry.read()
+
+    return {key: replace(entry, read=partial(read, entry)) for key, entry in entries.items()}
+
+
+def stamp(file: Path) -> tuple[int, int, int] | None:
+    """Changes when the file is written to or replaced; None when it is not there."""
+    try:
+        facts = file.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
 def open_safetensors(file: Path) -> dict[str, Entry]:
@@ -197,8 +214,8 @@ def open_pickle(file: Path) -> dict[str, Entry]:
             f"{file}: refused, it holds more than plain tensors (code, or a whole model); use the"
             " official file"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # the unpickler raises a dozen kinds on a broken file
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(
             f"{file}: truncated or not a torch.save file ({reason}); download it again"
         ) from None
@@ -207,6 +224,9 @@ def open_pickle(file: Path) -> dict[str, Entry]:
     )
     if not flat:
         raise ValueError(f"{file}: not a flat dict of tensors; use the official file")
+    odd = [k for k, t in tensors.items() if t.layout != torch.strided or t.device.type != "cpu"]
+    if odd:  # sparse, or without data
+        raise ValueError(f"{file}: not plain tensors: {shown(odd)}; use the official file")
     return {key: Entry(file, tuple(t.shape), t.dtype, lambda t=t: t) for key, t in tensors.items()}
 
 
@@ -215,7 +235,7 @@ def open_shards(index: Path) -> dict[str, Entry]:
     try:
         promised = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(promised.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index}: not an index with a weight_map; download it again") from None
     if any(Path(name).name != name for name in shards):
         raise ValueError(f"{index}: names shards outside its own folder: {shown(shards)}")
@@ -432,7 +452,7 @@ def load_config(folder: str | Path) -> NexusGenConfig:
         return NexusGenConfig.v2()
     try:
         return NexusGenConfig.from_dict(json.loads(file.read_text()))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not a configuration ({error})") from None
 
 
@@ -579,7 +599,10 @@ def save_tensors(
     """Write one safetensors file atomically."""
     tensors = {k: t.detach().to("cpu", dtype).contiguous() for k, t in state.items()}
     header = {"format": "pt", **(metadata or {})}
-    replace_file(file, lambda path: save_file(tensors, path, header))
+    try:
+        replace_file(file, lambda path: save_file(tensors, path, header))
+    except SafetensorError as error:  # how it tells of a full disk
+        raise OSError(f"cannot write {file}: {error}") from None
 
 
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:
@@ -651,8 +674,11 @@ def released_shapes(component: str, config: NexusGenConfig) -> dict[str, tuple[i
 COLUMNS = ("component", "file", "tensors", "bytes", "dtype", "names and shapes", "state")
 
 
-def inspect_weights(row: dict[str, str], folder: Path, config: NexusGenConfig) -> None:
-    """Fill in the row of a component of tensors, headers only; ValueError tells what is wrong."""
+def inspect_weights(
+    row: dict[str, str], folder: Path, config: NexusGenConfig, values: bool = False
+) -> None:
+    """Fill in the row of a component of tensors, from headers only unless `values`; ValueError
+    tells what is wrong."""
     repo, path, published = RELEASED[row["component"]]
     place, expected = folder / FOLDERS[repo] / path, released_shapes(row["component"], config)
     row["tensors"] = f"0/{len(expected)}"
@@ -673,6 +699,9 @@ def inspect_weights(row: dict[str, str], folder: Path, config: NexusGenConfig) -
     if config != NexusGenConfig.v2():
         row["names and shapes"] = "none published"
     check(file, f"the {row['component']}", expected, entries)
+    odd = [key for key, e in entries.items() if not e.read().isfinite().all()] if values else []
+    if odd:
+        raise ValueError(f"{file}: holds NaN or infinite values ({len(odd)}): {shown(odd)}")
 
 
 def inspect_tokenizer(row: dict[str, str], folder: Path, config: NexusGenConfig) -> None:
@@ -698,11 +727,13 @@ def inspect_empty_prompt(row: dict[str, str], folder: Path, config: NexusGenConf
         row |= {"state": "stale", "remark": "not of these text encoders; made anew when needed"}
 
 
-def inspected(component: str, needed: bool, folder: Path, config: NexusGenConfig) -> dict[str, str]:
+def inspected(
+    component: str, needed: bool, folder: Path, config: NexusGenConfig, values: bool = False
+) -> dict[str, str]:
     """The row of a component, and a remark: what is wrong with it, and where to get it."""
     row = dict.fromkeys(COLUMNS, "-") | {"component": component, "state": "ok", "remark": ""}
     repo, _, published = RELEASED.get(component, ("", "", None))
-    inspect = inspect_weights if published else inspect_tokenizer
+    inspect = partial(inspect_weights, values=values) if published else inspect_tokenizer
     try:
         (inspect if repo else inspect_empty_prompt)(row, folder, config)
     except (ValueError, OSError) as error:
@@ -724,7 +755,8 @@ def run_check(args: argparse.Namespace) -> int:
     config, kept = load_config(folder), (folder / "empty_prompt.safetensors").is_file()
     prompt = inspected("empty prompt", kept, folder, config)
     optional = ("FLUX.1-dev", *(TEXT_ENCODERS if prompt["state"] == "ok" else ()))
-    rows = [inspected(name, name not in optional, folder, config) for name in RELEASED] + [prompt]
+    rows = [inspected(name, name not in optional, folder, config, args.values) for name in RELEASED]
+    rows.append(prompt)
     lines = [COLUMNS, *([row[column] for column in COLUMNS] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -965,7 +997,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         return command
 
     about = "compare names, shapes and types of all tensors with the models and the released ones;"
-    verb("check", run_check, "DIR", f"{about} exit status 1 when a needed file is missing or wrong")
+    about += " exit status 1 when a needed file is missing or wrong"
+    checked = verb("check", run_check, "DIR", about)
+    checked.add_argument("--values", action="store_true", help="also read all, and look for NaN")
     about = "write each decoder's .bin as .safetensors beside it, same names, types and values;"
     verb("convert", run_convert, "DIR|FILE", f"{about} little memory; the same command goes on")
     about = "get the release, 75 GB, from the Hugging Face hub; what is there is skipped, what is"

@@ -22,7 +22,11 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DTYPES |= {name: name for name in DTYPES.values()}
 WORD = r"[a-z\u00c0-\u024f]+|[^\W\d_a-z\u00c0-\u024f]+"  # Latin letters, or other letters
 OPTION = r"--|-[^\d\s]\S*$"  # a word that looks like one: not "-3", not "- make it red"
-OUT_OF_MEMORY = "out of memory|can't allocate memory"  # on a GPU | on the CPU
+# What a picture tells of how it was drawn -> the option that sets it; not the model or the output,
+# which a file from outside shall not choose.
+RECALLED = {"height": "--height", "width": "--width", "num_steps": "--steps", "seed": "--seed"}
+RECALLED |= {"cfg_scale": "--cfg", "guidance": "--guidance", "negative_prompt": "--negative_prompt"}
+RECALLED |= {"language": "--language", "max_new_tokens": "--max_new_tokens", "dtype": "--dtype"}
 MAX_MESSAGE = 600  # characters of an error that are shown
 
 
@@ -60,6 +64,7 @@ def build_parser(with_eval: bool) -> Parser:
     generate = commands.add_parser("generate", help="draw a description")
     generate.add_argument("words", nargs="*", metavar="PROMPT", help="the description, in quotes")
     generate.add_argument("--prompt")
+    add_like(generate)
     add_drawing(generate, "generated.png")
     add_model(generate)
     edit = commands.add_parser("edit", help="change a picture as told")
@@ -68,6 +73,7 @@ def build_parser(with_eval: bool) -> Parser:
     edit.add_argument(
         "--use_generation_decoder", action="store_const", const="generation", dest="decoder"
     )
+    add_like(edit)
     add_drawing(edit, "edited.png")
     add_model(edit)
     evaluate = commands.add_parser("eval", help="score a model on the toy world")
@@ -84,6 +90,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments; words may stand before, between and after the options."""
     parser = build_parser(argv[:1] == ["eval"])
     args, rest = parser.parse_known_args(argv)
+    if getattr(args, "like", None) is not None:
+        argv = [argv[0], *recall(args, len(rest)), *argv[1:]]  # what comes later counts
+        args, rest = parser.parse_known_args(argv)
     if rest and (args.command == "eval" or any(re.match(OPTION, word) for word in rest)):
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if rest:
@@ -91,11 +100,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def add_like(parser: argparse.ArgumentParser) -> None:
+    """A picture that tells how it was drawn."""
+    told = "draw as this PNG of ours was drawn; text and options given beside it come first"
+    parser.add_argument("--like", metavar="PNG", help=told)
+
+
+def recall(args: argparse.Namespace, more_words: int) -> list[str]:
+    """The options that `args.like` was drawn with, and its text unless the user gives one."""
+    kept = read_settings(args.like)
+    for name, now in (("model", args.model), ("versions", versions())):
+        if kept.get(name, now) != now:
+            told = f"drawn with {name} {kept[name]!r}, now it is {now!r}"
+            say(sys.stderr, f"{PROGRAM}: warning: {args.like}: {told}")
+    options = [f"{RECALLED[name]}={kept[name]}" for name in RECALLED if kept.get(name)]
+    options += ["--fast_preamble"] if kept.get("fast_preamble") == "True" else []
+    text, wanted = ("prompt", 1) if args.command == "generate" else ("instruction", 2)
+    if args.command == "edit" and "decoder" in kept:
+        options.append(f"--decoder={kept['decoder']}")
+    named = [getattr(args, name, None) for name in ("prompt", "input_image", "instruction")]
+    if len(args.words) + more_words + sum(x is not None for x in named) < wanted:
+        options.append(f"--{text}={kept.get('prompt', '')}")
+    return options
+
+
 def add_image(parser: argparse.ArgumentParser) -> None:
     """A picture, and what to ask or do about it: by position or by name."""
     parser.add_argument("words", nargs="*", metavar="IMAGE TEXT", help="the picture, then the text")
     parser.add_argument("--input_image", "--input-image", metavar="FILE")
     parser.add_argument("--instruction", "--question", metavar="TEXT")
+    told = "refuse a larger picture before decoding it; default 50 million"
+    parser.add_argument("--max_image_pixels", type=int, metavar="N", help=told)
 
 
 def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
@@ -157,7 +192,7 @@ def place_words(args: argparse.Namespace, *names: str) -> None:
 def run_understand(args: argparse.Namespace) -> None:
     """Print the answer."""
     place_words(args, "input_image", "instruction")
-    image = open_image(args.input_image)
+    image = open_image(args.input_image, args.max_image_pixels)
     model = load_model(args, ["ar"])
     answer = model.understand(image, args.instruction, max_new_tokens=args.max_new_tokens)
     warn_unknown(args.model, args.instruction, image)
@@ -177,7 +212,7 @@ def run_edit(args: argparse.Namespace) -> None:
     """Edit the picture; save and name the new one."""
     place_words(args, "input_image", "instruction")
     check_output(args.output)
-    image = open_image(args.input_image)
+    image = open_image(args.input_image, args.max_image_pixels)
     model = load_model(args, ["ar", args.decoder, "autoencoder"])
     events = model.edit_steps(image, args.instruction, decoder=args.decoder, **drawing(args))
     finish(args, events, {"prompt": args.instruction, "decoder": args.decoder}, image)
@@ -203,11 +238,11 @@ def drawing(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-def open_image(path: str):
+def open_image(path: str, max_pixels: int | None):
     """The picture at `path`: checked before a model is loaded."""
     from .image_processor import load_image
 
-    return load_image(path)
+    return load_image(path, max_pixels)
 
 
 def load_model(args: argparse.Namespace, parts: list[str]):
@@ -255,7 +290,9 @@ def is_there(device: str) -> bool:
 def finish(args: argparse.Namespace, events, facts: dict, source=None) -> None:
     """Walk the events to the picture, save it with how it was made, and print its name."""
     seen = dict(progress(events))
+    names = ("language", "fast_preamble", "max_new_tokens", "dtype")
     settings = {**facts, "model": args.model, **asdict(seen["sampling"])}
+    settings |= {name: getattr(args, name) or "" for name in names} | {"versions": versions()}
     if settings["negative_prompt"] and settings["cfg_scale"] == 1:
         say(sys.stderr, f"{PROGRAM}: warning: a negative prompt has no effect at cfg scale 1")
     save_image(seen["image"], Path(args.output), settings)
@@ -316,6 +353,30 @@ def save_image(image, path: Path, settings: dict) -> None:
         partial.unlink(missing_ok=True)
 
 
+def read_settings(path: str) -> dict[str, str]:
+    """What `save_image` wrote into a PNG, unchecked. ValueError for any other file."""
+    from .image_processor import open_image
+
+    try:
+        with open_image(path) as image:
+            kept = {name: text for name, text in image.info.items() if isinstance(text, str)}
+    except Exception as error:  # Pillow's readers raise a dozen kinds on a broken file
+        raise ValueError(f"cannot read {path!r}: {error}") from error
+    if not {"seed", "num_steps"} <= kept.keys():
+        raise ValueError(f"{path!r} does not tell how it was drawn: no PNG of generate or edit")
+    return kept
+
+
+def versions() -> str:
+    """The versions that a picture depends on."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return ", ".join(f"{name} {version(name)}" for name in ("nexus_min", "torch"))
+    except PackageNotFoundError as error:  # run from its folder, not installed
+        return f"unknown ({error.name})"
+
+
 def warn_unknown(model: str, text: str, image=None) -> None:
     """A line on stderr when the model's folder lists its words and the text has others, and one
     when the picture is none of its world."""
@@ -358,7 +419,9 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error), re.I):
+        from .placement import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         fail(f"out of memory: {error}".rstrip(": "))
     except KeyboardInterrupt:

@@ -385,5 +385,10 @@ def generate(
 def _text_logits(model: NexusGenAR, hidden: Tensor, ids: Tensor, penalty: float) -> Tensor:
     """Penalised fp32 logits [vocab]; tokens that only the image pass may write are ruled out."""
     logits = penalize(model.lm_head(hidden).float(), ids, penalty)
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"what the model says next is not finite: its weights are broken, or {hidden.dtype} is "
+            "too narrow for them"
+        )
     forbidden = [model.config.vision_end_token_id, model.config.image_token_id]
     return logits.index_fill(0, torch.tensor(forbidden, device=ids.device), -torch.inf)

@@ -86,12 +86,17 @@ def read_tokenizer(folder: Path, config: NexusGenConfig) -> QwenTokenizer:
     import weights_loader as loader
 
     file = loader.find_file(folder / loader.AR_FOLDER / "tokenizer.json")
-    try:
-        tokenizer = QwenTokenizer(file)
-    except Exception as error:  # `tokenizers` raises bare Exceptions on a broken file
-        raise ValueError(f"{file}: cannot be read as a tokenizer: {error}") from error
+    tokenizer = tokenizer_of(file, QwenTokenizer)
     tokenizer.check(config.ar)
     return tokenizer
+
+
+def tokenizer_of(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a tokenizer's file or folder. ValueError naming it when it is broken."""
+    try:
+        return read(path)
+    except Exception as error:  # `tokenizers` raises bare Exceptions on a broken file
+        raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from error
 
 
 def read_text_encoders(folder: Path, config: NexusGenConfig, place: dict) -> TextEncoders:
@@ -102,8 +107,8 @@ def read_text_encoders(folder: Path, config: NexusGenConfig, place: dict) -> Tex
     return TextEncoders(
         loader.load_clip(flux / "text_encoder", config, **place),
         loader.load_t5(flux / "text_encoder_2", config, **place),
-        clip_tokenizer(flux / "tokenizer"),
-        t5_tokenizer(flux / "tokenizer_2"),
+        tokenizer_of(flux / "tokenizer", clip_tokenizer),
+        tokenizer_of(flux / "tokenizer_2", t5_tokenizer),
     )
 
 

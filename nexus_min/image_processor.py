@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -162,12 +163,15 @@ def to_latent_image(image: Image.Image, h: int, w: int) -> Tensor:
 def to_image(x: Tensor) -> Image.Image:
     """[3, H, W] or [1, 3, H, W] in [-1, 1] (clipped) -> PIL RGB; truncates, as officially.
 
-    Raises ValueError for another shape or for NaN.
+    Raises ValueError for another shape or for values that are not finite.
     """
     if x.ndim not in (3, 4) or x.shape[-3] != 3 or x.numel() != x.shape[-3:].numel():
         raise ValueError(f"to_image takes [3, H, W] or [1, 3, H, W], got {describe(x)}")
-    if x.isnan().any():
-        raise ValueError(f"a picture of {tuple(x.shape)} holds {int(x.isnan().sum())} NaN values")
+    if odd := int((~x.isfinite()).sum()):
+        raise ValueError(
+            f"a picture of {tuple(x.shape)} holds {odd} NaN or infinite values: the weights are "
+            "broken, or their dtype too narrow"
+        )
     pixels = (x.detach().float() / 2 + 0.5).clamp(0, 1) * 255
     pixels = rearrange(pixels.reshape(x.shape[-3:]), "c H W -> H W c")
     return Image.fromarray(pixels.to(device="cpu", dtype=torch.uint8).contiguous().numpy())
@@ -183,14 +187,15 @@ def describe(x: Tensor | np.ndarray) -> str:
 
 def load_image(
     source: str | os.PathLike | bytes | Image.Image | np.ndarray,
-    max_pixels: int = MAX_FILE_PIXELS,
+    max_pixels: int | None = None,
 ) -> Image.Image:
     """A path, the bytes of a file, a PIL picture or an array -> upright RGB picture.
 
     Arrays: [H, W] or [H, W, 1..4]; bool, uint8, uint16, or float in [0, 1]. Transparency is laid
     over white, 16 bits become 8, an animation gives its first frame, EXIF orientation is applied.
     Raises ValueError, one line, for whatever cannot be read and for more than `max_pixels`, which
-    is checked before anything is decoded.
+    is checked before anything is decoded. By default that is 50 million for what has not been
+    decoded yet, and nothing else; Pillow itself refuses files of 179 million.
     """
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else type(source).__name__
     try:
@@ -223,12 +228,16 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
         return Image.open(stream, formats=formats)
 
 
-def finish(image: Image.Image, max_pixels: int) -> Image.Image:
+def finish(image: Image.Image, max_pixels: int | None) -> Image.Image:
     """Check the size, decode, turn upright, make RGB."""
+    if max_pixels is None:
+        max_pixels = MAX_FILE_PIXELS if getattr(image, "tile", None) else sys.maxsize
     if not 0 < image.width * image.height <= max_pixels:
         raise ValueError(f"{image.width} x {image.height} is not within 1..{max_pixels} pixels")
-    image.load()
-    return to_rgb(upright(image))
+    with warnings.catch_warnings():  # of a part that is larger than the header said
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image.load()
+        return to_rgb(upright(image))
 
 
 def upright(image: Image.Image) -> Image.Image:

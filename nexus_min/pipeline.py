@@ -17,6 +17,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import wraps
+from inspect import isgeneratorfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,7 +42,7 @@ from .components import (
 from .config import NexusGenConfig
 from .image_processor import bound_image, load_image, reference_view, to_image, to_patches
 from .mmdit import MMDiT, context_ids_editing, context_ids_generation
-from .placement import PROFILES, Place, Placement, to_fp8
+from .placement import PROFILES, Place, Placement, advice, needs, out_of_memory_told, to_fp8
 from .sampling import Context, Sampling, guided, velocity_field
 from .tokenizer import (
     EDITING_PROMPT,
@@ -96,6 +98,22 @@ def pick_language(language: str | None, text: str) -> str:
     return language
 
 
+def tells_of_memory(method: Callable) -> Callable:
+    """A method of NexusGen, also a generator, whose MemoryError names the next smaller profile."""
+
+    @wraps(method)
+    def steps(self, *args, **options):
+        with out_of_memory_told(self.advice):
+            yield from method(self, *args, **options)
+
+    @wraps(method)
+    def call(self, *args, **options):
+        with out_of_memory_told(self.advice):
+            return method(self, *args, **options)
+
+    return steps if isgeneratorfunction(method) else call
+
+
 @dataclass
 class NexusGen:
     """All components of one model; what no task needs may be None."""
@@ -139,14 +157,21 @@ class NexusGen:
         at_once = not fp8 and memory in (("auto", "resident") if device.type == "cpu" else ())
         place = goal if at_once else {}  # else mapped on the host, as stored
         self = cls(config, read_tokenizer(folder, config))
-        for name in parts:
-            setattr(self, name, read_part(name, folder, config, place))
+
+        def advise() -> str:  # by the sizes of all parts, also of those that are not there yet
+            read = {name: read_part(name, folder, config, {"device": "meta"}) for name in parts}
+            return advice("resident" if at_once else memory, needs(read, dtype))
+
+        with out_of_memory_told(advise):
+            for name in parts:
+                setattr(self, name, read_part(name, folder, config, place))
         for decoder in (self.generation, self.editing) if fp8 else ():
             if decoder is not None:
                 to_fp8(decoder.mmdit)
         if not at_once:
             loaded = {name: getattr(self, name) for name in parts}
-            self.placement = Placement.of(memory, loaded, Place(device, dtype))
+            with out_of_memory_told(advise):
+                self.placement = Placement.of(memory, loaded, Place(device, dtype))
         if has_text_encoders(folder):
             self.read_text_encoders = lambda: read_text_encoders(folder, config, place)
         if "generation" in parts or "editing" in parts:
@@ -166,6 +191,13 @@ class NexusGen:
         except OSError as error:
             logger.warning("cannot keep the constants of the empty prompt: %s", error)
         return tensors
+
+    def advice(self) -> str:
+        """What to do when a call runs out of memory."""
+        parts = {name: part for name in PARTS if (part := getattr(self, name)) is not None}
+        if self.placement is None:
+            return advice("resident", needs(parts, None))
+        return advice(self.placement.profile, needs(parts, self.placement.place.dtype))
 
     def have(self, name: str) -> Any:
         """The component of that name. ValueError when this model was loaded without it."""
@@ -364,6 +396,7 @@ class NexusGen:
 
     # ---- the three tasks -----------------------------------------------------------------------
 
+    @tells_of_memory
     @torch.no_grad()
     def understand(
         self, image: ImageLike | Sequence[ImageLike], question: str, *, max_new_tokens: int = 1024
@@ -379,6 +412,7 @@ class NexusGen:
         events = self.reply(self.chat_inputs(text, images), max_new_tokens)
         return self.tokenizer.decode([value for kind, value in events if kind == "token"]).strip()
 
+    @tells_of_memory
     @torch.no_grad()
     def generate_steps(
         self,
@@ -410,6 +444,7 @@ class NexusGen:
         """
         return last_image(self.generate_steps(prompt, **options))
 
+    @tells_of_memory
     @torch.no_grad()
     def edit_steps(
         self,

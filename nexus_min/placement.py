@@ -16,7 +16,8 @@ DiffSynth's `enable_vram_management`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -125,9 +126,10 @@ class Stream:
             return copies, self.side.record_event() if self.side else None
 
     def arrive(self, i: int, *_) -> None:
-        if self.coming is None or self.coming[0] != i:
-            self.coming = i, self.thread.submit(self.fetch, i)
-        copies, event = self.coming[1].result()
+        coming, self.coming = self.coming, None  # a fetch that fails is not asked for again
+        if coming is None or coming[0] != i:
+            coming = i, self.thread.submit(self.fetch, i)
+        copies, event = coming[1].result()
         if event is not None:
             now = torch.cuda.current_stream(self.place.device)
             now.wait_event(event)
@@ -141,10 +143,12 @@ class Stream:
         self.weights[i].go_home()
 
     def stop(self) -> None:
-        """Drop what is on its way."""
+        """Drop what is on its way, and what an interrupted pass has left."""
         if self.coming is not None:
-            self.coming[1].cancel() or self.coming[1].result()
+            self.coming[1].cancel() or self.coming[1].exception()
         self.coming = None
+        for weights in self.weights:
+            weights.go_home()
 
 
 class Visit:
@@ -231,9 +235,43 @@ def choose(wanted: dict[str, int], free: int | None) -> tuple[str, str]:
         return "resident", f"{need:.2f} GB of weights, on a device that shares the host's memory"
     fits = [name for name, need in wanted.items() if need + ROOM <= free]
     name = fits[0] if fits else "stream"
-    told = ", ".join(f"{profile} needs {need / 1e9:.1f}" for profile, need in wanted.items())
     rest = f"of {free / 1e9:.1f} GB free, {ROOM / 1e9:.1f} kept for activations"
-    return name, f"{told} GB; {rest}" + ("" if fits else "; none fits, stream comes nearest")
+    rest += "" if fits else "; none fits, stream comes nearest"
+    return name, f"{estimate(wanted)}; {rest}"
+
+
+def estimate(wanted: dict[str, int]) -> str:
+    """What each profile needs, in words."""
+    told = ", ".join(f"{profile} needs {need / 1e9:.3g}" for profile, need in wanted.items())
+    return f"{told} GB"
+
+
+def advice(profile: str, wanted: dict[str, int]) -> str:
+    """What to do when memory ran out under a profile; `wanted` as from `needs`."""
+    smaller = {"auto": "staged", "resident": "staged", "staged": "stream"}.get(profile)
+    told = f"the next smaller is {smaller}: --memory {smaller}" if smaller else "try --fp8"
+    rest = f"weights alone: {estimate(wanted)}; this was {profile}, {told}"
+    return f"{rest}, or a smaller height and width"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whichever device."""
+    text = re.search("out of memory|can't allocate memory", str(error), re.I)  # GPU | CPU
+    return isinstance(error, MemoryError) or bool(text)
+
+
+@contextmanager
+def out_of_memory_told(advise: Callable[[], str]) -> Iterator[None]:
+    """Within, running out of memory is a MemoryError of one line that ends in `advise()`."""
+    told = None
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        told = str(error).split("\n")[0]
+    if told is not None:  # here: raised above, it would keep alive all that the old error holds
+        raise MemoryError(f"{told}; {advise()}".lstrip("; "))
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -279,8 +317,8 @@ class Placement:
         for part, visit in self.visits:
             if any(wanted is x for x in (part, *modules_of(part))) and visit is not self.present:
                 self.clear()
-                self.present = visit
                 visit.arrive()
+                self.present = visit
 
     @contextmanager
     def guest(self, part: Any) -> Iterator[None]:

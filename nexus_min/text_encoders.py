@@ -10,6 +10,7 @@ calls them (no attention mask: padding takes part); attributes are the keys of
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -299,9 +300,15 @@ def clip_tokenizer(folder: str | Path, length: int = 77) -> Callable[[str], Tens
 def t5_tokenizer(folder: str | Path, length: int = 512) -> Callable[[str], Tensor]:
     """text -> ids [1, length] from `tokenizer.json` of FLUX.1-dev's `tokenizer_2/`.
 
-    SentencePiece pieces, one `</s>`, then `<pad>`. Raises ValueError on a missing file.
+    SentencePiece pieces, one `</s>`, then `<pad>`, neither of which a prompt can spell. Raises
+    ValueError on a missing file.
     """
-    return padded(Tokenizer.from_file(str(existing(folder, "tokenizer.json"))), length, "<pad>")
+    spec = json.loads(existing(folder, "tokenizer.json").read_text("utf-8"))
+    special = {token["content"] for token in spec.pop("added_tokens")}
+    vocab = spec["model"]["vocab"]  # holds them as pieces, too; words hold no space, so none is it
+    vocab[:] = [(f" {p}" if p in special else p, score) for p, score in vocab]
+    tokenizer = Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
+    return padded(tokenizer, length, " <pad>")
 
 
 def existing(folder: str | Path, name: str) -> Path:

@@ -47,6 +47,18 @@ IGNORE = -100  # label of a token that is not to be learned
 Message = dict[str, str]  # {"role": one of ROLES, "content": text with <image> placeholders}
 
 
+def count_places(messages: Sequence[Message]) -> int:
+    """Number of placeholders in all messages."""
+    return sum(m["content"].count(IMAGE) for m in messages)
+
+
+def where_places(messages: Sequence[Message]) -> str:
+    """Which messages hold placeholders, for an error: " (messages[0]: 2, messages[3]: 1)"."""
+    held = [(i, m["content"].count(IMAGE)) for i, m in enumerate(messages)]
+    told = ", ".join(f"messages[{i}]: {n}" for i, n in held if n)
+    return told and f" ({told})"
+
+
 class TrainingExample(NamedTuple):
     """One encoded conversation, three lists of one length."""
 
@@ -94,8 +106,14 @@ class QwenTokenizer:
             raise ValueError(f"tokenizer and config disagree on {', '.join(wrong)}")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; never a special one, whatever the text spells."""
-        return self._text.encode(text, add_special_tokens=False).ids
+        """Ids of plain text; never a special one, whatever the text spells.
+
+        ValueError for half a character (a lone surrogate), which no encoding of text can hold.
+        """
+        try:
+            return self._text.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise ValueError("not valid Unicode text: it holds half a character") from None
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of ids; an image becomes `<image>`, other special tokens vanish unless kept."""
@@ -122,7 +140,7 @@ class QwenTokenizer:
 
         image_token_counts: embeddings of each image, in the order of their placeholders. With
         `add_generation_prompt` the assistant's turn is opened. ValueError for another number of
-        images than of placeholders, or a malformed message.
+        images than of placeholders (naming the messages that hold some), or a malformed message.
         """
         ids = [i for _, turn in self._turns(messages, image_token_counts) for i in turn]
         opening = [self.special_ids[IM_START], *self._assistant]
@@ -151,11 +169,12 @@ class QwenTokenizer:
     ) -> Iterator[tuple[str, list[int]]]:
         """(role, ids) of each message, the system prompt first."""
         for m in messages:
-            if m.get("role") not in ROLES or not isinstance(m.get("content"), str):
+            fits = isinstance(m, dict) and m.get("role") in ROLES
+            if not (fits and isinstance(m.get("content"), str)):
                 raise ValueError(f"a message needs a role of {ROLES} and a text content, got {m}")
-        places = sum(m["content"].count(IMAGE) for m in messages)
-        if places != len(counts):
-            raise ValueError(f"{places} {IMAGE} placeholders for {len(counts)} images")
+        if (places := count_places(messages)) != len(counts):
+            told = f"{places} {IMAGE} placeholders for {len(counts)} images"
+            raise ValueError(told + where_places(messages))
         if not messages or messages[0]["role"] != "system":
             messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
         counts = iter(counts)

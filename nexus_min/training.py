@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -126,14 +127,20 @@ class Schedule:
 
 
 class Checkpoint:
-    """The complete state of a stage in one file.
+    """The complete state of a stage in one file, and the one before it in `NAME.previous.ckpt`.
 
     Written beside it and renamed, so that a reader finds the old state or the new one, never half
     of one; when the disk fails, the old one stays.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.previous = path, path.with_stem(f"{path.stem}.previous")
+
+    @property
+    def kept(self) -> str:
+        """What a failure leaves, for its message."""
+        there = self.path.exists() or self.previous.exists()
+        return "the last good checkpoint is kept" if there else "there is no checkpoint yet"
 
     def save(self, state: dict) -> None:
         """Write atomically. OSError, one line, when the state cannot be written."""
@@ -144,28 +151,36 @@ class Checkpoint:
                 torch.save(state, file)
                 file.flush()
                 os.fsync(file.fileno())
+            if self.path.exists():
+                os.replace(self.path, self.previous)  # killed after this: `load` falls back to it
             os.replace(partial, self.path)
         except (OSError, RuntimeError) as error:  # torch tells of a full disk by RuntimeError
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             reason = str(error.__context__ or error).split("\n")[0]
-            kept = "the last good one is kept" if self.path.exists() else "there is none yet"
-            raise OSError(f"cannot save the checkpoint {self.path}: {reason}; {kept}") from error
+            told = f"cannot save the checkpoint {self.path}: {reason}; {self.kept}"
+            raise OSError(told) from error
 
     def load(self) -> dict | None:
         """The saved state, or None when there is none. Only tensors and plain values are unpickled.
 
         Raises ValueError when the file is none of ours.
         """
-        if not self.path.exists():
+        path = self.path if self.path.exists() else self.previous
+        if not path.exists():
             return None
         try:
-            return torch.load(self.path, weights_only=True, map_location="cpu")
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            if not isinstance(state, dict):
+                raise ValueError(type(state).__name__)
+            return state
         except OSError:
             raise
         except Exception as error:  # bytes that are no checkpoint fail in a dozen ways
             reason = str(error).split("\n")[0]
-            raise ValueError(f"{self.path}: not a checkpoint ({reason}); delete it") from None
+            older = path is self.path and self.previous.exists()
+            told = f"{path}: not a checkpoint ({reason}); delete it"
+            raise ValueError(told + " to go on from the one before" * older) from None
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -294,12 +309,12 @@ def fit(stage: Stage, run: Run) -> dict:
 
     Goes on from `run.folder/<stage>.ckpt` when there is one, and is done at once when that is
     finished. Writes metrics.jsonl and, through `stage.sample`, <stage>_NNNNNN.png. Raises
-    FloatingPointError, naming the step, on a loss or gradient that is not finite; OSError when a
-    checkpoint cannot be written; KeyboardInterrupt after Ctrl-C, with the last step saved.
+    FloatingPointError, naming the step, on a loss, gradient or weight that is not finite; OSError
+    when something cannot be written; KeyboardInterrupt after Ctrl-C, with the last step saved.
     """
     trainer = Trainer(stage, run)
     if not trainer.schedule.finished:
-        with deferred_interrupt() as interrupt, trainer.bar:
+        with deferred_interrupt() as interrupt, trainer.bar, trainer.telling_what_is_kept():
             trainer.train(interrupt)
             trainer.finish()
         if interrupt.is_set():
@@ -311,6 +326,9 @@ class Trainer:
     """A stage under way: weights, their average, optimisers, schedule, and what is written when."""
 
     def __init__(self, stage: Stage, run: Run):
+        self.checkpoint = Checkpoint(run.folder / f"{stage.name}.ckpt")
+        state = self.checkpoint.load() or {}
+        run = replace(run, bf16=state.get("bf16", run.bf16))  # as it began, whatever pays now
         self.stage, self.run = stage, run
         self.rank, self.size = world()
         self.parameters = [p for p in stage.modules.parameters() if p.requires_grad]
@@ -318,15 +336,23 @@ class Trainer:
         self.optimizers = make_optimizers(stage, torch.bfloat16 if run.bf16 else torch.float32)
         seconds = None if run.seconds is None else agreed(max(1.0, run.seconds - run.spent))[0]
         self.schedule = Schedule(seconds, run.steps)
-        self.checkpoint = Checkpoint(run.folder / f"{stage.name}.ckpt")
         self.metrics: dict[str, float] = {}  # the latest of each name
         self.window: list[dict[str, float]] = []  # of the steps since the last report
-        if state := self.checkpoint.load():
+        if state:
             self.restore(state)
         self.saved = self.sampled = self.schedule.elapsed
         silent = run.quiet or self.rank > 0 or self.schedule.finished
         start = {"total": 1.0, "initial": self.schedule.progress, "bar_format": BAR}
         self.bar = tqdm(desc=stage.name, disable=silent, smoothing=0, **start)
+
+    @contextmanager
+    def telling_what_is_kept(self) -> Iterator[None]:
+        """Within, what fails to be written or read also says what became of the work."""
+        try:
+            yield
+        except OSError as error:
+            told, kept = str(error), self.checkpoint.kept
+            raise OSError(told if kept in told else f"{told}; {kept}") from error
 
     def train(self, interrupt: threading.Event) -> None:
         """Steps until the budget is spent."""
@@ -366,14 +392,30 @@ class Trainer:
         metrics = {"loss": loss, **metrics}
         values = torch.tensor([float(torch.as_tensor(v).detach()) for v in metrics.values()])
         values = average_over_ranks(self.parameters, values).tolist()
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True))
-        numbers = dict(zip(metrics, values, strict=True)) | {"grad_norm": norm}
-        if not (math.isfinite(numbers["loss"]) and math.isfinite(norm)):
-            raise FloatingPointError(
-                f"stage {self.stage.name}, step {self.schedule.step}: the loss or its gradient is "
-                f"not finite ({numbers}); the last good checkpoint is kept"
-            )
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters], foreach=True)
+        numbers = dict(zip(metrics, values, strict=True)) | {"grad_norm": float(norm)}
+        if not (math.isfinite(numbers["loss"]) and norm.isfinite()):
+            self.stop_at_nonfinite("the loss or its gradient", numbers)
+        nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm, foreach=True)
         return numbers
+
+    def stop_at_nonfinite(self, what: str, numbers: dict[str, float]) -> NoReturn:
+        """Dump the state that led there; FloatingPointError with the step and how to see it again.
+
+        The four numbers of `batch` make the batch; the dump, put in the place of the checkpoint,
+        leads to the same step again. `gradients` names the parameters where it is not finite.
+        """
+        batch = (self.run.seed, self.stage.name, self.schedule.step, self.rank)
+        named = self.stage.modules.named_parameters()
+        broken = [k for k, p in named if p.grad is not None and not p.grad.isfinite().all()]
+        facts = {"batch": batch, "numbers": numbers, "gradients": broken}
+        kept, path = self.checkpoint.kept, self.checkpoint.path
+        dump = path.with_stem(f"{path.stem}.nonfinite-{self.rank}")
+        Checkpoint(dump).save(self.state() | {"nonfinite": facts})
+        raise FloatingPointError(
+            f"stage {self.stage.name}, step {self.schedule.step}: {what} is not finite ({numbers}; "
+            f"batch of seed, stage, step, rank {batch}); {kept}, what led here is in {dump}"
+        )
 
     def seeded(self) -> np.random.Generator:
         """The generator of this step and process; torch's own is seeded from it."""
@@ -392,7 +434,7 @@ class Trainer:
             return
         if stop or now.elapsed - self.saved > self.run.save_every:
             self.saved = now.elapsed
-            self.checkpoint.save(self.state())
+            self.save()
         if not stop and now.elapsed - self.sampled > self.run.sample_every:
             self.sampled = now.elapsed
             with swapped(self.parameters, self.average):
@@ -402,8 +444,15 @@ class Trainer:
         """Leave the average in the modules, the last grid and checkpoint in the folder."""
         put(self.average, self.parameters)
         if self.rank == 0:
-            self.checkpoint.save(self.state())
+            self.save()
             self.sample("final")
+
+    def save(self) -> None:
+        """Write a checkpoint; of weights that are not finite a dump instead, and stop."""
+        weights = [p.detach() for p in (*self.parameters, *self.average)]
+        if not nn.utils.get_total_norm(weights, foreach=True).isfinite():
+            self.stop_at_nonfinite("a weight", {})
+        self.checkpoint.save(self.state())
 
     def report(self) -> None:
         """Log the mean of the metrics since the last report."""
@@ -462,8 +511,8 @@ class Trainer:
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["base_lr"] = rate  # the stage's own, should it have changed since
             self.schedule.restore(state["schedule"])
-            self.run, self.metrics = replace(self.run, bf16=state["bf16"]), state["metrics"]
-        except (KeyError, RuntimeError, ValueError) as error:
+            self.metrics = state["metrics"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"{self.checkpoint.path}: does not fit this stage ({reason})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -381,8 +382,9 @@ def test_smaller_slot_grids_use_the_first_prefill_vectors():
 
 
 def left_padded() -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
-    """Three prompts of unequal length that end with vision_start; the middle one holds an image."""
+    """Four prompts that end with vision_start: of unequal lengths, with one, two or no images."""
     prompts = [[3, 4, 5, START], [6, START, *[IMAGE] * 6, END, 7, 8, START], [9, START]]
+    prompts.append([START, *[IMAGE] * 2, END, START, *[IMAGE] * 4, END, 1, 2, START])
     L = max(map(len, prompts))
     ids = torch.tensor([[34] * (L - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompts])
@@ -392,12 +394,19 @@ def left_padded() -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("read", [prefill_image_slots, prefill_image_slots_loop])
 def test_left_padded_batch_of_slots_equals_singles(micro, read):
     prompts, ids, mask = left_padded()
-    grid, embeds = torch.tensor([[1, 6, 4]]), image_embeds(6)
+    grid, embeds = torch.tensor([[1, 6, 4], [1, 2, 4], [1, 4, 4]]), image_embeds(12)
+    own = [(None, None), (embeds[:6], grid[:1]), (None, None), (embeds[6:], grid[1:])]
     got = read(micro, ids, embeds, grid, mask)
-    for row, prompt in zip(got, prompts, strict=True):
-        image = (embeds, grid) if IMAGE in prompt else (None, None)
-        alone = prefill_image_slots(micro, torch.tensor([prompt]), *image)
+    for row, prompt, images in zip(got, prompts, own, strict=True):
+        alone = prefill_image_slots(micro, torch.tensor([prompt]), *images)
         assert torch.allclose(row, alone[0], atol=1e-5)
+
+
+def test_broken_weights_say_nothing(micro):
+    broken = copy.deepcopy(micro)
+    broken.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="next is not finite: its weights are broken, or torch.fl"):
+        list(generate(broken, torch.tensor([[1, 2]]), max_new_tokens=2))
 
 
 def test_slots_in_training_equal_slots_at_inference(micro):

@@ -11,6 +11,7 @@ import types
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tiny_model import save_tiny
 
 from nexus_min.__main__ import COMMANDS, main, unknown_words
@@ -139,6 +140,111 @@ def test_eval_hands_over_to_the_toy_world(capsys, monkeypatch):
     assert status == 2 and err.count("\n") == 1
 
 
+# ---- as a picture was drawn ----------------------------------------------------------------------
+
+
+def pixels(name: str) -> bytes:
+    with Image.open(name) as image:
+        return image.tobytes()
+
+
+def test_like_draws_the_same_again(here, capsys, folder):
+    options = [
+        "--seed",
+        "7",
+        "--steps",
+        "2",
+        "--cfg",
+        "2.5",
+        "--guidance",
+        "3.25",
+        "--height",
+        "40",
+    ]
+    options += ["--language", "zh", "--dtype", "bf16", "--max_new_tokens", "9", "--fast_preamble"]
+    text = 'a "red" circle, 红色 = --seed 3\nnext line'
+    argv = ["generate", text, "--model", folder, *options, "-o", "a.png"]
+    assert run(capsys, *argv) == (0, "a.png\n", "")
+    argv = ["generate", "--like", "a.png", "--model", folder, "-o", "b.png"]
+    assert run(capsys, *argv) == (0, "b.png\n", "")
+    assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
+    with Image.open("b.png") as image:
+        assert image.text["prompt"] == text and image.text["dtype"] == "bf16"
+        assert image.text["versions"].startswith("nexus_min ") and "torch" in image.text["versions"]
+
+
+def test_what_is_given_beside_like_comes_first(here, capsys, folder):
+    argv = ["generate", "a circle", "--model", folder, *FAST, "--seed", "7", "-o", "a.png"]
+    assert run(capsys, *argv)[0] == 0
+    argv = [
+        "generate",
+        "--like",
+        "a.png",
+        "a star",
+        "--seed",
+        "8",
+        "--model",
+        folder,
+        "-o",
+        "b.png",
+    ]
+    assert run(capsys, *argv)[0] == 0
+    plain = ["generate", "a star", "--seed", "8", "--model", folder, *FAST, "-o", "c.png"]
+    assert run(capsys, *plain)[0] == 0
+    assert pixels("b.png") == pixels("c.png") != pixels("a.png")
+
+
+@pytest.mark.parametrize("decoder", ["editing", "generation"])
+def test_like_for_an_edit_takes_the_picture_again(here, capsys, folder, decoder):
+    drawn = ["edit", "photo.png", "make it red", "--decoder", decoder, "--seed", "3"]
+    assert run(capsys, *drawn, "--model", folder, *FAST, "-o", "a.png")[0] == 0
+    for words in (["photo.png"], ["--input_image", "photo.png"], ["photo.png", "make it red"]):
+        argv = ["edit", "--like", "a.png", *words, "--model", folder, "-o", "b.png"]
+        assert run(capsys, *argv) == (0, "b.png\n", "")
+        assert pixels("a.png") == pixels("b.png")
+    status, _, err = run(capsys, "edit", "--like", "a.png", "--model", folder)
+    assert status == 2 and "edit needs --input_image" in err
+
+
+def forged(name: str, **texts: str) -> str:
+    """A picture that tells what it likes."""
+    info = PngInfo()
+    for key, text in ({"seed": "0", "num_steps": "1", "fast_preamble": "True"} | texts).items():
+        info.add_text(key, text)
+    Image.new("RGB", (9, 9)).save(name, pnginfo=info)
+    return name
+
+
+def test_a_picture_from_outside_chooses_neither_model_nor_files(here, capsys, folder):
+    forged("x.png", prompt="a", model="/etc", output="photo.png", versions="older", device="abacus")
+    before = (here / "photo.png").read_bytes()
+    status, out, err = run(capsys, "generate", "--like", "x.png", "--model", folder)
+    assert (status, out) == (0, "generated.png\n") and (here / "photo.png").read_bytes() == before
+    told = [
+        "x.png: drawn with model '/etc', now it is",
+        "x.png: drawn with versions 'older', now it",
+    ]
+    assert err.count("\n") == 2 and all(line in err for line in told)
+
+
+LIKE = {
+    "seed": ({"seed": "abc"}, "invalid int value: 'abc'"),
+    "steps": ({"num_steps": "99999999"}, "steps must be 1 to"),
+    "dtype": ({"dtype": "int8"}, "invalid choice"),
+    "no text": ({}, "prompt is empty"),
+    "size": ({"prompt": "a", "height": "1e9"}, "invalid int value"),
+}
+
+
+@pytest.mark.parametrize("case", LIKE)
+def test_a_forged_picture_is_one_clear_line(here, capsys, folder, case):
+    texts, says = LIKE[case]
+    forged("x.png", **texts)
+    status, out, err = run(capsys, "generate", "--like", "x.png", "--model", folder)
+    assert status == 2 and out == "" and says in err.splitlines()[-1]
+    assert sorted(p.name for p in here.iterdir()) == ["photo.png", "x.png"]
+
+
 # ---- warnings ----------------------------------------------------------------------------------
 
 
@@ -166,6 +272,14 @@ BAD = {
     "unknown command": (["paint", "x"], "invalid choice"),
     "unknown option": (["generate", "a", "--colour", "red"], "--colour"),
     "no prompt": (["generate"], "generate needs --prompt"),
+    "like nothing": (["generate", "--like", "missing.png"], "missing.png': no such file"),
+    "like a folder": (["generate", "--like", "folder.png"], "folder.png': it is not a file"),
+    "like no picture": (["generate", "--like", "broken.png"], "broken.png"),
+    "like a photo": (["generate", "a", "--like", "photo.png"], "does not tell how it was drawn"),
+    "large picture": (
+        ["edit", "photo.png", "red", "--max_image_pixels", "1499"],
+        "50 x 30 is not within 1..1499",
+    ),
     "empty prompt": (["generate", "  "], "prompt is empty"),
     "overlong prompt": (["generate", "red " * 3000], "tokens long"),
     "undecodable prompt": (["generate", "a \udcff"], "not valid Unicode"),

@@ -6,14 +6,17 @@ import hashlib
 import io
 import os
 import struct
+import tracemalloc
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import golden
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+from nexus_min import image_processor
 from nexus_min.image_processor import (
     bound_image,
     center_crop_view,
@@ -294,6 +297,12 @@ def test_every_mode_becomes_rgb(mode):
     assert got.getcolors() == [(24, colour)]
 
 
+@pytest.mark.parametrize("mode", Image.MODES)
+def test_no_mode_of_pillow_is_left_out(mode):
+    got = load_image(Image.new(mode, (6, 4)))
+    assert got.mode == "RGB" and got.size == (6, 4) and len(got.getcolors()) == 1
+
+
 def test_rgb_with_a_transparent_colour():
     image = Image.new("RGB", (6, 4), RED)
     got = load_image(encoded(image, transparency=RED))
@@ -329,14 +338,31 @@ def test_animation_gives_the_first_frame(kind):
     assert load_image(data).getcolors() == [(24, WHITE)]
 
 
-def test_exif_orientation_is_applied():
-    image = Image.new("RGB", (16, 8), "white")
-    image.paste("black", (0, 0, 8, 8))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
-    got = load_image(encoded(image, "PNG", exif=exif))
-    assert got.size == (8, 16)
-    assert got.getpixel((4, 2)) == BLACK and got.getpixel((4, 13)) == WHITE
+# EXIF orientation -> size seen, and where the dark top left quarter of 16 x 8 is seen
+TURNS = {
+    1: ((16, 8), "top left"),
+    2: ((16, 8), "top right"),
+    3: ((16, 8), "bottom right"),
+    4: ((16, 8), "bottom left"),
+    5: ((8, 16), "top left"),
+    6: ((8, 16), "top right"),
+    7: ((8, 16), "bottom right"),
+    8: ((8, 16), "bottom left"),
+    9: ((16, 8), "top left"),  # no such orientation
+}
+
+
+@pytest.mark.parametrize("turn", TURNS)
+def test_exif_orientation_is_applied(turn):
+    image, exif = Image.new("RGB", (16, 8), "white"), Image.Exif()
+    image.paste("black", (0, 0, 8, 4))
+    exif[0x0112] = turn
+    got, ((w, h), where) = load_image(encoded(image, "PNG", exif=exif)), TURNS[turn]
+    assert got.size == (w, h)
+    corners = {"left": w // 4, "right": 3 * w // 4}, {"top": h // 4, "bottom": 3 * h // 4}
+    dark = [f"{v} {u}" for u, x in corners[0].items() for v, y in corners[1].items()
+            if got.getpixel((x, y)) == BLACK]  # fmt: skip
+    assert dark == [where]
 
 
 def test_broken_exif_is_ignored():
@@ -422,8 +448,49 @@ def test_size_is_checked_before_decoding(size):
 
 def test_size_limit_is_a_parameter():
     assert load_image(picture(5, 10), max_pixels=50).size == (10, 5)
+    for source in (picture(5, 10), encoded(picture(5, 10))):
+        with pytest.raises(ValueError, match=r"10 x 5 is not within 1\.\.49"):
+            load_image(source, max_pixels=49)
+    with pytest.raises(ValueError, match="cannot read picture") as error:  # no pixels: it was tried
+        load_image(png_header(10_000, 6000), max_pixels=60_000_000)
+    assert "not within" not in str(error.value)
+
+
+def test_the_default_limit_is_for_what_is_yet_to_be_decoded(monkeypatch):
+    monkeypatch.setattr(image_processor, "MAX_FILE_PIXELS", 49)
+    image = load_image(picture(5, 10))
     with pytest.raises(ValueError, match=r"10 x 5 is not within 1\.\.49"):
-        load_image(picture(5, 10), max_pixels=49)
+        load_image(encoded(image))
+    lazy = Image.open(io.BytesIO(encoded(image)))
+    with pytest.raises(ValueError, match=r"10 x 5 is not within 1\.\.49"):
+        load_image(lazy)
+
+
+def test_a_bomb_met_while_decoding_is_an_error(monkeypatch):
+    """A part that is larger than the header said: Pillow warns, and would go on."""
+
+    def load(self):
+        warnings.warn("a decompression bomb", Image.DecompressionBombWarning, stacklevel=2)
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(ValueError, match="cannot read picture 'bytes': a decompression bomb"):
+        load_image(encoded(picture(5, 10)))
+
+
+@pytest.mark.parametrize("chunk", [b"zTXt", b"iCCP"])
+def test_a_bomb_of_text(chunk):
+    """64 MB of zeros in 64 KB of a text or of a colour profile."""
+    body = b"name\0\0" + zlib.compress(bytes(1 << 26))
+    text = struct.pack(">I", len(body)) + chunk + body + struct.pack(">I", zlib.crc32(chunk + body))
+    whole = encoded(picture(5, 10))
+    tracemalloc.start()
+    try:
+        assert load_image(whole[:33] + text + whole[33:]).size == (10, 5)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20
 
 
 @pytest.mark.parametrize(

@@ -430,6 +430,70 @@ def test_a_batch_of_noise_shares_one_context(tiny):
     assert len(tiny.decode(batch.x)) == 3
 
 
+@pytest.mark.parametrize("decoder", ["generation", "editing"])
+def test_a_batch_of_pictures_is_the_pictures_one_by_one(tiny, decoder):
+    """Contexts of several prompts and noise of several seeds at once, within 2e-5; with cfg."""
+    embeds, refs = torch.randn(3, 16, 128), torch.randn(3, 64, 128)
+    sampling = Sampling(num_steps=2, cfg_scale=2.0, height=48).resolve(tiny.config, 1.0)
+    size = sampling.latent_shape(tiny.config)[2:]
+    seeds = [replace(sampling, seed=seed).noise(tiny.config) for seed in (7, 8, 9)]
+    mmdit = getattr(tiny, decoder).mmdit
+
+    def draw(rows):
+        with torch.no_grad():
+            if decoder == "generation":
+                context = tiny.generation_context(embeds[rows])
+            else:
+                context = tiny.editing_context(embeds[rows], refs[rows], *size)
+        *_, last = tiny.denoise_steps(mmdit, context, torch.cat(seeds[rows]), sampling)
+        return last.x
+
+    together = draw(slice(None))
+    for i in range(3):
+        alone = draw(slice(i, i + 1))
+        torch.testing.assert_close(together[i : i + 1], alone, atol=2e-5, rtol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_bf16_stays_near_fp32_and_half_as_wide_weights_are_told():
+    """bf16 has fp32's range; where float16 is left, the picture is refused, not black."""
+    options = {"fast_preamble": True, "num_steps": 2, "cfg_scale": 2.0}
+    draws_of = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_tiny()
+        for part in (model.ar, model.autoencoder, *model.generation):
+            part.to(dtype)
+        *_, last = (
+            x.x for name, x in model.generate_steps("a circle", **options) if name == "step"
+        )
+        assert last.dtype == torch.float32 and last.isfinite().all()
+        draws_of[dtype] = last
+    error = draws_of[torch.bfloat16] - draws_of[torch.float32]
+    assert 0 < error.norm() / draws_of[torch.float32].norm() < 0.05
+    with torch.no_grad():
+        model.generation.mmdit.img_in.bias.fill_(1e5)  # more than float16 holds
+    model.generation.mmdit.half()
+    with pytest.raises(
+        ValueError, match=r"NaN or infinite values: the weights are broken, or thei"
+    ):
+        model.generate("a circle", **options)
+
+
+@pytest.mark.parametrize("where", ["vision_head", "adapter", "mmdit", "autoencoder"])
+def test_broken_weights_draw_nothing(where):
+    model = make_tiny()
+    module = {
+        "vision_head": model.ar.vision_head,
+        "adapter": model.generation.adapter,
+        "mmdit": model.generation.mmdit.single_blocks[-1],
+        "autoencoder": model.autoencoder.decoder.conv_out,
+    }[where]
+    with torch.no_grad():
+        next(module.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite values"):
+        model.generate("a circle", fast_preamble=True, num_steps=1)
+
+
 def test_understand_takes_none_one_or_several_pictures(tiny, photo, monkeypatch):
     seen = []
     monkeypatch.setattr(tiny, "reply", lambda inputs, n: seen.append(inputs) or iter(()))
@@ -445,7 +509,7 @@ def test_understand_decodes_the_reply(tiny, photo, monkeypatch):
     assert tiny.understand(photo, "what colour?") == "red"
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 400), (5, 7), (1200, 900)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 400), (200, 1), (5, 7), (1200, 900)])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "1"])
 def test_any_picture_can_be_edited(tiny, size, mode):
     image = tiny.edit(Image.new(mode, size, 0), "red", fast_preamble=True, num_steps=1)
@@ -471,6 +535,8 @@ def test_any_picture_can_be_edited(tiny, size, mode):
         ),
         (lambda m, p: m.edit(p, ""), "instruction is empty"),
         (lambda m, p: m.edit("missing.png", "red"), "missing.png"),
+        (lambda m, p: m.edit(Image.new("L", (201, 1)), "red"), "by a factor of 200, got 1 x 201"),
+        (lambda m, p: m.understand(Image.new("L", (0, 5)), "what?"), "0 x 5 is not within"),
         (lambda m, p: m.edit(p, "red", decoder="both"), "decoder must be editing or generation"),
         (lambda m, p: m.understand(p, ""), "question is empty"),
         (lambda m, p: NexusGen(m.config).generate("a"), "has no generation decoder"),

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tiny_model import save_tiny
 
-from nexus_min import placement
+from nexus_min import pipeline, placement
 from nexus_min.config import NexusGenConfig
 from nexus_min.mmdit import MMDiT
 from nexus_min.pipeline import NexusGen
-from nexus_min.placement import FP8, ROOM, FP8Linear, choose, modulations, needs, to_fp8
+from nexus_min.placement import FP8, ROOM, FP8Linear, Place, choose, modulations, needs, to_fp8
 
 OPTIONS = {"num_steps": 3, "cfg_scale": 2.0, "max_new_tokens": 4}
 PROFILES = ("resident", "staged", "stream")
@@ -96,6 +96,83 @@ def test_an_error_inside_a_block_sends_it_home(folder):
     with pytest.raises(TypeError):
         mmdit.double_blocks[0](None)
     assert not away(mmdit.double_blocks[0], home)
+
+
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    MemoryError(),
+    KeyboardInterrupt(),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda e: str(e)[:8] or type(e).__name__)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_call_that_breaks_off_leaves_the_model_usable(folder, monkeypatch, profile, error):
+    """Wherever it breaks off, the next call gives the same latents, bit for bit."""
+    model = NexusGen.load(folder, memory=profile, parts=["ar", "generation", "autoencoder"])
+    options = {"fast_preamble": True, "num_steps": 2, "cfg_scale": 1.0}
+    want = latents(model.generate_steps("a circle", **options))
+    plain, count = torch.nn.functional.linear, [0]
+
+    def failing(*args):
+        count[0] -= 1
+        if count[0] == 0:
+            raise error
+        return plain(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", failing)
+    for at in (3, 40, 90):  # in the AR model, the modulations, the blocks
+        count[0] = at
+        broken_off = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else MemoryError
+        with pytest.raises(broken_off) as told:
+            latents(model.generate_steps("a circle", **options))
+        if broken_off is MemoryError:
+            smaller = {"resident": "--memory staged", "staged": "--memory stream"}
+            assert smaller.get(profile, "try --fp8") in str(told.value)
+            assert "resident needs 0.0" in str(told.value) and "\n" not in str(told.value)
+    count[0] = 0
+    assert torch.equal(latents(model.generate_steps("a circle", **options)), want)
+
+
+@pytest.mark.parametrize("profile", ["staged", "stream"])
+def test_a_copy_that_fails_is_not_taken_for_there(folder, monkeypatch, profile):
+    model = NexusGen.load(folder, memory=profile, parts=["ar", "generation", "autoencoder"])
+    options = {"fast_preamble": True, "num_steps": 2, "cfg_scale": 1.0}
+    want, plain, count = latents(model.generate_steps("a circle", **options)), Place.copy, [0]
+    model.placement.clear()
+
+    def failing(*args, **more):
+        count[0] -= 1
+        if count[0] == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(*args, **more)
+
+    monkeypatch.setattr(Place, "copy", failing)
+    for at in (2, 5):
+        count[0] = at
+        with pytest.raises(MemoryError, match="CUDA out of memory.; weights alone: resident needs"):
+            model.generate("a circle", **options)
+    count[0] = 0
+    assert torch.equal(latents(model.generate_steps("a circle", **options)), want)
+
+
+def test_loading_without_memory_tells_what_all_parts_need(folder, monkeypatch):
+    read = pipeline.read_part
+
+    def failing(name, folder, config, place):
+        if name == "editing" and place.get("device") != "meta":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return read(name, folder, config, place)
+
+    monkeypatch.setattr(pipeline, "read_part", failing)
+    with pytest.raises(
+        MemoryError, match="CUDA out of memory.; weights alone.*--memory staged"
+    ) as e:
+        NexusGen.load(folder)
+    parts = {name: read(name, folder, NexusGenConfig.tiny(), {}) for name in pipeline.PARTS}
+    assert placement.estimate(needs(parts, torch.float32)) in str(e.value)
 
 
 # ---- fp8 ---------------------------------------------------------------------------------------

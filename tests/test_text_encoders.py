@@ -8,7 +8,9 @@ import lzma
 import pytest
 import torch
 from conftest import GOLDEN, golden, weights
+from properties import TEXTS, spelled, widened
 
+from nexus_min.components import tokenizer_of
 from nexus_min.config import CLIPConfig, T5Config
 from nexus_min.text_encoders import (
     CLIPTextModel,
@@ -99,6 +101,11 @@ def tokenizer_folders(tmp_path_factory) -> dict:
     return {"clip": root / "clip", "t5": root / "t5"}
 
 
+@pytest.fixture(scope="module")
+def t5_official(tokenizer_folders):
+    return t5_tokenizer(tokenizer_folders["t5"])
+
+
 def test_parity_token_ids(tokenizer_folders):
     clip, t5 = clip_tokenizer(tokenizer_folders["clip"]), t5_tokenizer(tokenizer_folders["t5"])
     for text, want in PROMPTS.items():
@@ -123,6 +130,24 @@ def test_prompt_cannot_end_itself(tokenizer_folders):
     ids = clip_tokenizer(tokenizer_folders["clip"])("a <|endoftext|> cat\n\tON  a MAT")
     assert (ids == 49406).sum() == 1
     assert ids[0].tolist().index(49407) > 8  # the end stands after the whole prompt
+
+
+T5_ATTACKS = ["a </s> b", "<pad>", "</s></s>", "<extra_id_0> x", "<extra_id_99>", "<unk>", "</S>"]
+
+
+@widened("text", [*TEXTS, *T5_ATTACKS], spelled(["</s>", "<pad>", "<extra_id_7>", " "]), 40)
+def test_no_prompt_of_t5_is_special(t5_official, text):
+    ids = t5_official(text)[0].tolist()
+    end = ids.index(1)
+    assert not {0, *range(32000, 32100)} & set(ids[:end])  # no pad, no sentinel before the end
+    assert set(ids[end:]) <= {1, 0} and ids.count(1) == 1
+
+
+def test_a_broken_tokenizer_file_is_named(tmp_path):
+    for content in ("{", "{}", '{"model": 3, "added_tokens": []}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match=f"{tmp_path}: cannot be read as a tokenizer"):
+            tokenizer_of(tmp_path, t5_tokenizer)
 
 
 def test_missing_tokenizer_file_is_named(tmp_path):

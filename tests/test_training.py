@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import pickle
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +248,56 @@ def test_resume_gives_the_same_bits(tmp_path, how, error):
     assert_same_bits(flat(want_state), flat(got_state))
 
 
+def test_a_run_that_began_in_bf16_ends_so(tmp_path):
+    """Whatever this machine is measured to be best at when it is resumed."""
+    options, want = {"steps": 20, "save_every": 0.0}, make_stage()
+    fit(want, run_in(tmp_path / "a", bf16=True, **options))
+    with pytest.raises(ZeroDivisionError):
+        crashing = make_stage(at_step=stop_at(7, crash))
+        fit(crashing, run_in(tmp_path / "b", bf16=True, **options))
+    stage = make_stage()
+    fit(stage, run_in(tmp_path / "b", bf16=False, **options))
+    assert_same_bits(weights_of(want), weights_of(stage))
+    plain = make_stage()
+    fit(plain, run_in(tmp_path / "c", bf16=False, **options))
+    assert not torch.equal(
+        weights_of(plain)["net.linear.weight"], weights_of(stage)["net.linear.weight"]
+    )
+
+
+@pytest.mark.parametrize("moment", ["between the renames", "the last one is broken"])
+def test_the_one_before_takes_over(tmp_path, monkeypatch, moment):
+    """The last two are kept; the older leads to the same weights, bit for bit."""
+    want, _ = straight(tmp_path / "a", 20)
+    folder, plain = tmp_path / "b", os.replace
+    checkpoint = Checkpoint(folder / "toy.ckpt")
+
+    def killed(source, goal):
+        if goal == checkpoint.path and checkpoint.previous.exists():
+            raise ZeroDivisionError
+        plain(source, goal)
+
+    if moment == "between the renames":
+        monkeypatch.setattr(training.os, "replace", killed)
+        with pytest.raises(ZeroDivisionError):
+            fit(make_stage(), run_in(folder, steps=20, save_every=0.0))
+        assert not checkpoint.path.exists() and checkpoint.load()["schedule"]["step"] == 1
+    else:
+        with pytest.raises(ZeroDivisionError):
+            broken = make_stage(at_step=stop_at(7, crash))
+            fit(broken, run_in(folder, steps=20, save_every=0.0))
+        assert checkpoint.load()["schedule"]["step"] == 7
+        checkpoint.path.write_bytes(b"torn")
+        with pytest.raises(ValueError, match="delete it to go on from the one before"):
+            fit(make_stage(), run_in(folder, steps=20))
+        checkpoint.path.unlink()
+        assert checkpoint.load()["schedule"]["step"] == 6
+    monkeypatch.setattr(training.os, "replace", plain)
+    stage = make_stage()
+    fit(stage, run_in(folder, steps=20))
+    assert_same_bits(want, weights_of(stage))
+
+
 def test_interrupt_saves_the_step_it_was_in(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(make_stage(at_step=stop_at(5, interrupt)), run_in(tmp_path, steps=40, save_every=1e9))
@@ -306,7 +361,36 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(tmp_path):
         return value * (float("nan") if next(count) == 6 else 1.0), metrics
 
     stage.loss = loss
-    with pytest.raises(FloatingPointError, match="stage toy, step 6.*last good checkpoint"):
+    told = r"stage toy, step 6: the loss .*batch of seed.*\(3, 'toy', 6, 0\)\); the last good check"
+    with pytest.raises(FloatingPointError, match=told) as error:
+        fit(stage, run_in(tmp_path, steps=20, save_every=0.0))
+    state = Checkpoint(tmp_path / "toy.ckpt").load()
+    assert state["schedule"]["step"] == 6
+    assert all(v.isfinite().all() for v in flat(state).values())
+    dump = tmp_path / "toy.nonfinite-0.ckpt"
+    assert str(dump) in str(error.value)
+    facts = Checkpoint(dump).load()["nonfinite"]
+    assert facts["batch"] == (3, "toy", 6, 0) and math.isnan(facts["numbers"]["loss"])
+    assert facts["gradients"] == [f"net.{name}" for name, _ in Net().named_parameters()]
+    again, count = make_stage(), iter(range(6, 100))
+    again.loss = loss
+    os.replace(dump, tmp_path / "toy.ckpt")  # leads to the same step again
+    with pytest.raises(FloatingPointError, match="stage toy, step 6"):
+        fit(again, run_in(tmp_path, steps=20))
+
+
+def test_no_checkpoint_holds_a_weight_that_is_not_finite(tmp_path):
+    """The embedding's last row takes no part in the loss, which thus stays finite."""
+    stage = make_stage()
+    fine, count, row = stage.loss, iter(range(100)), stage.modules["net"].embed.weight.data[4]
+
+    def loss(rng, progress):
+        if next(count) == 6:
+            row.fill_(float("inf"))
+        return fine(rng, progress)
+
+    stage.loss = loss
+    with pytest.raises(FloatingPointError, match="stage toy, step 7: a weight is not finite"):
         fit(stage, run_in(tmp_path, steps=20, save_every=0.0))
     state = Checkpoint(tmp_path / "toy.ckpt").load()
     assert state["schedule"]["step"] == 6
@@ -317,9 +401,11 @@ def test_a_gradient_that_is_not_finite_stops(tmp_path):
     stage = make_stage()
     linear = stage.modules["net"].linear
     stage.loss = lambda rng, progress: (linear.weight.sum().mul(0.0).sqrt(), {})
-    with pytest.raises(FloatingPointError, match="step 0"):
+    with pytest.raises(FloatingPointError, match="step 0.*there is no checkpoint yet"):
         fit(stage, run_in(tmp_path, steps=2))
     assert not (tmp_path / "toy.ckpt").exists()
+    facts = Checkpoint(tmp_path / "toy.nonfinite-0.ckpt").load()["nonfinite"]
+    assert facts["gradients"] == ["net.linear.weight"] and facts["numbers"]["loss"] == 0
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
@@ -329,7 +415,9 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="toy.ckpt: .*File too large.*last good one is kept") as e:
+        with pytest.raises(
+            OSError, match="toy.ckpt: .*File too large.*last good checkpoint is kept"
+        ) as e:
             checkpoint.save({"x": torch.ones(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -347,25 +435,77 @@ def test_a_failing_write_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, 
     checkpoint = Checkpoint(tmp_path / "toy.ckpt")
     checkpoint.save({"x": torch.ones(3)})
     monkeypatch.setattr(training.os, call, fail)
-    with pytest.raises(OSError, match="toy.ckpt: .*Input/output error; the last good one is kept"):
+    with pytest.raises(
+        OSError, match="toy.ckpt: .*Input/output error; the last good checkpoint is kept"
+    ):
         checkpoint.save({"x": torch.zeros(3)})
     assert torch.equal(checkpoint.load()["x"], torch.ones(3))
     assert [p.name for p in tmp_path.iterdir()] == ["toy.ckpt"]
 
 
+@contextmanager
+def read_only() -> Iterator[Path]:
+    """A folder that lets itself be read alone; root may write anywhere, so it becomes nobody."""
+    with tempfile.TemporaryDirectory() as place:
+        folder, user = Path(place, "run"), os.geteuid()
+        folder.mkdir()
+        os.chmod(place, 0o755)
+        try:
+            yield folder
+        finally:
+            os.seteuid(user)
+            os.chmod(folder, 0o755)
+
+
+def lock(folder: Path) -> None:
+    os.chmod(folder, 0o555)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+@pytest.mark.parametrize("save_every", [0.0, 1e9])
+def test_a_folder_that_becomes_read_only(save_every):
+    """Met by the checkpoint, or first by what is logged; the last good state is there, and told."""
+    with read_only() as folder:
+        with pytest.raises(ZeroDivisionError):
+            stage = make_stage(at_step=stop_at(3, crash))
+            fit(stage, run_in(folder, steps=60, save_every=0.0))
+        stage = make_stage(at_step=stop_at(2, lambda: lock(folder)))
+        with pytest.raises(OSError, match="denied.*the last good checkpoint is kept") as error:
+            fit(stage, run_in(folder, steps=60, save_every=save_every))
+        assert "\n" not in str(error.value)
+        step = Checkpoint(folder / "toy.ckpt").load()["schedule"]["step"]
+        assert step == (5 if save_every == 0.0 else 3)
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="there is none yet"):
+    with pytest.raises(OSError, match="there is no checkpoint yet"):
         Checkpoint(tmp_path / "file" / "toy.ckpt").save({})
+
+
+class Code:
+    """Unpickling this would make a folder."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 def test_a_foreign_or_broken_checkpoint_is_one_line(tmp_path):
     path = tmp_path / "toy.ckpt"
-    for content in (b"", b"not a checkpoint", b"broken", b"PK\x03\x04 torn"):
+    code = pickle.dumps({"modules": Code(str(tmp_path / "executed"))})
+    for content in (b"", b"not a checkpoint", b"broken", b"PK\x03\x04 torn", code):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="toy.ckpt: not a checkpoint") as e:
             fit(make_stage(), run_in(tmp_path, steps=1))
         assert "\n" not in str(e.value)
+    torch.save({"modules": Code(str(tmp_path / "executed"))}, path)
+    with pytest.raises(ValueError, match="toy.ckpt: not a checkpoint"):
+        fit(make_stage(), run_in(tmp_path, steps=1))
+    assert not (tmp_path / "executed").exists()
     Checkpoint(path).save({"modules": nn.ModuleDict({"net": nn.Linear(2, 2)}).state_dict()})
     with pytest.raises(ValueError, match="toy.ckpt: does not fit this stage") as e:
         fit(make_stage(), run_in(tmp_path, steps=1))

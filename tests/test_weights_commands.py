@@ -245,6 +245,15 @@ def test_check_names_the_fault_and_goes_on(capsys, release, monkeypatch, case):
     assert below.endswith(f"\nmissing or wrong: {wrong}\n") and not Path("executed").exists()
 
 
+def test_check_reads_the_values_when_asked(capsys, release):
+    key = "decoder.conv_out.bias"
+    change(release / AE, lambda s: s[key][:1].fill_(float("nan")))
+    assert checked(capsys, release)[0] == 0
+    status, out, err = command(capsys, "check", release, "--values")
+    assert (status, err) == (1, "") and out.endswith("\nmissing or wrong: autoencoder\n")
+    assert f"ae.safetensors: holds NaN or infinite values (1): {key}" in out
+
+
 def test_check_of_a_renamed_export_and_of_a_base_model(capsys, release):
     for shard in (release / HOME).glob("model-*.safetensors"):
         change(shard, lambda s: [s.pop(key, None) for key in w.NEW_IN_NEXUS])

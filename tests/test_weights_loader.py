@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import resource
+import shutil
+import signal
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -353,6 +358,10 @@ def test_bad_index(tmp_path, saved):
     with pytest.raises(ValueError, match=r"index.json: names absent shards: model-00002-of-00002"):
         w.load_ar(tmp_path, TINY)
     aside.rename(second)
+    state = {k: v.half() for k, v in load_file(second).items()}
+    save_file(state, second)
+    with pytest.raises(ValueError, match="mixes torch.float16, torch.float32; choose one"):
+        w.load_ar(tmp_path, TINY)
     moved = dict(content["weight_map"], **{"lm_head.weight": second.name, "ghost": second.name})
     index.write_text(json.dumps({"weight_map": moved}))
     with pytest.raises(ValueError, match=r"do not hold what it says: ghost"):
@@ -391,6 +400,106 @@ def test_pickled_code_is_refused(tmp_path, modern):
     with pytest.raises(ValueError, match=r"generation_decoder.bin: (refused|.*not a torch.save)"):
         w.load_mmdit(bad, TINY)
     assert not proof.exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("wrap", ["torch.save", "zip", "pickle"])
+def test_pickled_code_is_refused_in_every_wrapping(tmp_path, protocol, wrap):
+    bad, proof = tmp_path / "generation_decoder.bin", tmp_path / "executed"
+    content = pickle.dumps({"a": Malicious(proof)}, protocol)
+    bad.write_bytes(content)
+    if wrap == "torch.save":
+        torch.save({"a": Malicious(proof)}, bad, pickle_protocol=protocol)
+    elif wrap == "zip":
+        with zipfile.ZipFile(bad, "w") as archive:
+            for name, data in (("data.pkl", content), ("version", b"3"), ("byteorder", b"little")):
+                archive.writestr(f"archive/{name}", data)
+    with pytest.raises(ValueError, match="generation_decoder.bin: (refused|truncated or not)"):
+        w.load_mmdit(bad, TINY)
+    assert not proof.exists()
+
+
+def test_tensors_without_plain_data_are_refused(tmp_path):
+    file = tmp_path / "edit_decoder.bin"
+    odd = [torch.zeros(3).to_sparse(), torch.zeros(3, device="meta")]
+    for tensor in odd:
+        torch.save({"a": torch.zeros(3), "odd": tensor}, file)
+        with pytest.raises(ValueError, match="edit_decoder.bin: not plain tensors: odd; use"):
+            w.open_weights(file)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_file_that_changes_between_check_and_load(tmp_path, saved, kind):
+    """Cut short, a mapped file would kill the process; replaced, it is another one."""
+    file, state = tmp_path / f"x.{kind}", load_file(saved[0] / AE)
+
+    def write():
+        save_file(state, file) if kind == "safetensors" else torch.save(state, file)
+
+    def cut():
+        os.truncate(file, 100)
+
+    def replaced():
+        os.replace(shutil.copy(file, tmp_path / "copy"), file)
+
+    def overwritten():
+        with open(file, "r+b") as data:
+            data.seek(-4, 2)
+            data.write(b"\1\2\3\4")
+        os.utime(file, ns=(0, 7))  # a clock may be too coarse to show it
+
+    for change in (cut, replaced, overwritten, file.unlink):
+        write()
+        model = w.build(lambda: AutoEncoder(TINY.autoencoder))
+        entries = w.open_weights(file)
+        change()
+        with pytest.raises(ValueError, match=f"x.{kind}: changed while it was being read"):
+            w.fit(model, file, entries)
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+LIES = {
+    "more than there is": {"a": F32 | {"shape": [10], "data_offsets": [0, 40]}},
+    "shape and bytes differ": {"a": F32 | {"shape": [9]}},
+    "overlap": {"a": F32, "b": F32 | {"data_offsets": [4, 12]}},
+    "a gap": {"a": F32 | {"data_offsets": [4, 12]}},
+    "backwards": {"a": F32 | {"data_offsets": [8, 0]}},
+    "negative": {"a": F32 | {"shape": [-2]}},
+    "product overflows": {"a": F32 | {"shape": [1 << 40, 1 << 40]}},
+    "unknown type": {"a": F32 | {"dtype": "X9"}},
+    "no entry": {"a": 3},
+    "metadata of numbers": {"__metadata__": {"a": 3}, "a": F32},
+}
+
+
+@pytest.mark.parametrize(
+    "lie", [*LIES, "longer than the file", "too long for any file", "too deep"]
+)
+def test_a_header_that_lies(tmp_path, lie):
+    text = json.dumps(LIES[lie]).encode() if lie in LIES else b"[" * 100_000
+    length = {"longer than the file": 1 << 20, "too long for any file": 1 << 62}.get(lie, len(text))
+    file = tmp_path / "ae.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(ValueError, match="ae.safetensors: truncated or not safetensors") as error:
+        w.load_autoencoder(tmp_path, TINY)
+    assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
+    components = tiny_components()
+    w.save_checkpoint(tmp_path, TINY, autoencoder=components["autoencoder"], dtype=torch.float16)
+    before = (tmp_path / AE).read_bytes()
+    limits, heard = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write .*ae.safetensors: .*too large") as error:
+            w.save_checkpoint(tmp_path, TINY, autoencoder=components["autoencoder"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, heard)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / AE).read_bytes() == before and not list(tmp_path.rglob("*.partial"))
 
 
 def test_old_torch_opens_no_pickle(tmp_path, monkeypatch):
