@@ -64,10 +64,14 @@ ERRORS = (ValueError, OSError, FloatingPointError)  # what a user can cause: one
 
 
 class Folder:
-    """The model of a run as it grows, in the official layout under `model/`."""
+    """The model of a run as it grows, in the official layout under `model/`.
 
-    def __init__(self, path: Path):
-        self.path, self.model = path, path / "model"
+    `start` is a shipped model whose autoencoder is taken as it is, and whose generation decoder is
+    trained on: what FLUX.1 is to the paper.
+    """
+
+    def __init__(self, path: Path, start: Path | None = None):
+        self.path, self.model, self.start = path, path / "model", start
 
     @property
     def config(self) -> NexusGenConfig:
@@ -94,7 +98,7 @@ class Folder:
         """Note that a stage is done and saved, by which command, on top of which others."""
         stage = summary["stage"]
         needs = {n: self.note(n).get("stamp") for n in NEEDS[stage]}
-        note = summary | {"command": command, "stamp": time.time(), "needs": needs}
+        note = {"command": command} | summary | {"stamp": time.time(), "needs": needs}
         text = json.dumps(note, indent=1)
         loader.replace_file(self.path / f"{stage}.json", lambda p: p.write_text(text))
 
@@ -159,7 +163,23 @@ class Folder:
 # Each trains one part of the model, saves it, and returns the summary of `fit`.
 
 
+def adopt_vae(folder: Folder) -> dict:
+    """The autoencoder of the start, and the summary of the run that made it."""
+    config, place = loader.load_config(folder.start), folder.start / loader.FLUX_FOLDER
+    vae = loader.load_autoencoder(place, config, dtype=torch.float32)
+    facts = loader.read_metadata(place / "ae.safetensors")
+    if not {"stages", "metrics"} <= facts.keys():
+        raise ValueError(f"{place}/ae.safetensors does not say how it was made; give a shipped one")
+    command, steps, seconds = json.loads(facts["stages"])["vae"]
+    metrics = json.loads(facts["metrics"])["vae"]
+    folder.save(replace(folder.config, autoencoder=config.autoencoder), autoencoder=vae)
+    made = {"command": command, "steps": steps, "seconds": seconds, "metrics": metrics}
+    return {"stage": "vae", **made}
+
+
 def train_vae(folder: Folder, run: Run, batch: int) -> dict:
+    if folder.start:
+        return adopt_vae(folder)
     config = folder.config
     vae = base.init_vae(AutoEncoder(config.autoencoder))
     summary = fit(base.vae_stage(vae, batch), run)
@@ -186,7 +206,12 @@ def train_generation(folder: Folder, run: Run, batch: int) -> dict:
     started = time.perf_counter()
     pool = toy.reconstruction_pool(visual, vae, config, run)
     run = run.less(time.perf_counter() - started)
-    mmdit, adapter = toy.init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
+    if folder.start:
+        file = folder.start / loader.AR_FOLDER / "generation_decoder.safetensors"
+        mmdit = loader.load_mmdit(file, config, dtype=torch.float32)
+        adapter = loader.load_generation_adapter(file, config, dtype=torch.float32)
+    else:
+        mmdit, adapter = toy.init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
     stage = toy.generation_stage(mmdit, adapter, folder.empty_prompt(), pool, vae, config, batch)
     summary = fit(stage, run)
     folder.save(config, generation=(mmdit, adapter))
@@ -241,6 +266,7 @@ class Plan:
     bf16: bool
     started: float  # time.time()
     command: str  # as given, for the record
+    start: Path | None = None  # see Folder
 
     def seconds(self, stage: str) -> float | None:
         """Budget of a stage; what the ones before overran (final grids, start-up) comes off it."""
@@ -255,7 +281,7 @@ class Plan:
 
 def train(plan: Plan) -> None:
     """Run the stages one after the other, in this process; those that are finished are skipped."""
-    folder, (rank, _) = Folder(plan.out), world()
+    folder, (rank, _) = Folder(plan.out, plan.start), world()
     for name in plan.stages:
         if folder.finished(name):
             continue
@@ -367,6 +393,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--start", type=Path, help="shipped model: its VAE, and a first decoder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--ship", type=Path, help="write the finished model to this folder in fp16")
     args = parser.parse_args(argv)
@@ -396,7 +423,7 @@ def make_plan(args: argparse.Namespace, started: float, command: str) -> Plan:
     for name in folder.drop_stale(stages):
         print(f"{name} is trained again: what it was built on has changed")
     settings = (args.minutes, args.steps, args.seed, args.workers, args.quiet, bf16_pays())
-    return Plan(args.out, stages, *settings, started, command)
+    return Plan(args.out, stages, *settings, started, command, args.start)
 
 
 def tell(folder: Folder, stages: tuple[str, ...]) -> None:
