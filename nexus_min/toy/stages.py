@@ -43,7 +43,7 @@ TASKS = ("understand", "generate", "edit")
 PHASES = (  # until this part of the AR stage: und:gen:edit, and most objects asked about
     (0.44, (1, 2, 1), 0),  # the paper's mixture
     (0.62, (6, 1, 1), 8),
-    (2.0, (2, 1, 2), 0),
+    (2.0, (3, 1, 4), 8),
 )
 COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
 
