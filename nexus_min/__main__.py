@@ -1,4 +1,4 @@
-"""The command line: `python -m nexus_min understand | generate | edit | eval`.
+"""The command line: `python -m nexus_min understand | generate | edit | chat | batch | app | eval`.
 
 Options as in the official `image_understanding.py`, `image_generation.py` and `image_editing.py`,
 with shorter names beside them. Whatever is wrong with what the user gave is one line on stderr and
@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,10 +46,10 @@ def fail(message: str) -> None:
     raise SystemExit(2)
 
 
-def say(stream, line: str) -> None:
+def say(stream, line: str, end: str = "\n") -> None:
     """Write a line in the stream's encoding, escaping what that cannot hold."""
     encoding = stream.encoding or "utf-8"
-    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + end)
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -61,12 +62,15 @@ def build_parser(with_eval: bool) -> Parser:
     understand = commands.add_parser("understand", help="answer a question about a picture")
     add_image(understand)
     add_model(understand)
+    add_tokens(understand)
     generate = commands.add_parser("generate", help="draw a description")
     generate.add_argument("words", nargs="*", metavar="PROMPT", help="the description, in quotes")
     generate.add_argument("--prompt")
     add_like(generate)
     add_drawing(generate, "generated.png")
+    add_preamble(generate)
     add_model(generate)
+    add_tokens(generate)
     edit = commands.add_parser("edit", help="change a picture as told")
     add_image(edit)
     edit.add_argument("--decoder", choices=("editing", "generation"), default="editing")
@@ -75,9 +79,37 @@ def build_parser(with_eval: bool) -> Parser:
     )
     add_like(edit)
     add_drawing(edit, "edited.png")
+    add_preamble(edit)
     add_model(edit)
+    add_tokens(edit)
+    chat = commands.add_parser("chat", help="talk, line by line; /help lists the commands")
+    chat.set_defaults(words=[])
+    chat.add_argument(
+        "--keep",
+        choices=("slots", "predicted", "reencoded"),
+        default="predicted",
+        help="what is remembered of a drawn picture",
+    )
+    chat.add_argument("--decoder", choices=("auto", "generation", "editing"), default="auto")
+    add_drawing(chat, "chat.png")
+    add_model(chat)
+    add_tokens(chat)
+    batch = commands.add_parser("batch", help="the tasks of a JSONL file")
+    batch.set_defaults(words=[])
+    batch.add_argument(
+        "file", type=Path, metavar="FILE", help='{"task": "generate", "prompt": ...}'
+    )
+    batch.add_argument("--output", "-o", type=Path, default=Path("results"), metavar="DIR")
+    batch.add_argument("--batch_size", "--batch-size", type=int, default=8, metavar="N")
+    batch.add_argument("--seed", type=int, default=0, metavar="N", help="of the first item")
+    add_model(batch)
+    app = commands.add_parser("app", help="a web page, on this machine only unless told otherwise")
+    app.set_defaults(words=[])
+    app.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
+    app.add_argument("--port", type=int, default=7860, metavar="N")
+    add_model(app)
     evaluate = commands.add_parser("eval", help="score a model on the toy world")
-    add_folder(evaluate)
+    add_model(evaluate)
     evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of cases and noise")
     if with_eval:
         from .toy.evaluate import add_arguments
@@ -144,6 +176,11 @@ def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--embedded_guidance", "--guidance", dest="guidance", default=3.5, **real)
     parser.add_argument("--negative_prompt", "--negative-prompt", default="", metavar="TEXT")
     parser.add_argument("--seed", default=0, **number)
+    parser.add_argument("--output", "-o", default=output, metavar="FILE", help=f"default {output}")
+
+
+def add_preamble(parser: argparse.ArgumentParser) -> None:
+    """What is said around the prompt."""
     parser.add_argument("--language", choices=("en", "zh"), help="default: by the characters")
     parser.add_argument(
         "--fast_preamble",
@@ -151,7 +188,6 @@ def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
         action="store_true",
         help="do not generate the text before the picture",
     )
-    parser.add_argument("--output", "-o", default=output, metavar="FILE", help=f"default {output}")
 
 
 def add_folder(parser: argparse.ArgumentParser) -> None:
@@ -171,6 +207,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         " what fits, and why is told",
     )
     parser.add_argument("--fp8", action="store_true", help="store the decoders in 8 bits")
+
+
+def add_tokens(parser: argparse.ArgumentParser) -> None:
+    """How long a reply may be."""
     parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N")
 
 
@@ -218,24 +258,87 @@ def run_edit(args: argparse.Namespace) -> None:
     finish(args, events, {"prompt": args.instruction, "decoder": args.decoder}, image)
 
 
+def run_chat(args: argparse.Namespace) -> None:
+    """Talk over standard input and output; pictures are saved as chat-1.png, chat-2.png, ..."""
+    from .talk import HELP, Talk
+
+    place_words(args)
+    check_output(args.output)
+    model = load_model(args)
+    chat = model.chat(keep=args.keep, decoder=args.decoder, **drawing(args))
+
+    def write(text: str) -> None:
+        say(sys.stdout, text, end="")
+        sys.stdout.flush()
+
+    def save(image, number: int, sampling) -> str:
+        path = Path(args.output)
+        path = path.with_stem(f"{path.stem}-{number}")
+        save_image(image, path, {"model": args.model, **asdict(sampling)})
+        return str(path)
+
+    def complain(error: BaseException) -> None:
+        say(sys.stderr, f"{PROGRAM}: " + (f"error: {error}" if str(error) else "stopped"))
+
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        write(HELP + "\n")
+    Talk(chat, write, save, complain if at_terminal else None).run(sys.stdin)
+
+
+def run_batch(args: argparse.Namespace) -> None:
+    """Do the tasks of a file; a line a task in results.jsonl, pictures by number beside it."""
+    from . import batches
+
+    place_words(args)
+    items = batches.read_items(args.file)
+    args.output.mkdir(parents=True, exist_ok=True)
+    check_place(args.output / "results.jsonl")
+    model = load_model(args)
+    options = {"batch_size": args.batch_size, "seed": args.seed, "progress": sys.stderr.isatty()}
+
+    def save(image, path: Path, settings: dict) -> None:
+        save_image(image, path, {"model": args.model, **settings})
+
+    rows = batches.to_folder(batches.run(model, items, **options), args.output, save)
+    say(sys.stdout, str(args.output / "results.jsonl"))
+    if failed := [row for row in rows if "error" in row]:
+        first = f"item {failed[0]['index']}: {failed[0]['error']}"
+        raise ValueError(f"{len(failed)} of {len(items)} items failed; {first}")
+
+
+def run_app(args: argparse.Namespace) -> None:
+    """Serve the web page until Ctrl-C."""
+    from . import app
+
+    place_words(args)
+    app.find_gradio()
+    if args.host not in ("127.0.0.1", "localhost", "::1"):
+        say(sys.stderr, f"{PROGRAM}: warning: anyone who reaches {args.host} can use this page")
+    model = load_model(args)
+    say(sys.stdout, f"http://{args.host}:{args.port}")
+    sys.stdout.flush()
+    app.serve(model, args.host, args.port)
+
+
 def run_eval(args: argparse.Namespace) -> None:
     """Score a model on the toy world; where results go is checked before the work is done."""
     from .toy.evaluate import main as evaluate
 
     if args.seed < 0:
         raise ValueError(f"the seed must be 0 or more, got {args.seed}")
-    if args.json:
-        check_place(args.json)
+    for path in filter(None, (args.json, args.write_prompts)):
+        check_place(path)
     if args.save and args.save.exists() and not args.save.is_dir():
         raise ValueError(f"cannot write grids to {str(args.save)!r}: it is no folder")
-    evaluate(args)
+    evaluate(args, lambda: load_model(args))
 
 
 def drawing(args: argparse.Namespace) -> dict:
-    """The options of `generate_steps` and `edit_steps` that the command line sets."""
+    """The options of `generate`, `edit` and `chat` that the command line sets."""
     names = ("height", "width", "num_steps", "cfg_scale", "guidance", "negative_prompt", "seed")
     names += ("language", "fast_preamble", "max_new_tokens")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def open_image(path: str, max_pixels: int | None):
@@ -245,14 +348,14 @@ def open_image(path: str, max_pixels: int | None):
     return load_image(path, max_pixels)
 
 
-def load_model(args: argparse.Namespace, parts: list[str]):
-    """The parts of the model that a command needs."""
+def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
+    """The parts of the model that a command needs, by default all."""
     import torch
 
-    from .pipeline import NexusGen
+    from .pipeline import PARTS, NexusGen
     from .placement import choose, needs
 
-    device = find_device(args.device, args.model)
+    parts, device = parts or PARTS, find_device(args.device, args.model)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     model = NexusGen.load(args.model, device, dtype, parts, args.memory or "auto", args.fp8)
     profile, reason = "resident", ""
@@ -316,6 +419,9 @@ COMMANDS = {
     "understand": run_understand,
     "generate": run_generate,
     "edit": run_edit,
+    "chat": run_chat,
+    "batch": run_batch,
+    "app": run_app,
     "eval": run_eval,
 }
 

@@ -1,0 +1,126 @@
+"""`python -m nexus_min app`: draw, edit, ask and talk in a browser.
+
+One model for all visitors, one task at a time, a queue before it; pictures appear while they are
+sampled, and Stop ends a task between two steps. What the buttons do, and how much a visitor can ask
+for, is in `page_tasks`; pictures are uploaded, never fetched from an address. Needs gradio (6.7 or
+newer), imported when the page is built. Official counterpart: `app.py` of modelscope/Nexus-Gen.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from .conversation import KEEP
+from .page_tasks import Limits, Tasks
+from .pipeline import NexusGen
+
+CSS = ".picture img { width: 100%; height: 100%; object-fit: contain }"
+PIXELS = ".picture img { image-rendering: pixelated }"  # of a small picture
+FONT = ["system-ui", "sans-serif"]  # nothing comes from elsewhere
+
+
+def find_gradio() -> Any:
+    """The gradio package. ValueError when it is not installed."""
+    try:
+        import gradio
+    except ImportError:
+        raise ValueError("the web page needs gradio: pip install 'gradio>=6.7'") from None
+    return gradio
+
+
+def build(model: NexusGen, limits: Limits) -> Any:
+    """The page, a `gradio.Blocks` with its queue."""
+    gr = find_gradio()
+    tasks, size = Tasks(model, limits), model.config.image_size
+
+    def upload(label: str) -> Any:
+        """An image input that takes files from the browser only, opened by `load_image` alone."""
+        look = {"height": 240, "elem_classes": "picture", "buttons": []}
+        image = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], **look)
+        move = image.async_move_resource_to_block_cache
+
+        async def move_file(path):
+            if "://" in str(path):
+                raise gr.Error("pictures are uploaded, not fetched from an address")
+            return await move(path)
+
+        image.async_move_resource_to_block_cache = move_file
+        image.preprocess = lambda payload: payload.path if payload else None
+        return image
+
+    def told(task):
+        """The task, its mistakes shown to the visitor."""
+
+        @wraps(task)
+        def steps(*values):
+            try:
+                yield from task(*values)
+            except (ValueError, OSError) as error:
+                raise gr.Error(str(error)) from None
+
+        return steps
+
+    def form() -> list:
+        with gr.Row():
+            steps = gr.Slider(1, limits.num_steps, model.config.num_steps, step=1, label="Steps")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+            sides = [gr.Number(size, label=name, precision=0) for name in ("Height", "Width")]
+        return [steps, seed, *sides]
+
+    def buttons(name: str) -> tuple[Any, Any]:
+        with gr.Row():
+            return gr.Button(name, variant="primary"), gr.Button("Stop")
+
+    def results() -> list:
+        look = {"height": 360, "elem_classes": "picture", "buttons": ["download", "fullscreen"]}
+        return [gr.Image(label="Picture", format="png", **look), gr.Textbox(label="Made with")]
+
+    def wire(pressed, task, inputs: list, outputs: list, text) -> None:
+        options = {"concurrency_id": "model", "concurrency_limit": 1}
+        run = gr.on([pressed[0].click, text.submit], told(task), inputs, outputs, **options)
+        pressed[1].click(None, cancels=[run])
+
+    with gr.Blocks(title="nexus_min", analytics_enabled=False) as page:
+        gr.Markdown("# nexus_min\nDraw, edit and ask about pictures, or talk about them.")
+        with gr.Tab("Draw"), gr.Row():
+            with gr.Column():
+                text, numbers, go = gr.Textbox(label="Prompt"), form(), buttons("Draw")
+            with gr.Column():
+                wire(go, tasks.draw, [text, *numbers], results(), text)
+        with gr.Tab("Edit"), gr.Row():
+            with gr.Column():
+                source, text = upload("Source"), gr.Textbox(label="Instruction")
+                decoder = gr.Radio(["editing", "generation"], value="editing", label="Decoder")
+                numbers, go = form(), buttons("Edit")
+            with gr.Column():
+                wire(go, tasks.edit, [source, text, decoder, *numbers], results(), text)
+        with gr.Tab("Ask"), gr.Row():
+            with gr.Column():
+                seen, text = upload("Picture to ask about"), gr.Textbox(label="Question")
+                go = buttons("Ask")
+            with gr.Column():
+                wire(go, tasks.ask, [seen, text], [gr.Textbox(label="Answer")], text)
+        with gr.Tab("Conversation"), gr.Row():
+            chat = gr.State(None)
+            with gr.Column():
+                history, text = gr.Chatbot(label="Conversation"), gr.Textbox(label="Message")
+                go, new = buttons("Send"), gr.Button("New conversation")
+            with gr.Column():
+                outputs, added = [chat, history, *results()], upload("Show a picture")
+                keep = gr.Radio(list(KEEP), value="predicted", label="A drawn picture is kept as")
+                wire(go, tasks.talk, [chat, text, added, keep, *form()], outputs, text)
+                new.click(lambda: (None, [], None, ""), None, outputs)
+    return page.queue(max_size=limits.queue, default_concurrency_limit=1)
+
+
+def serve(model: NexusGen, host: str = "127.0.0.1", port: int = 7860, **options) -> Any:
+    """Show the page at host:port until stopped; loopback unless told otherwise."""
+    gr, limits = find_gradio(), Limits()
+    theme = gr.themes.Default(font=FONT, font_mono=["monospace"])
+    css = CSS + (PIXELS if model.config.image_size < 256 else "")
+    settings = {"max_file_size": limits.file, "theme": theme, "css": css, "share": False}
+    settings |= {"footer_links": []}
+    settings |= {"ssr_mode": False, "quiet": True, "mcp_server": False}
+    page = build(model, limits)
+    return page.launch(server_name=host, server_port=port, **settings, **options)
