@@ -56,7 +56,8 @@ def strip(pictures, titles=(), columns: int = 8, side: float = 1.1, caption: str
     size = (side * columns, rows * (side + 0.17 * lines) + 0.25 * bool(caption))
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     for k, ax in enumerate(axes.flat):
-        ax.axis("off")
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(visible=k < len(pictures), color="#CCCCCC")  # pictures may be white
         if k < len(pictures):
             ax.imshow(np.asarray(pictures[k]))
             ax.set_title(titles[k] if k < len(titles) else "", fontsize=8)

@@ -131,7 +131,7 @@ def encode(model: NexusGen, rng: np.random.Generator, scenes: list[Scene]) -> Da
 
 
 @torch.no_grad()
-def floor(model: NexusGen, rng: np.random.Generator, detail: float, n: int = 64) -> list[float]:
+def floor(model: NexusGen, rng: np.random.Generator, detail: float, n: int = 24) -> list[float]:
     """MSE per slot of the best guess from the caption alone: the variance that it leaves open."""
     rests = []
     for scene in pick_scenes(rng, n, 0.0, unseen=True):
@@ -141,7 +141,7 @@ def floor(model: NexusGen, rng: np.random.Generator, detail: float, n: int = 64)
                 objects=tuple(jittered(rng, o) for o in scene.objects),
                 texture=random_texture(rng) if rng.random() < detail else None,
             )
-            for _ in range(32)
+            for _ in range(16)
         ]
         rests.append(embed(model, again).var(dim=0).mean(dim=-1))
     return [round(x, 5) for x in torch.stack(rests).mean(0).tolist()]
@@ -200,7 +200,7 @@ def compare(model: NexusGen, world: str, seed: int, args: argparse.Namespace) ->
     models = {name: make(config, seed) for name in ("naive", "prefilled")}
     curve, start = [], time.process_time()
     for step in train(models, data, args.steps, args.batch, args.lr, seed):
-        if step % (args.steps // 8) == 0:
+        if step % (args.steps // 5) == 0:
             per_slot = errors(models["naive"], models["prefilled"], unseen)
             means = {name: round(float(np.mean(x)), 5) for name, x in per_slot.items()}
             curve.append({"step": step} | means)
@@ -219,12 +219,12 @@ def compare(model: NexusGen, world: str, seed: int, args: argparse.Namespace) ->
 def main() -> None:
     """Read the command line, run every world and seed, write the log."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--mlp", type=int, default=192, help="width of the MLP")
-    parser.add_argument("--pool", type=int, default=4096, help="training pictures")
-    parser.add_argument("--test", type=int, default=256, help="held-out pictures")
+    parser.add_argument("--pool", type=int, default=2048, help="training pictures")
+    parser.add_argument("--test", type=int, default=128, help="held-out pictures")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))

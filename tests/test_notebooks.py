@@ -19,7 +19,7 @@ BOOKS = {name: json.loads(f.read_text("utf-8")) for name, f in FILES.items()}
 EXECUTED = [name for name in FILES if not name.startswith("12")]  # 12 needs the real weights
 PINNED = ("matplotlib", "nbclient", "nbformat")  # of notebooks/requirements.txt, as imported
 RUNTIME = {"torch", "einops", "safetensors", "tokenizers", "PIL", "numpy", "tqdm", "matplotlib"}
-OWN = {"nexus_min", "weights_loader", "train_tiny", "common", "figure6"}
+OWN = {"nexus_min", "weights_loader", "train_tiny"} | {f.stem for f in FOLDER.glob("*.py")}
 ASSERTS = 6
 every_notebook = pytest.mark.parametrize("name", FILES)
 
@@ -88,7 +88,7 @@ def test_outputs_are_kept_and_clean(name):
     kinds = {o["output_type"] for o in outputs(name)}
     assert "error" not in kinds and kinds <= {"stream", "display_data", "execute_result"}
     assert not [o for o in outputs(name) if o.get("name") == "stderr"]
-    assert sum("image/png" in o.get("data", {}) for o in outputs(name)) >= 2
+    assert sum("image/png" in o.get("data", {}) for o in outputs(name)) >= 1
     assert sum(bool(c["outputs"]) for c in cells(name)) >= len(counts) / 2
     stored = "\n".join(texts([outputs(name), [c["source"] for c in BOOKS[name]["cells"]]]))
     assert not re.findall(r"/(?:tmp|work|home|root|Users)/\S*|\bat 0x[0-9a-f]+", stored)
