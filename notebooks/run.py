@@ -52,9 +52,8 @@ def tidy(notebook) -> None:
 def main(names: list[str]) -> int:
     """Run them one by one, saying how long each took."""
     try:
-        import nbformat
-
         files = select(names)
+        import nbformat
     except (ImportError, ValueError) as error:
         hint = "; pip install -r notebooks/requirements.txt" * isinstance(error, ImportError)
         print(f"error: {error}{hint}", file=sys.stderr)

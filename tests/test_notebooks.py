@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,15 +128,43 @@ def test_imports(name):
     assert "nexus_min" in roots and "common" in roots
 
 
+def script(name: str):
+    """A script of the course as a module."""
+    spec = importlib.util.spec_from_file_location(f"notebooks_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_runner_picks_notebooks_by_their_names(capsys):
+    run = script("run")
+    assert [f.stem for f in run.select([])] == EXECUTED
+    assert [f.stem for f in run.select(["05"])] == [n for n in EXECUTED if n.startswith("05")]
+    assert run.main(["05", "77_missing"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["error: no notebook starts with 77_missing"]
+
+
+def test_figure_6_can_be_made_again(tmp_path):
+    log, out = FOLDER / "data" / "figure6.json", tmp_path / "log.json"
+    command = [sys.executable, FOLDER / "figure6.py", "--steps", "5", "--pool", "16"]
+    command += ["--test", "8", "--layers", "1", "--worlds", "plain", "--out", out]
+    subprocess.run(command, check=True, capture_output=True)
+    kept, made = (json.loads(f.read_text()) for f in (log, out))
+    assert kept["settings"].keys() == made["settings"].keys()
+    assert kept["runs"][0].keys() == made["runs"][0].keys()
+    for errors in made["runs"][0]["per_slot"].values():
+        assert len(errors) == 16 and min(errors) > 0
+    assert made["runs"][0]["curve"][-1]["step"] == 5
+
+
 @pytest.mark.parametrize("name", EXECUTED)
 def test_runs_from_top_to_bottom(name):
     missing = [m for m in (*PINNED, "ipykernel") if importlib.util.find_spec(m) is None]
     if missing:
         reason = "pip install -r notebooks/requirements.txt to run the notebooks; missing:"
         pytest.skip(f"{reason} {', '.join(missing)}")
-    spec = importlib.util.spec_from_file_location("notebooks_run", FOLDER / "run.py")
-    run = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(run)
-    book = run.execute(FILES[name], timeout=180)  # a cell that fails raises, with its traceback
+    book = script("run").execute(
+        FILES[name], timeout=180
+    )  # a cell that fails raises, with its traceback
     counts = [c.execution_count for c in book.cells if c.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))
