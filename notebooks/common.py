@@ -1,0 +1,77 @@
+"""What every notebook shares: one look of all plots, strips of pictures, one seed.
+
+Colours are those of Okabe and Ito, which the colour-blind tell apart; maps of numbers use viridis
+(one sign) or PuOr (two signs). Plots are kept in the file, so they are small.
+"""
+
+from __future__ import annotations
+
+import random
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+SKY, VERMILION, YELLOW, BLACK = "#56B4E9", "#D55E00", "#F0E442", "#000000"
+COLOURS = [BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, YELLOW, BLACK]
+
+STYLE = {
+    "figure.dpi": 80,
+    "figure.figsize": (6, 3),
+    "figure.constrained_layout.use": True,
+    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "image.cmap": "viridis",
+    "image.interpolation": "nearest",
+}
+
+
+def setup(seed: int = 0) -> None:
+    """Plot defaults, and the same random numbers in every run."""
+    plt.rcParams.update(STYLE)
+    seed_all(seed)
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def strip(pictures, titles=(), columns: int = 8, side: float = 1.1, caption: str = ""):
+    """Pictures (PIL or arrays [H, W] or [H, W, 3]) in rows, each with its title."""
+    pictures, titles = list(pictures), [str(t) for t in titles]
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    lines = 1 + max((t.count("\n") for t in titles), default=-1)
+    size = (side * columns, rows * (side + 0.17 * lines) + 0.25 * bool(caption))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for k, ax in enumerate(axes.flat):
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(visible=k < len(pictures), color="#CCCCCC")  # pictures may be white
+        if k < len(pictures):
+            ax.imshow(np.asarray(pictures[k]))
+            ax.set_title(titles[k] if k < len(titles) else "", fontsize=8)
+    if caption:
+        figure.suptitle(caption, fontsize=10)
+    plt.show()
+
+
+def heatmap(ax, values, label: str, signed: bool = False, **options):
+    """A map of numbers [rows, columns] on `ax` with a labelled colour bar; signed: 0 is white."""
+    values = np.asarray(values)
+    if signed:
+        top = float(np.abs(values).max()) or 1.0
+        options = {"cmap": "PuOr", "vmin": -top, "vmax": top} | options
+    image = ax.imshow(values, **options)
+    ax.figure.colorbar(image, ax=ax, label=label, fraction=0.046, pad=0.03)
+    return image
