@@ -54,7 +54,7 @@ from nexus_min.toy.vocabulary import build_tokenizer, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
 # The stages in order: the share of --minutes, and the batch over all workers.
-SHARES = {"vae": 0.05, "vision": 0.17, "generation": 0.18, "ar": 0.38, "editing": 0.22}
+SHARES = {"vae": 0.05, "vision": 0.13, "generation": 0.22, "ar": 0.38, "editing": 0.22}
 BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
 NEEDS = {
     "vae": (),
@@ -70,14 +70,10 @@ ERRORS = (ValueError, OSError, FloatingPointError)  # what a user can cause: one
 
 
 class Folder:
-    """The model of a run as it grows, in the official layout under `model/`.
+    """The model of a run as it grows, in the official layout under `model/`."""
 
-    `start` is a shipped model whose autoencoder is taken as it is, and whose generation decoder is
-    trained on: what FLUX.1 is to the paper.
-    """
-
-    def __init__(self, path: Path, start: Path | None = None):
-        self.path, self.model, self.start = path, path / "model", start
+    def __init__(self, path: Path):
+        self.path, self.model = path, path / "model"
 
     @property
     def config(self) -> NexusGenConfig:
@@ -104,7 +100,7 @@ class Folder:
         """Note that a stage is done and saved, by which command, on top of which others."""
         stage = summary["stage"]
         needs = {n: self.note(n).get("stamp") for n in NEEDS[stage]}
-        note = {"command": command} | summary | {"stamp": time.time(), "needs": needs}
+        note = summary | {"command": command, "stamp": time.time(), "needs": needs}
         text = json.dumps(note, indent=1)
         loader.replace_file(self.path / f"{stage}.json", lambda p: p.write_text(text))
 
@@ -169,23 +165,7 @@ class Folder:
 # Each trains one part of the model, saves it, and returns the summary of `fit`.
 
 
-def adopt_vae(folder: Folder) -> dict:
-    """The autoencoder of the start, and the summary of the run that made it."""
-    config, place = loader.load_config(folder.start), folder.start / loader.FLUX_FOLDER
-    vae = loader.load_autoencoder(place, config, dtype=torch.float32)
-    facts = loader.read_metadata(place / "ae.safetensors")
-    if not {"stages", "metrics"} <= facts.keys():
-        raise ValueError(f"{place}/ae.safetensors does not say how it was made; give a shipped one")
-    command, steps, seconds = json.loads(facts["stages"])["vae"]
-    metrics = json.loads(facts["metrics"])["vae"]
-    folder.save(replace(folder.config, autoencoder=config.autoencoder), autoencoder=vae)
-    made = {"command": command, "steps": steps, "seconds": seconds, "metrics": metrics}
-    return {"stage": "vae", **made}
-
-
 def train_vae(folder: Folder, run: Run, batch: int) -> dict:
-    if folder.start:
-        return adopt_vae(folder)
     config = folder.config
     vae = base.init_vae(AutoEncoder(config.autoencoder))
     summary = fit(base.vae_stage(vae, batch), run)
@@ -212,12 +192,7 @@ def train_generation(folder: Folder, run: Run, batch: int) -> dict:
     started = time.perf_counter()
     pool = toy.reconstruction_pool(visual, vae, config, run)
     run = run.less(time.perf_counter() - started)
-    if folder.start:
-        file = folder.start / loader.AR_FOLDER / "generation_decoder.safetensors"
-        mmdit = loader.load_mmdit(file, config, dtype=torch.float32)
-        adapter = loader.load_generation_adapter(file, config, dtype=torch.float32)
-    else:
-        mmdit, adapter = toy.init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
+    mmdit, adapter = toy.init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
     stage = toy.generation_stage(mmdit, adapter, folder.empty_prompt(), pool, vae, config, batch)
     summary = fit(stage, run)
     folder.save(config, generation=(mmdit, adapter))
@@ -329,7 +304,6 @@ class Plan:
     ratio: tuple[float, ...] = finetune.RATIO
     shard: int = 256  # samples in a file of cached embeddings
     lora: int = 0  # rank for the AR model; 0: all weights learn
-    start: Path | None = None  # see Folder
 
     def seconds(self, stage: str) -> float | None:
         """Budget of a stage; what the ones before overran (final grids, start-up) comes off it."""
@@ -346,7 +320,7 @@ def train(plan: Plan) -> None:
     """Run the stages one after the other, in this process; those that are finished are skipped."""
     if plan.data:
         return train_on_data(plan)
-    folder, (rank, _) = Folder(plan.out, plan.start), world()
+    folder, (rank, _) = Folder(plan.out), world()
     for name in plan.stages:
         if folder.finished(name):
             continue
@@ -458,7 +432,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder of the run (runs/tiny; runs/own)")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
-    parser.add_argument("--start", type=Path, help="shipped model: its VAE, and a first decoder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--ship", type=Path, help="write the finished model to this folder in fp16")
     parser.add_argument(
@@ -515,7 +488,7 @@ def make_plan(args: argparse.Namespace, started: float, command: str) -> Plan:
     for name in folder.drop_stale(stages):
         print(f"{name} is trained again: what it was built on has changed")
     settings = (args.minutes, args.steps, args.seed, args.workers, args.quiet, bf16_pays())
-    return Plan(args.out, stages, *settings, started, command, start=args.start)
+    return Plan(args.out, stages, *settings, started, command)
 
 
 def tell(folder: Folder, stages: tuple[str, ...]) -> None:

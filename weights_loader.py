@@ -509,15 +509,6 @@ def stored_fingerprint(file: Path) -> str | None:
 # ----------------------------------------------------------------------------------------- saving
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says of itself. ValueError when it is none."""
-    try:
-        with safe_open(find_file(file), "pt") as handle:
-            return handle.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{file}: not a safetensors file ({error})") from None
-
-
 def save_checkpoint(
     folder: str | Path,
     config: NexusGenConfig,

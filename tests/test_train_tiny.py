@@ -166,27 +166,6 @@ def test_two_workers_stop_on_ctrl_c_and_one_goes_on(tmp_path, micro):
     assert json.loads((tmp_path / "vae.json").read_text())["steps"] == step + 1
 
 
-def test_a_run_can_start_from_a_shipped_model(trained, tmp_path, capsys):
-    start = tmp_path / "start"
-    shutil.copytree(trained / "ship", start)
-    argv = ["--out", str(tmp_path / "run"), *MICRO, "--start", str(start)]
-    for stage in ("vae", "vision", "generation"):
-        assert train_tiny.main([*argv, "--stage", stage]) == 0
-    note = json.loads((tmp_path / "run/vae.json").read_text())
-    first = json.loads((trained / "vae.json").read_text())
-    assert note["command"] == first["command"] and note["steps"] == first["steps"]
-    ours, theirs = (train_tiny.Folder(f) for f in (tmp_path / "run", trained))
-    for a, b in zip(ours.vae().parameters(), theirs.vae().parameters(), strict=True):
-        assert torch.equal(a, b.half().float())  # shipped in fp16
-    began = [p.half().float() for p in theirs.generation()[0].parameters()]
-    ended = list(ours.generation()[0].parameters())
-    moved = sum((a - b).norm() for a, b in zip(ended, began, strict=True))
-    assert 0 < moved < 0.2 * sum(b.norm() for b in began)  # two steps away
-    (start / "FLUX/FLUX.1-dev/ae.safetensors").write_bytes(b"no")
-    (tmp_path / "run/vae.json").unlink()
-    assert "ae.safetensors" in refused(capsys, *argv, "--stage", "vae")
-
-
 # ---- bad input -----------------------------------------------------------------------------------
 
 

@@ -39,12 +39,8 @@ from .tasks import Example, example
 from .world import render
 
 POOL = 24_576  # most pictures embedded once for a decoder stage, over all workers
-TASKS = ("understand", "generate", "edit")
-PHASES = (  # until this part of the AR stage: und:gen:edit, and most objects asked about
-    (0.44, (1, 2, 1), 0),  # the paper's mixture
-    (0.62, (6, 1, 1), 8),
-    (2.0, (3, 1, 4), 8),
-)
+MIXTURE = ("understand", "generate", "generate", "edit")  # 1:2:1
+CROWD = 8  # most objects asked about, once the curriculum is over
 COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
 
 
@@ -105,26 +101,22 @@ def ar_stage(
 ) -> Stage:
     """Multi-task training with the vision tower frozen; scenes grow from one object to four.
 
-    Pictures are learned from the start, in the paper's mixture. To look up what a phrase means,
-    which questions need and editing builds on, is learned from crowds: where many objects might be
-    meant, only looking up helps. Questions *alone* teach it fastest, but before pictures they
-    spoil these: the image loss was twice as high 750 steps after such a beginning as without it.
+    Questions are about up to CROWD objects: where many might be meant, only looking up what the
+    words mean helps, which editing needs as well.
     """
     ar.visual.requires_grad_(False)
 
     def loss(rng, progress):
-        shares, crowd = next(rest for until, *rest in PHASES if progress < until)
         most = 1 if progress < 0.03 else 2 if progress < 0.1 else 4
-        tasks = [task for task, n in zip(TASKS, shares, strict=True) for _ in range(n)]
-        picked = [tasks[i % len(tasks)] for i in range(batch)]
-        objects = {"understand": max(most, crowd)}
-        found = [example(rng, task, most=objects.get(task, most)) for task in picked]
+        objects = {"understand": CROWD if most == 4 else most}
+        tasks = [MIXTURE[i % 4] for i in range(batch)]
+        found = [example(rng, task, most=objects.get(task, most)) for task in tasks]
         out = ar_batch_loss(ar, tokenizer, config, found)
         return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
 
     def sample(path):
         rng, metrics = np.random.default_rng(4), {}
-        for task in TASKS:
+        for task in dict.fromkeys(MIXTURE):
             found = [example(rng, task, unseen=True) for _ in range(40)]
             with torch.no_grad():
                 out = ar_batch_loss(ar, tokenizer, config, found)
