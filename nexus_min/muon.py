@@ -64,8 +64,8 @@ class Muon(torch.optim.Optimizer):
         """Nesterov's momentum of parameters of one shape: [K, m, n]."""
         for p in parameters:
             if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        kept = [self.state[p]["momentum"] for p in parameters]
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        kept = [self.state[p]["momentum_buffer"] for p in parameters]
         grads = [p.grad for p in parameters]
         torch._foreach_lerp_(kept, grads, 1 - beta)
         return torch.stack(torch._foreach_lerp(grads, kept, beta))

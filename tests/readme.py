@@ -59,12 +59,12 @@ def parity() -> str:
 TABLES = {"tour": tour, "parity": parity}
 
 
-def section(name: str, text: str) -> str:
-    """What stands in a README between the markers of a table. ValueError without markers."""
-    found = re.search(rf"<!-- {name} -->\n(.*?)\n<!-- end {name} -->", text, re.DOTALL)
-    if not found:
-        raise ValueError(f"README.md has no markers <!-- {name} --> and <!-- end {name} -->")
-    return found[1]
+def section(name: str, text: str) -> tuple[str, str, str]:
+    """A README before, between and after the markers of a table. ValueError without markers."""
+    parts = re.split(rf"(?<=<!-- {name} -->\n)|(?=\n<!-- end {name} -->)", text)
+    if len(parts) != 3:
+        raise ValueError(f"README.md needs once <!-- {name} --> and <!-- end {name} -->")
+    return tuple(parts)
 
 
 def main() -> None:
@@ -72,7 +72,8 @@ def main() -> None:
     for name, make in TABLES.items():
         table = make()
         print(table, end="\n\n")
-        text = text.replace(section(name, text), table)
+        before, _, after = section(name, text)
+        text = before + table + after
     if sys.argv[1:] == ["--write"]:
         README.write_text(text, "utf-8")
 

@@ -292,7 +292,7 @@ def test_the_loss_falls_on_the_own_lines(tmp_path, rank):
     data = MessageDataset(path)
     mixture = finetune.Mixture([data[i] for i in range(4)])
     stage = finetune.autoregressive_stage(model.ar, model.tokenizer, model.config, mixture, 4, rank)
-    run = train_tiny.Run(tmp_path, steps=12, quiet=True)
+    run = train_tiny.Run(tmp_path, steps=30, quiet=True)
     before = [float(stage.loss(np.random.default_rng(i), 0.0)[0].detach()) for i in range(2)]
     train_tiny.fit(replace(stage, ema=0.0), run)
     after = [float(stage.loss(np.random.default_rng(i), 0.0)[0].detach()) for i in range(2)]

@@ -23,16 +23,17 @@ def test_quick_start_has_two_shell_blocks_and_the_second_is_what_ci_runs():
 
 
 def test_the_tour_is_up_to_date():
-    assert readme.section("tour", TEXT) == readme.tour(), "python tests/readme.py --write"
+    assert readme.section("tour", TEXT)[1] == readme.tour(), "python tests/readme.py --write"
 
 
 def test_the_parity_table_names_the_towers_and_limits_of_the_tests():
     def cells(table: str) -> list[list[str]]:
         return [[c.strip() for c in row.split("|")[1:-1]] for row in table.split("\n")[2:]]
 
-    told, ran = (cells(t) for t in (readme.section("parity", TEXT), readme.parity()))
-    assert [(r[0], r[3]) for r in told] == [(r[0], r[3]) for r in ran]
-    assert all(float(r[2]) <= float(r[3]) for r in told)
+    told, ran = (cells(t) for t in (readme.section("parity", TEXT)[1], readme.parity()))
+    assert [r[0] for r in told] == [r[0] for r in ran]
+    for row, now in zip(told, ran, strict=True):  # a processor may allow a limit to be smaller
+        assert float(row[2]) <= float(row[3]) >= float(now[3])
 
 
 def test_python_blocks_run(tmp_path, monkeypatch):
