@@ -1,4 +1,4 @@
-"""The command line: `python -m nexus_min understand | generate | edit | eval`.
+"""The command line: `python -m nexus_min understand | generate | edit | chat | eval`.
 
 Options as in the official `image_understanding.py`, `image_generation.py` and `image_editing.py`,
 with shorter names beside them. Whatever is wrong with what the user gave is one line on stderr and
@@ -45,10 +45,10 @@ def fail(message: str) -> None:
     raise SystemExit(2)
 
 
-def say(stream, line: str) -> None:
+def say(stream, line: str, end: str = "\n") -> None:
     """Write a line in the stream's encoding, escaping what that cannot hold."""
     encoding = stream.encoding or "utf-8"
-    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + end)
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -66,6 +66,7 @@ def build_parser(with_eval: bool) -> Parser:
     generate.add_argument("--prompt")
     add_like(generate)
     add_drawing(generate, "generated.png")
+    add_preamble(generate)
     add_model(generate)
     edit = commands.add_parser("edit", help="change a picture as told")
     add_image(edit)
@@ -75,7 +76,19 @@ def build_parser(with_eval: bool) -> Parser:
     )
     add_like(edit)
     add_drawing(edit, "edited.png")
+    add_preamble(edit)
     add_model(edit)
+    chat = commands.add_parser("chat", help="talk, line by line; /help lists the commands")
+    chat.set_defaults(words=[])
+    chat.add_argument(
+        "--keep",
+        choices=("slots", "predicted", "reencoded"),
+        default="predicted",
+        help="what is remembered of a drawn picture",
+    )
+    chat.add_argument("--decoder", choices=("auto", "generation", "editing"), default="auto")
+    add_drawing(chat, "chat.png")
+    add_model(chat)
     evaluate = commands.add_parser("eval", help="score a model on the toy world")
     add_folder(evaluate)
     evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of cases and noise")
@@ -144,6 +157,11 @@ def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--embedded_guidance", "--guidance", dest="guidance", default=3.5, **real)
     parser.add_argument("--negative_prompt", "--negative-prompt", default="", metavar="TEXT")
     parser.add_argument("--seed", default=0, **number)
+    parser.add_argument("--output", "-o", default=output, metavar="FILE", help=f"default {output}")
+
+
+def add_preamble(parser: argparse.ArgumentParser) -> None:
+    """What is said around the prompt."""
     parser.add_argument("--language", choices=("en", "zh"), help="default: by the characters")
     parser.add_argument(
         "--fast_preamble",
@@ -151,7 +169,6 @@ def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
         action="store_true",
         help="do not generate the text before the picture",
     )
-    parser.add_argument("--output", "-o", default=output, metavar="FILE", help=f"default {output}")
 
 
 def add_folder(parser: argparse.ArgumentParser) -> None:
@@ -218,6 +235,34 @@ def run_edit(args: argparse.Namespace) -> None:
     finish(args, events, {"prompt": args.instruction, "decoder": args.decoder}, image)
 
 
+def run_chat(args: argparse.Namespace) -> None:
+    """Talk over standard input and output; pictures are saved as chat-1.png, chat-2.png, ..."""
+    from .talk import HELP, Talk
+
+    place_words(args)
+    check_output(args.output)
+    model = load_model(args, ["ar", "generation", "editing", "autoencoder"])
+    chat = model.chat(keep=args.keep, decoder=args.decoder, **drawing(args))
+
+    def write(text: str) -> None:
+        say(sys.stdout, text, end="")
+        sys.stdout.flush()
+
+    def save(image, number: int, sampling) -> str:
+        path = Path(args.output)
+        path = path.with_stem(f"{path.stem}-{number}")
+        save_image(image, path, {"model": args.model, **asdict(sampling)})
+        return str(path)
+
+    def complain(error: BaseException) -> None:
+        say(sys.stderr, f"{PROGRAM}: " + (f"error: {error}" if str(error) else "stopped"))
+
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        write(HELP + "\n")
+    Talk(chat, write, save, complain if at_terminal else None).run(sys.stdin)
+
+
 def run_eval(args: argparse.Namespace) -> None:
     """Score a model on the toy world; where results go is checked before the work is done."""
     from .toy.evaluate import main as evaluate
@@ -232,10 +277,10 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 def drawing(args: argparse.Namespace) -> dict:
-    """The options of `generate_steps` and `edit_steps` that the command line sets."""
+    """The options of `generate`, `edit` and `chat` that the command line sets."""
     names = ("height", "width", "num_steps", "cfg_scale", "guidance", "negative_prompt", "seed")
     names += ("language", "fast_preamble", "max_new_tokens")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def open_image(path: str, max_pixels: int | None):
@@ -316,6 +361,7 @@ COMMANDS = {
     "understand": run_understand,
     "generate": run_generate,
     "edit": run_edit,
+    "chat": run_chat,
     "eval": run_eval,
 }
 

@@ -347,6 +347,7 @@ def generate(
     max_new_tokens: int = 1024,
     repetition_penalty: float = 1.05,
     sample: Callable[[Tensor], int] = greedy,
+    cache: KVCache | None = None,
 ) -> Iterator[tuple[str, int | Tensor]]:
     """Continue one prompt, yielding ("token", id) and ("image", embeddings [N, C]) as they come.
 
@@ -354,12 +355,14 @@ def generate(
     `embed` and `rope_index`. Whenever vision_start comes, one pass over [vision_start, slots] reads
     the image and vision_end is forced; a reply may hold several. Stops at im_end or endoftext,
     which are not yielded, or after max_new_tokens text tokens. The penalty sees the prompt too;
-    `sample` maps the penalised logits [vocab] (fp32) to an id. ValueError for a batch.
+    `sample` maps the penalised logits [vocab] (fp32) to an id. `cache` holds the first tokens of
+    the prompt, or none, and is extended: a conversation goes on from it. ValueError for a batch.
     """
     if len(input_ids) != 1:
         raise ValueError(f"generate continues one prompt, not {len(input_ids)}")
-    config, cache, ids = model.config, KVCache(), input_ids
+    config, cache, ids = model.config, cache or KVCache(), input_ids
     x, positions, start = _prompt(model, ids, image_embeds, image_grid_thw, None)
+    x, positions = x[:, cache.length :], positions[:, :, cache.length :]
     for _ in range(max_new_tokens):
         slots = 0
         if ids[0, -1] == config.vision_start_token_id:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import wraps
 from inspect import isgeneratorfunction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -40,10 +40,12 @@ from .components import (
     text_context,
 )
 from .config import NexusGenConfig
+from .conversation import Chat, ChatInputs
+from .decoder import KVCache
 from .image_processor import bound_image, load_image, reference_view, to_image, to_patches
 from .mmdit import MMDiT, context_ids_editing, context_ids_generation
 from .placement import PROFILES, Place, Placement, advice, needs, out_of_memory_told, to_fp8
-from .sampling import Context, Sampling, guided, velocity_field
+from .sampling import Context, Drawing, Sampling, guided, velocity_field
 from .tokenizer import (
     EDITING_PROMPT,
     EDITING_REPLY,
@@ -51,6 +53,7 @@ from .tokenizer import (
     GENERATION_REPLY,
     IMAGE,
     QwenTokenizer,
+    check_text,
 )
 from .tokenizer import language as detect_language
 
@@ -70,24 +73,6 @@ NOUNS = {
 
 ImageLike = Any  # a path, bytes, an array or a PIL image: see `load_image`
 Event = tuple[str, Any]
-
-
-class ChatInputs(NamedTuple):
-    """What the AR model reads: a conversation up to the assistant's turn."""
-
-    input_ids: Tensor  # [1, L]
-    image_embeds: Tensor | None  # [n, C], all pictures in reading order
-    image_grid_thw: Tensor | None  # [pictures, 3]
-
-
-def check_text(text: str, name: str) -> None:
-    """ValueError when a text is empty, or no Unicode at all (undecodable bytes of a shell)."""
-    if not text.strip():
-        raise ValueError(f"the {name} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the {name} is not valid Unicode text") from error
 
 
 def pick_language(language: str | None, text: str) -> str:
@@ -253,7 +238,9 @@ class NexusGen:
         text = instruction if IMAGE in instruction else EDITING_PROMPT.format(instruction)
         return self.chat_inputs(text, [image])
 
-    def reply(self, inputs: ChatInputs, max_new_tokens: int = 1024) -> Iterator[Event]:
+    def reply(
+        self, inputs: ChatInputs, max_new_tokens: int = 1024, cache: KVCache | None = None
+    ) -> Iterator[Event]:
         """The AR model's reply as it comes: ("token", id) and ("image", embeddings [N, C])."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -265,6 +252,7 @@ class NexusGen:
             image_grid_thw=inputs.image_grid_thw,
             max_new_tokens=min(max_new_tokens, left - self.config.ar.num_image_slots),
             repetition_penalty=self.config.repetition_penalty,
+            cache=cache,
         )
 
     @torch.no_grad()
@@ -383,16 +371,23 @@ class NexusGen:
         vae = self.need("autoencoder")
         return [to_image(x) for x in vae.decode(latents.to(vae.decoder.conv_in.weight)).float()]
 
-    def draw_steps(
-        self, mmdit: MMDiT, context: Context, sampling: Sampling, negative: Context | None = None
-    ) -> Iterator[Event]:
+    def draw(self, drawing: Drawing) -> Iterator[Event]:
         """Yield ("sampling", Sampling), ("context", Context), ("step", Step)..., ("image", PIL)."""
+        sampling = drawing.sampling
+        negative, context = self.negative_of(sampling), self.drawing_context(drawing)
         yield "sampling", sampling
         yield "context", context
-        noise = sampling.noise(self.config)
+        mmdit, noise = self.have(drawing.decoder).mmdit, sampling.noise(self.config)
         for step in self.denoise_steps(mmdit, context, noise, sampling, negative):
             yield "step", step
         yield "image", self.decode(step.x)[0]
+
+    def drawing_context(self, drawing: Drawing) -> Context:
+        """What the decoder of a drawing, or of a batch of them, is told."""
+        if drawing.decoder == "generation":
+            return self.generation_context(drawing.embeds)
+        size = drawing.sampling.latent_shape(self.config)[2:]
+        return self.editing_context(drawing.embeds, drawing.reference, *size)
 
     # ---- the three tasks -----------------------------------------------------------------------
 
@@ -412,9 +407,8 @@ class NexusGen:
         events = self.reply(self.chat_inputs(text, images), max_new_tokens)
         return self.tokenizer.decode([value for kind, value in events if kind == "token"]).strip()
 
-    @tells_of_memory
     @torch.no_grad()
-    def generate_steps(
+    def plan_generation(
         self,
         prompt: str,
         *,
@@ -422,17 +416,23 @@ class NexusGen:
         fast_preamble: bool = False,
         max_new_tokens: int = 1024,
         **sampling,
-    ) -> Iterator[Event]:
-        """`generate` step by step: ("text", str), ("embeddings", [1, N, C]), then `draw_steps`."""
-        mmdit = self.have("generation").mmdit
+    ) -> Drawing:
+        """The AR model's half of `generate`, and the settings of the other."""
+        self.have("generation")
         settings = Sampling(**sampling).resolve(self.config, self.config.cfg_scale)
         sentence = GENERATION_REPLY[pick_language(language, prompt)]
         inputs = self.generation_inputs(prompt, language)
         text, embeds = self.predict_embeddings(inputs, sentence, fast_preamble, max_new_tokens)
-        yield "text", text
-        yield "embeddings", embeds
-        negative = self.negative_of(settings)
-        yield from self.draw_steps(mmdit, self.generation_context(embeds), settings, negative)
+        return Drawing(text, embeds, None, "generation", settings)
+
+    @tells_of_memory
+    @torch.no_grad()
+    def generate_steps(self, prompt: str, **options) -> Iterator[Event]:
+        """`generate` in steps: ("text", str), ("embeddings", [1, N, C]), then those of `draw`."""
+        drawing = self.plan_generation(prompt, **options)
+        yield "text", drawing.text
+        yield "embeddings", drawing.embeds
+        yield from self.draw(drawing)
 
     def generate(self, prompt: str, **options) -> Image.Image:
         """Draw a description, English or Chinese.
@@ -444,9 +444,8 @@ class NexusGen:
         """
         return last_image(self.generate_steps(prompt, **options))
 
-    @tells_of_memory
     @torch.no_grad()
-    def edit_steps(
+    def plan_edit(
         self,
         image: ImageLike,
         instruction: str,
@@ -456,27 +455,28 @@ class NexusGen:
         fast_preamble: bool = False,
         max_new_tokens: int = 1024,
         **sampling,
-    ) -> Iterator[Event]:
-        """`edit` step by step: ("text", str), ("embeddings", [1, N, C]), then `draw_steps`."""
+    ) -> Drawing:
+        """The AR model's half of `edit`, and the settings of the other."""
         if decoder not in ("editing", "generation"):
             raise ValueError(f"decoder must be editing or generation, got {decoder!r}")
-        mmdit = self.have(decoder).mmdit
+        self.have(decoder)
         cfg_scale = 1.0 if decoder == "editing" else self.config.cfg_scale
         settings = Sampling(**sampling).resolve(self.config, cfg_scale)
         sentence = EDITING_REPLY[pick_language(language, instruction)]
         source = load_image(image)
         inputs = self.editing_inputs(source, instruction)
         text, embeds = self.predict_embeddings(inputs, sentence, fast_preamble, max_new_tokens)
-        yield "text", text
-        yield "embeddings", embeds
         reference = self.reference_embeds(source) if decoder == "editing" else None
-        negative = self.negative_of(settings)
-        if decoder == "generation":
-            context = self.generation_context(embeds)
-        else:
-            size = settings.latent_shape(self.config)[2:]
-            context = self.editing_context(embeds, reference, *size)
-        yield from self.draw_steps(mmdit, context, settings, negative)
+        return Drawing(text, embeds, reference, decoder, settings)
+
+    @tells_of_memory
+    @torch.no_grad()
+    def edit_steps(self, image: ImageLike, instruction: str, **options) -> Iterator[Event]:
+        """`edit` in steps: ("text", str), ("embeddings", [1, N, C]), then those of `draw`."""
+        drawing = self.plan_edit(image, instruction, **options)
+        yield "text", drawing.text
+        yield "embeddings", drawing.embeds
+        yield from self.draw(drawing)
 
     def edit(self, image: ImageLike, instruction: str, **options) -> Image.Image:
         """Change a picture as told.
@@ -486,6 +486,10 @@ class NexusGen:
         is no picture.
         """
         return last_image(self.edit_steps(image, instruction, **options))
+
+    def chat(self, **options) -> Chat:
+        """A conversation, empty so far: see `conversation.Chat` for the options."""
+        return Chat(self, **options)
 
 
 def last_image(events: Iterator[Event]) -> Image.Image:

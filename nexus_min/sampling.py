@@ -82,6 +82,16 @@ class Sampling:
         return torch.randn(self.latent_shape(config), generator=generator)
 
 
+class Drawing(NamedTuple):
+    """A picture that the AR model has described and that a decoder is to draw."""
+
+    text: str  # what the model says before it
+    embeds: Tensor  # [1, N, C]
+    reference: Tensor | None  # [1, M, C] of the source; None: the generation decoder's
+    decoder: str  # "generation" or "editing"
+    sampling: Sampling  # resolved
+
+
 def whole_side(side: int | None, config: NexusGenConfig) -> int:
     """Pixels of a side, rounded up to whole image tokens. ValueError when out of range."""
     unit, most = PATCH * config.autoencoder.downsample, MAX_SCALE * config.image_size

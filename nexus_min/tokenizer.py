@@ -67,6 +67,16 @@ class TrainingExample(NamedTuple):
     slot_mask: list[bool]  # True at image tokens that are to be generated
 
 
+def check_text(text: str, name: str) -> None:
+    """ValueError when a text is empty, or no Unicode at all (undecodable bytes of a shell)."""
+    if not text.strip():
+        raise ValueError(f"the {name} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the {name} is not valid Unicode text") from error
+
+
 def language(text: str) -> str:
     """ "zh" when the text holds a Han character, else "en": the key of the prompt tables."""
     return "zh" if any("\u4e00" <= c <= "\u9fff" for c in text) else "en"
@@ -135,14 +145,17 @@ class QwenTokenizer:
         messages: Sequence[Message],
         image_token_counts: Sequence[int] = (),
         add_generation_prompt: bool = True,
+        continued: bool = False,
     ) -> list[int]:
         """Ids of a conversation, which starts with the default system prompt unless it has its own.
 
         image_token_counts: embeddings of each image, in the order of their placeholders. With
-        `add_generation_prompt` the assistant's turn is opened. ValueError for another number of
-        images than of placeholders (naming the messages that hold some), or a malformed message.
+        `add_generation_prompt` the assistant's turn is opened. `continued` messages follow others
+        and take no system prompt. ValueError for another number of images than of placeholders
+        (naming the messages that hold some), or a malformed message.
         """
-        ids = [i for _, turn in self._turns(messages, image_token_counts) for i in turn]
+        turns = self._turns(messages, image_token_counts, continued)
+        ids = [i for _, turn in turns for i in turn]
         opening = [self.special_ids[IM_START], *self._assistant]
         return ids + opening if add_generation_prompt else ids
 
@@ -165,9 +178,9 @@ class QwenTokenizer:
         return TrainingExample(ids, labels, slots)
 
     def _turns(
-        self, messages: Sequence[Message], counts: Sequence[int]
+        self, messages: Sequence[Message], counts: Sequence[int], continued: bool = False
     ) -> Iterator[tuple[str, list[int]]]:
-        """(role, ids) of each message, the system prompt first."""
+        """(role, ids) of each message, the system prompt first unless they are `continued`."""
         for m in messages:
             fits = isinstance(m, dict) and m.get("role") in ROLES
             if not (fits and isinstance(m.get("content"), str)):
@@ -175,7 +188,7 @@ class QwenTokenizer:
         if (places := count_places(messages)) != len(counts):
             told = f"{places} {IMAGE} placeholders for {len(counts)} images"
             raise ValueError(told + where_places(messages))
-        if not messages or messages[0]["role"] != "system":
+        if not continued and (not messages or messages[0]["role"] != "system"):
             messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
         counts = iter(counts)
         for m in messages:
@@ -190,4 +203,9 @@ class QwenTokenizer:
         for text in rest:
             pads = [special[IMAGE_PAD]] * next(counts)
             ids += [special[VISION_START], *pads, special[VISION_END], *self.encode(text)]
-        return [*ids, special[IM_END], *self._newline]
+        return [*ids, *self.turn_end]
+
+    @property
+    def turn_end(self) -> list[int]:
+        """Ids that close a message."""
+        return [self.special_ids[IM_END], *self._newline]

@@ -26,7 +26,7 @@ RANKS = (
     ("mmdit", "flow"),
     ("autoencoder",),
     ("sampling",),
-    ("components", "placement"),
+    ("components", "placement", "conversation"),
     ("pipeline",),
     ("data", "muon"),
     ("training",),
@@ -35,6 +35,7 @@ RANKS = (
     ("toy.vocabulary",),
     ("toy.pictures",),
     ("toy.base", "toy.stages", "toy.evaluate"),
+    ("talk",),
     ("__main__",),
 )
 RANK = {name: i for i, names in enumerate(RANKS) for name in names} | {"": -1, "toy": -1}

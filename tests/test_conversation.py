@@ -1,0 +1,295 @@
+"""Conversations: one growing history, pictures that stay in it, and turns that leave no trace."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+from tiny_model import make_tiny, save_tiny
+
+from nexus_min import autoregressive
+from nexus_min.__main__ import main
+from nexus_min.conversation import KEEP, TextStream
+from nexus_min.data import check_line
+from nexus_min.pipeline import NexusGen
+from nexus_min.talk import Talk
+from nexus_min.tokenizer import GENERATION_REPLY
+
+PICTURE = object()  # in a script: here comes a picture
+
+
+@pytest.fixture(scope="module")
+def tiny() -> NexusGen:
+    return make_tiny()
+
+
+@pytest.fixture
+def script(tiny, monkeypatch):
+    """script(*parts): what the model says next, texts and PICTUREs; then its turn ends."""
+    coming: list[int] = []
+
+    def write(*parts) -> None:
+        start, end = tiny.config.ar.vision_start_token_id, tiny.config.ar.eos_token_id
+        coming.clear()
+        for part in parts:
+            coming.extend([start] if part is PICTURE else tiny.tokenizer.encode(part))
+        coming.append(end)
+
+    def logits(model, hidden, ids, penalty):
+        return torch.nn.functional.one_hot(torch.tensor(coming.pop(0)), 768).float()
+
+    monkeypatch.setattr(autoregressive, "_text_logits", logits)
+    return write
+
+
+def photo(shade: int = 90, size=(50, 30)) -> Image.Image:
+    return Image.linear_gradient("L").resize(size).point(lambda v: v ^ shade).convert("RGB")
+
+
+def chat(model, **options):
+    return model.chat(**{"num_steps": 1} | options)
+
+
+def last(events, kind: str):
+    """The last event of a kind."""
+    return dict(events)[kind]
+
+
+# ---- history -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", KEEP)
+def test_a_cached_turn_is_the_whole_conversation_in_one_pass(tiny, script, keep):
+    talk = chat(tiny, keep=keep)
+    script("Here: ", PICTURE, " and ", PICTURE, ".")
+    list(talk.say("draw two", [photo()]))
+    known = list(talk.ids), list(talk.pictures), talk.cache.length
+    script("It is ", PICTURE)
+    got = last(talk.say("change it", [photo(7), photo(9)]), "embeddings")
+
+    config, pictures = tiny.config.ar, talk.pictures[:-1]
+    at = len(talk.ids) - 2 - talk.ids[::-1].index(config.vision_end_token_id)
+    ids = torch.tensor([talk.ids[: at + 1]])  # up to the last image token
+    is_image = ids == config.image_token_id
+    new = torch.zeros_like(is_image)
+    new[:, -config.num_image_slots :] = True
+    drawn = [p in known[1][1:] for p in pictures]  # but for the photo, what was drawn before
+    runs = torch.cat(
+        [torch.full((len(p.embeds),), d) for p, d in zip(pictures, drawn, strict=True)]
+    )
+    slots = new.clone()
+    if keep == "slots":
+        slots[is_image & ~new] = runs
+    read = [p.embeds for p, d in zip(pictures, drawn, strict=True) if keep != "slots" or not d]
+    grids = torch.tensor([p.grid for p in [*pictures, talk.pictures[-1]]])
+    grids[-1] = torch.tensor(config.slot_grid)
+    with torch.no_grad():
+        out = tiny.ar(ids, torch.cat(read), grids, None, slots).image_embeddings
+    want = out[:, -config.num_image_slots - 1 : -1]
+    assert known[0] == talk.ids[: len(known[0])] and 0 < known[2] <= len(known[0])
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("keep", KEEP)
+def test_every_picture_is_in_the_history_once(tiny, script, keep):
+    talk = chat(tiny, keep=keep, height=96)  # drawn larger than what the slots hold
+    for turn in range(3):
+        script("so ", PICTURE)
+        list(talk.say("more", [photo(turn)]))
+        pads = talk.ids.count(tiny.config.ar.image_token_id)
+        assert pads == sum(len(p.embeds) for p in talk.pictures)
+        assert len(talk.pictures) == 2 * turn + 2
+    assert talk.ids.count(tiny.config.ar.vision_start_token_id) == 6
+    assert tiny.tokenizer.decode(talk.ids).count("You are a helpful assistant.") == 1
+    images = [p.image for p in talk.pictures]
+    check_line({"images": images, "messages": talk.messages}, "the conversation")
+    assert talk.messages[-2:] == [
+        {"role": "user", "content": "<image>more"},
+        {"role": "assistant", "content": "so <image>"},
+    ]
+
+
+def test_what_is_kept_of_a_picture_differs(tiny, script):
+    said = {}
+    for keep in KEEP:
+        talk = chat(tiny, keep=keep)
+        script(PICTURE)
+        list(talk.say("draw"))
+        script(PICTURE)
+        said[keep] = last(talk.say("again"), "embeddings")
+    assert not torch.allclose(said["slots"], said["predicted"], atol=1e-3)
+    assert not torch.allclose(said["reencoded"], said["predicted"], atol=1e-3)
+
+
+def test_each_picture_of_a_reply_has_its_own_seed_and_source(tiny, script):
+    talk = chat(tiny, seed=5)
+    script("one ", PICTURE, " two ", PICTURE)
+    events = list(talk.say("draw two"))
+    settings = [v for k, v in events if k == "sampling"]
+    drawn = [v for k, v in events if k == "image"]
+    lengths = [v.txt.shape[1] for k, v in events if k == "context"]
+    assert [s.seed for s in settings] == [5, 6]
+    assert [p.image for p in talk.pictures] == drawn
+    assert lengths == [16, 80]  # the second is drawn from the first
+    assert [k for k, _ in events if k == "text"] and events.index(("text", "o")) == 0
+
+
+def test_the_sentence_of_a_new_picture_takes_the_generation_decoder(tiny, script):
+    def length(talk, reply: str, images=()) -> int:
+        script(reply, PICTURE)
+        return last(talk.say("go", images), "context").txt.shape[1]
+
+    new = GENERATION_REPLY["zh"].removesuffix("<image>")
+    assert length(chat(tiny), "Here is the image: ") == 16  # nothing to edit
+    assert length(chat(tiny), "Here is the image: ", [photo()]) == 80
+    assert length(chat(tiny), new, [photo()]) == 16
+    assert length(chat(tiny, decoder="editing"), new, [photo()]) == 80
+    assert length(chat(tiny, decoder="generation"), "Here is the image: ", [photo()]) == 16
+
+
+# ---- turns that fail -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", ["text", "embeddings", "step"])
+def test_a_turn_that_is_left_leaves_no_trace(tiny, script, stop):
+    plain, left = chat(tiny), chat(tiny)
+    for talk in (plain, left):
+        script("hello ", PICTURE)
+        list(talk.say("draw"))
+    before = list(left.ids), len(left.pictures), left.cache.length, len(left.messages)
+    script("no ", PICTURE)
+    events = left.say("another", [photo()])
+    for kind, _ in events:
+        if kind == stop:
+            break
+    events.close()
+    assert (left.ids, len(left.pictures), left.cache.length, len(left.messages)) == before
+    pictures = []
+    for talk in (plain, left):
+        script("so ", PICTURE)
+        pictures.append(last(talk.say("again"), "image").tobytes())
+    assert pictures[0] == pictures[1]
+
+
+def test_a_first_turn_that_fails_leaves_an_empty_conversation(tiny, script, monkeypatch):
+    talk = chat(tiny, decoder="editing")
+    script(PICTURE)
+    with pytest.raises(ValueError, match="needs a picture to start from"):
+        list(talk.say("draw"))
+    assert talk.ids == [] and talk.cache.length == 0
+    script("yes ", PICTURE)
+    list(talk.say("draw", [photo()]))
+    assert len(talk.pictures) == 2
+
+
+def test_an_announced_picture_without_tokens_left_is_dropped(tiny, script):
+    talk = chat(tiny, max_new_tokens=3)
+    script("ab", PICTURE)
+    assert "".join(v for k, v in talk.say("draw") if k == "text") == "ab<image>"
+    assert talk.messages[-1]["content"] == "ab" and not talk.pictures
+    script("ok")
+    list(talk.say("and"))
+    assert talk.messages[-1]["content"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "message"),
+    [
+        (" ", (), "message is empty"),
+        ("a \udcff", (), "not valid Unicode"),
+        ("<image> a", (), "1 <image> placeholders for 0 images"),
+        ("a", ("missing.png",), "cannot read picture 'missing.png': no such file"),
+        ("a" * 3000, (), "tokens long; this model reads"),
+    ],
+)
+def test_bad_turns(tiny, text, images, message):
+    talk = chat(tiny)
+    with pytest.raises(ValueError, match=message):
+        list(talk.say(text, images))
+    assert talk.ids == [] and talk.messages == [] and talk.cache.length == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": "all"}, "keep must be one of slots, predicted, reencoded"),
+        ({"decoder": "both"}, "decoder must be one of auto, generation, editing"),
+        ({"num_steps": 0}, "steps"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_bad_options_are_found_at_once(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        chat(tiny, **options)
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+def test_characters_of_several_tokens_come_whole(tiny):
+    stream = TextStream(tiny.tokenizer)
+    pieces = [stream.push(i) for i in tiny.tokenizer.encode("a 圆é")]
+    assert len(pieces) == 7 and [p for p in pieces if p] == ["a", " ", "圆", "é"]
+    assert stream.text == "a 圆é"
+
+
+# ---- on a terminal -------------------------------------------------------------------------------
+
+
+class Stub:
+    """A Chat that says what it heard."""
+
+    def __init__(self):
+        self.heard = []
+
+    def clear(self):
+        self.heard.append("clear")
+
+    def say(self, text, images):
+        self.heard.append((text, len(images)))
+        if text == "stop":
+            raise KeyboardInterrupt
+        yield "text", "yes"
+        if text == "draw":
+            yield "sampling", "settings"
+            yield "image", "picture"
+
+
+def test_lines_are_messages_or_commands(tmp_path, monkeypatch):
+    photo().save(tmp_path / "a b.png")
+    monkeypatch.chdir(tmp_path)
+    stub, out, saved, told = Stub(), [], [], []
+    talk = Talk(stub, out.append, lambda *a: saved.append(a) or f"p{a[1]}", told.append)
+    lines = ["draw\n", "", "/image a b.png", "/image a b.png", "what?", "stop", "/image none.png"]
+    lines += ["/nonsense", "/draw 圆", "/draw", "draw", "/new", "/quit", "never"]
+    talk.run(lines)
+    said = "根据以下描述生成一张图像：圆"
+    want = [("draw", 0), ("what?", 2), ("stop", 0), (said, 0), ("draw", 0), "clear"]
+    assert stub.heard == want
+    assert saved == [("picture", 1, "settings"), ("picture", 2, "settings")]
+    assert "".join(out) == "yes\np1\nyes\nyes\nyes\np2\n"
+    reasons = [
+        "",
+        "cannot read picture 'none.png'",
+        "unknown command '/nonsense'",
+        "prompt is empty",
+    ]
+    assert len(told) == 4 and all(r in str(t) for r, t in zip(reasons, told, strict=True))
+
+
+def test_a_conversation_through_a_pipe(tmp_path, monkeypatch, capsys):
+    folder = str(save_tiny(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", folder, "--steps", "1", "--max_new_tokens", "2"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/quit\n"))
+    main(["chat", *options])
+    out, err = capsys.readouterr()
+    assert out.endswith("\n") and err == ""
+    monkeypatch.setattr("sys.stdin", io.StringIO("/image none.png\nhello\n"))
+    with pytest.raises(SystemExit) as end:
+        main(["chat", *options])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == ""
+    assert err == "nexus_min: error: cannot read picture 'none.png': no such file\n"
