@@ -2,6 +2,7 @@
 
     python train_tiny.py --minutes 30              # everything, from nothing, into runs/tiny
     python train_tiny.py --stage ar --minutes 10   # one stage, on top of what the folder holds
+    python train_tiny.py --data my.jsonl           # fine-tune the shipped model on your own data
 
 Stages: `vae` (FLUX's, at toy width) and `vision` (grounding, the stand-in for Qwen2.5-VL's
 pre-training) make the base; `generation` learns to reconstruct pictures from their own image
@@ -14,6 +15,7 @@ again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -37,10 +39,14 @@ from torch.multiprocessing import (
 )
 
 import weights_loader as loader
+from nexus_min import finetune
 from nexus_min.autoencoder import AutoEncoder
 from nexus_min.autoregressive import NexusGenAR
+from nexus_min.components import PARTS, model_folder, read_tokenizer
 from nexus_min.config import NexusGenConfig
+from nexus_min.data import MessageDataset, check_file
 from nexus_min.mmdit import MMDiT
+from nexus_min.pipeline import NexusGen
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.toy import base
 from nexus_min.toy import stages as toy
@@ -249,6 +255,56 @@ TRAIN = {
 }
 
 
+# ------------------------------------------------------------------------------------ your own data
+
+
+def begin(folder: Folder, plan: Plan) -> None:
+    """Copy the model to start from, in fp32, and note the data. ValueError for a run on others."""
+    data = hashlib.sha256(plan.data.read_bytes()).hexdigest()
+    facts = {"data": data, "model": str(plan.model), "ratio": list(plan.ratio)}
+    file = folder.path / "data.json"
+    if file.exists():
+        if json.loads(file.read_text("utf-8")) != facts:
+            raise ValueError(f"{folder.path} is a run on other data; give another --out")
+        return
+    if folder.model.exists():
+        raise ValueError(f"{folder.path} holds a model that was not begun with --data")
+    model, source = NexusGen.load(plan.model, dtype=torch.float32), model_folder(plan.model)
+    parts = {name: getattr(model, name) for name in (*PARTS, "empty_prompt")}
+    parts["tokenizer_file"] = source / loader.AR_FOLDER / "tokenizer.json"
+    folder.save(model.config, **parts)
+    loader.replace_file(file, lambda p: p.write_text(json.dumps(facts), "utf-8"))
+
+
+def train_on_data(plan: Plan) -> None:
+    """Fine-tune by one stage after the other; those whose checkpoint is finished only save."""
+    folder, data = Folder(plan.out), MessageDataset(plan.data)
+    lines = [data[i] for i in range(len(data))]
+    if world()[0] == 0:
+        begin(folder, plan)
+    if dist.is_initialized():
+        dist.barrier()
+    for name in plan.stages:
+        torch.manual_seed(plan.seed)
+        limits = {"seconds": plan.seconds(name), "steps": plan.steps}
+        run = Run(folder.path, plan.seed, **limits, quiet=plan.quiet, bf16=plan.bf16)
+        own = finetune.Own(lines, plan.ratio, max(1, BATCH[name] // plan.workers), plan.shard)
+        finetune.TRAIN[name](folder, own, run)
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Print every mistake of a data file. ValueError when there is one."""
+    folder = model_folder(args.model)
+    config = loader.load_config(folder)
+    found = check_file(args.data, config, read_tokenizer(folder, config))
+    for mistake in found:
+        print(mistake)
+    if found:
+        raise ValueError(f"{args.data}: {len(found)} mistakes, see above")
+    kinds = [finetune.kind_of(line) for line in MessageDataset(args.data).lines]
+    print(f"{args.data}: good; " + ", ".join(f"{kinds.count(k)} {k}" for k in finetune.KINDS))
+
+
 # -------------------------------------------------------------------------------- the chosen stages
 
 
@@ -267,6 +323,10 @@ class Plan:
     started: float  # time.time()
     command: str  # as given, for the record
     start: Path | None = None  # see Folder
+    data: Path | None = None  # one's own; then also:
+    model: str = "tiny"  # what is fine-tuned
+    ratio: tuple[float, ...] = finetune.RATIO
+    shard: int = 256  # samples in a file of cached embeddings
 
     def seconds(self, stage: str) -> float | None:
         """Budget of a stage; what the ones before overran (final grids, start-up) comes off it."""
@@ -281,6 +341,8 @@ class Plan:
 
 def train(plan: Plan) -> None:
     """Run the stages one after the other, in this process; those that are finished are skipped."""
+    if plan.data:
+        return train_on_data(plan)
     folder, (rank, _) = Folder(plan.out, plan.start), world()
     for name in plan.stages:
         if folder.finished(name):
@@ -391,15 +453,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=30.0, help="budget of the chosen stages")
     parser.add_argument("--steps", type=int, help="steps of each stage, instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run")
+    parser.add_argument("--out", type=Path, help="folder of the run (runs/tiny; runs/own)")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--start", type=Path, help="shipped model: its VAE, and a first decoder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--ship", type=Path, help="write the finished model to this folder in fp16")
+    parser.add_argument(
+        "--data", type=Path, help="fine-tune on this file in the message-like format"
+    )
+    parser.add_argument("--check", action="store_true", help="only name the mistakes of --data")
+    parser.add_argument("--model", default="tiny", help="what --data fine-tunes: a folder, or tiny")
+    parser.add_argument("--ratio", type=ratio, default=finetune.RATIO, help="default 1:2:1")
+    parser.add_argument("--shard", type=int, default=256, help="samples a file of the cache")
     args = parser.parse_args(argv)
     if not (math.isfinite(args.minutes) and args.minutes > 0):
         raise ValueError(f"--minutes must be positive, not {args.minutes:g}")
-    for name, least in {"steps": 1, "workers": 1, "seed": 0}.items():
+    for name, least in {"steps": 1, "workers": 1, "seed": 0, "shard": 1}.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
@@ -407,12 +476,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"--{name} must be below 2^62, not {value}")
     if args.workers > (most := min(BATCH.values())):
         raise ValueError(f"--workers must be at most {most}, the smallest batch")
+    if args.check and not args.data:
+        raise ValueError("--check needs --data")
+    if args.ship and args.data:
+        raise ValueError("--ship is for whole runs; with --data the folder's model/ is the model")
+    args.out = args.out or Path("runs/own" if args.data else "runs/tiny")
     return args
+
+
+def ratio(text: str) -> tuple[float, ...]:
+    """ "1:2:1" -> the weights of understanding, generation and editing."""
+    parts = tuple(float(part) for part in text.split(":"))
+    if len(parts) != 3 or not all(0 <= part < 1e6 for part in parts) or not sum(parts):
+        raise ValueError(text)
+    return parts
 
 
 def make_plan(args: argparse.Namespace, started: float, command: str) -> Plan:
     """Check what can be checked before any work is done. ERRORS name the option or the folder."""
     folder = Folder(args.out)
+    if args.data:
+        folder.check_writable()
+        stages = finetune.stages(MessageDataset(args.data).lines, args.stage)
+        settings = (args.minutes, args.steps, args.seed, args.workers, args.quiet, bf16_pays())
+        own = (args.data, args.model, args.ratio, args.shard)
+        return Plan(args.out, stages, *settings, started, command, None, *own)
     stages = tuple(SHARES) if args.stage == "all" else (args.stage,)
     if args.stage != "all":
         folder.check(args.stage)
@@ -440,9 +528,13 @@ def main(argv: list[str] | None = None) -> int:
     started = time.time()
     try:
         args = parse(argv)
+        if args.check:
+            check_data(args)
+            return 0
         options = shlex.join(sys.argv[1:] if argv is None else argv)
         plan = make_plan(args, started, f"python train_tiny.py {options}".strip())
-        tell(Folder(args.out), plan.stages)
+        if not args.data:
+            tell(Folder(args.out), plan.stages)
         launch(plan)
         minutes = (time.time() - started) / 60
         print(f"trained {args.stage} in {minutes:.1f} minutes: {args.out}/model")

@@ -1,4 +1,4 @@
-"""The command line: `python -m nexus_min understand | generate | edit | chat | eval`.
+"""The command line: `python -m nexus_min understand | generate | edit | chat | batch | eval`.
 
 Options as in the official `image_understanding.py`, `image_generation.py` and `image_editing.py`,
 with shorter names beside them. Whatever is wrong with what the user gave is one line on stderr and
@@ -89,6 +89,15 @@ def build_parser(with_eval: bool) -> Parser:
     chat.add_argument("--decoder", choices=("auto", "generation", "editing"), default="auto")
     add_drawing(chat, "chat.png")
     add_model(chat)
+    batch = commands.add_parser("batch", help="the tasks of a JSONL file")
+    batch.set_defaults(words=[])
+    batch.add_argument(
+        "file", type=Path, metavar="FILE", help='{"task": "generate", "prompt": ...}'
+    )
+    batch.add_argument("--output", "-o", type=Path, default=Path("results"), metavar="DIR")
+    batch.add_argument("--batch_size", "--batch-size", type=int, default=8, metavar="N")
+    batch.add_argument("--seed", type=int, default=0, metavar="N", help="of the first item")
+    add_model(batch)
     evaluate = commands.add_parser("eval", help="score a model on the toy world")
     add_folder(evaluate)
     evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of cases and noise")
@@ -263,6 +272,34 @@ def run_chat(args: argparse.Namespace) -> None:
     Talk(chat, write, save, complain if at_terminal else None).run(sys.stdin)
 
 
+def run_batch(args: argparse.Namespace) -> None:
+    """Do the tasks of a file; a line a task in results.jsonl, pictures by number beside it."""
+    from . import batches
+
+    place_words(args)
+    items = batches.read_items(args.file)
+    args.output.mkdir(parents=True, exist_ok=True)
+    check_place(args.output / "results.jsonl")
+    model = load_model(args, ["ar", "generation", "editing", "autoencoder"])
+    options = {"batch_size": args.batch_size, "seed": args.seed, "progress": sys.stderr.isatty()}
+    rows: dict[int, dict] = {}
+    for result in batches.run(model, items, **options):
+        rows[result.index] = row = {"index": result.index, "text": result.text}
+        if result.error:
+            row["error"] = result.error
+        if result.image:
+            settings = asdict(result.sampling)
+            row |= {"image": f"{result.index:04d}.png", **settings}
+            path = args.output / row["image"]
+            save_image(result.image, path, {"model": args.model, **settings})
+    lines = [json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows)]
+    (args.output / "results.jsonl").write_text("".join(lines), "utf-8")
+    say(sys.stdout, str(args.output / "results.jsonl"))
+    if failed := [i for i in sorted(rows) if "error" in rows[i]]:
+        first = f"item {failed[0]}: {rows[failed[0]]['error']}"
+        raise ValueError(f"{len(failed)} of {len(items)} items failed; {first}")
+
+
 def run_eval(args: argparse.Namespace) -> None:
     """Score a model on the toy world; where results go is checked before the work is done."""
     from .toy.evaluate import main as evaluate
@@ -362,6 +399,7 @@ COMMANDS = {
     "generate": run_generate,
     "edit": run_edit,
     "chat": run_chat,
+    "batch": run_batch,
     "eval": run_eval,
 }
 

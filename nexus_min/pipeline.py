@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import autoregressive, flow
+from . import autoregressive, batches, flow
 from .components import (
     PARTS,
     EditingDecoder,
@@ -486,6 +486,10 @@ class NexusGen:
         is no picture.
         """
         return last_image(self.edit_steps(image, instruction, **options))
+
+    def batch(self, items: Sequence[dict], **options) -> list[batches.Result]:
+        """Tasks of any kinds in one call, one result each: see `batches.run`."""
+        return sorted(batches.run(self, items, **options), key=lambda result: result.index)
 
     def chat(self, **options) -> Chat:
         """A conversation, empty so far: see `conversation.Chat` for the options."""

@@ -1,0 +1,150 @@
+"""Many tasks in one call: the AR model reads them one by one, the decoders draw them together.
+
+    item = {"task": "generate", "prompt": ..., "seed": ...} -> Result
+
+First all texts and image embeddings, then all pictures of each decoder: parts of the model that
+visit a small device come once, not once an item. Noise depends on an item's own seed, so a picture
+is the one that the item gives alone. What is wrong with one item is that item's result. No
+equation; the official scripts take one task a call.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from .sampling import Drawing, Sampling
+
+TASKS = {
+    "understand": ("image", "question"),
+    "generate": ("prompt",),
+    "edit": ("image", "instruction"),
+}
+MISTAKES = (ValueError, TypeError, OSError)  # of one item, read from a file perhaps
+FAILURES = (ValueError, MemoryError, torch.OutOfMemoryError)  # of one picture, NaN for instance
+
+
+class Result(NamedTuple):
+    """What became of the item at `index`: an answer, a picture, or an error."""
+
+    index: int
+    text: str = ""  # the answer, or what is said before the picture
+    image: Image.Image | None = None
+    sampling: Sampling | None = None  # of the picture
+    error: str = ""
+
+
+def run(
+    model: Any, items: Sequence[dict], batch_size: int = 8, seed: int = 0, progress: bool = False
+) -> Iterator[Result]:
+    """The result of every item, as they come; `model` is a `pipeline.NexusGen`.
+
+    An item holds its `task` (one of `TASKS`), what that takes, and options of the method of that
+    name; without a seed its own is `seed` + its index. `batch_size` pictures are drawn at a time,
+    fewer when memory is short. ValueError for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+    drawings: dict[int, Drawing] = {}
+    with tqdm(total=len(items), unit="item", disable=not progress) as bar:
+        for i, item in enumerate(items):
+            try:
+                said = read(model, item, seed + i)
+            except MISTAKES as error:
+                said = Result(i, error=" ".join(str(error).split()))
+            if isinstance(said, Drawing):
+                drawings[i] = said
+            else:
+                bar.update()
+                yield said if isinstance(said, Result) else Result(i, said)
+        for group in groups(drawings, batch_size):
+            for result in draw(model, {i: drawings[i] for i in group}):
+                bar.update()
+                yield result
+
+
+def read(model: Any, item: dict, seed: int) -> str | Drawing:
+    """The AR model's part of an item: the answer, or the drawing to do."""
+    if not isinstance(item, dict) or item.get("task") not in TASKS:
+        raise ValueError(f"an item needs a `task` of {', '.join(TASKS)}")
+    options = {k: v for k, v in item.items() if k not in ("task", "id")}
+    if missing := [name for name in TASKS[item["task"]] if name not in options]:
+        raise ValueError(f"the task {item['task']} needs {' and '.join(missing)}")
+    if item["task"] == "understand":
+        options.pop("seed", None)
+        return model.understand(options.pop("image"), options.pop("question"), **options)
+    options = {"seed": seed} | options
+    if item["task"] == "generate":
+        return model.plan_generation(options.pop("prompt"), **options)
+    return model.plan_edit(options.pop("image"), options.pop("instruction"), **options)
+
+
+def groups(drawings: dict[int, Drawing], size: int) -> Iterator[list[int]]:
+    """Indices of drawings that differ in seed and embeddings alone, at most `size` at a time."""
+    alike: dict[Any, list[int]] = {}
+    for i, drawing in drawings.items():
+        key = drawing.decoder, replace(drawing.sampling, seed=0)
+        alike.setdefault(key, []).append(i)
+    for key in sorted(alike, key=lambda key: key[0]):  # one decoder after the other
+        yield from (alike[key][k : k + size] for k in range(0, len(alike[key]), size))
+
+
+def draw(model: Any, drawings: dict[int, Drawing]) -> Iterator[Result]:
+    """Draw all; when that fails, one half after the other, down to the one at fault."""
+    items = list(drawings.items())
+    try:
+        pictures = draw_together(model, list(drawings.values()))
+    except FAILURES as error:
+        if len(items) == 1:
+            i, reason = items[0][0], " ".join(str(error).split())
+            yield Result(i, items[0][1].text, error=reason or type(error).__name__)
+        else:
+            half = len(items) // 2
+            yield from draw(model, dict(items[:half]))
+            yield from draw(model, dict(items[half:]))
+        return
+    for (i, drawing), picture in zip(items, pictures, strict=True):
+        yield Result(i, drawing.text, picture, drawing.sampling)
+
+
+@torch.no_grad()
+def draw_together(model: Any, drawings: list[Drawing]) -> list[Image.Image]:
+    """One batch through the decoder and the autoencoder."""
+    first = drawings[0]
+    embeds = torch.cat([d.embeds for d in drawings])
+    references = None
+    if first.reference is not None:
+        references = torch.cat([d.reference for d in drawings])
+    context = model.drawing_context(first._replace(embeds=embeds, reference=references))
+    noise = torch.cat([d.sampling.noise(model.config) for d in drawings])
+    mmdit = model.have(first.decoder).mmdit
+    *_, end = model.denoise_steps(mmdit, context, noise, first.sampling)
+    return model.decode(end.x)
+
+
+def read_items(path: Path) -> list[Any]:
+    """Lines of a JSONL file, image paths relative to its folder; what is no JSON stays a string."""
+    items = []
+    for row in filter(bytes.strip, path.read_bytes().split(b"\n")):
+        try:
+            item = json.loads(row)
+        except ValueError:
+            item = row.decode("utf-8", "replace")
+        if isinstance(item, dict) and "image" in item:
+            item["image"] = resolved(item["image"], path.parent)
+        items.append(item)
+    return items
+
+
+def resolved(image: Any, folder: Path) -> Any:
+    """A path, or a list of paths, seen from `folder`."""
+    if isinstance(image, list):
+        return [resolved(one, folder) for one in image]
+    return folder / image if isinstance(image, str) else image

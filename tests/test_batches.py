@@ -1,0 +1,159 @@
+"""Batches: each item's result is the one it gives alone, and a bad item fails alone."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_model import make_tiny, save_tiny
+
+from nexus_min import batches
+from nexus_min.__main__ import main
+from nexus_min.pipeline import NexusGen
+
+FAST = {"fast_preamble": True, "num_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> NexusGen:
+    return make_tiny()
+
+
+def photo() -> Image.Image:
+    return Image.linear_gradient("L").resize((50, 30)).convert("RGB")
+
+
+def mixed() -> list[dict]:
+    edit = {"task": "edit", "image": photo(), "instruction": "white", **FAST}
+    return [
+        {"task": "generate", "prompt": "a circle", **FAST},
+        {"task": "understand", "image": photo(), "question": "what?", "max_new_tokens": 3},
+        edit,
+        {"task": "generate", "prompt": "a red star", "seed": 40, "cfg_scale": 2.0, **FAST},
+        {"task": "generate", "prompt": "一个圆", **FAST},
+        edit | {"decoder": "generation"},
+        edit | {"instruction": "black"},
+    ]
+
+
+def alone(model: NexusGen, item: dict, index: int):
+    """The item through its own method."""
+    item = {"seed": index} | item
+    task = item.pop("task")
+    if task == "understand":
+        item.pop("seed")
+    return getattr(model, task)(*[item.pop(n) for n in batches.TASKS[task]], **item)
+
+
+def test_a_batch_is_its_items_one_by_one(tiny):
+    items = mixed()
+    results = tiny.batch(items, batch_size=2)
+    assert [r.index for r in results] == list(range(len(items)))
+    assert not any(r.error for r in results)
+    for i, (item, result) in enumerate(zip(items, results, strict=True)):
+        want = alone(tiny, item, i)
+        if item["task"] == "understand":
+            assert result.text == want and result.image is None
+        else:
+            assert result.sampling.seed == item.get("seed", i)
+            difference = np.asarray(result.image, int) - np.asarray(want, int)
+            assert abs(difference).max() <= 1  # a batch may round differently
+
+
+def test_alike_items_are_drawn_together(tiny, monkeypatch):
+    sizes = []
+    whole = batches.draw_together
+    monkeypatch.setattr(
+        batches, "draw_together", lambda m, d: sizes.append((d[0].decoder, len(d))) or whole(m, d)
+    )
+    tiny.batch([*mixed(), {"task": "generate", "prompt": "b", **FAST}], batch_size=3)
+    want = [("editing", 2), ("generation", 1), ("generation", 1), ("generation", 3)]
+    assert sorted(sizes) == want  # cfg 2; the edit by the generation decoder goes with the prompts
+
+
+def bad_items() -> list:
+    return [
+        ("not JSON", "needs a `task`"),
+        ({"prompt": "a"}, "needs a `task` of understand, generate, edit"),
+        ({"task": "generate"}, "the task generate needs prompt"),
+        ({"task": "edit", "prompt": "a"}, "the task edit needs image and instruction"),
+        ({"task": "generate", "prompt": " "}, "the prompt is empty"),
+        ({"task": "generate", "prompt": 3}, "must be str"),
+        ({"task": "generate", "prompt": "a", "colour": 1}, "colour"),
+        ({"task": "generate", "prompt": "a", "seed": -1}, "the seed must be"),
+        ({"task": "generate", "prompt": "a", "height": "x"}, "not supported"),
+        ({"task": "edit", "image": "none.png", "instruction": "a"}, "no such file"),
+        ({"task": "understand", "image": b"no picture", "question": "a"}, "cannot read picture"),
+    ]
+
+
+def test_bad_items_fail_alone(tiny):
+    bad, good = bad_items(), {"task": "generate", "prompt": "a circle", "seed": 1, **FAST}
+    results = tiny.batch([item for item, _ in bad] + [good])
+    for (item, message), result in zip(bad, results, strict=False):
+        assert message in result.error and result.image is None, (item, result.error)
+    want = alone(tiny, good, 0)
+    assert results[-1].error == "" and results[-1].image.tobytes() == want.tobytes()
+
+
+def test_a_picture_that_fails_fails_alone(tiny, monkeypatch):
+    decode, most = tiny.decode, 2
+
+    def short_of_memory(latents):
+        if len(latents) > most:
+            raise torch.OutOfMemoryError("no room")
+        if (latents[:, 0, 0, 0] == marked).any():
+            raise ValueError("a picture holds NaN values")
+        return decode(latents)
+
+    items = [{"task": "generate", "prompt": "a", **FAST} for _ in range(5)]
+    marked = torch.tensor(0.0)
+    seen = []
+    monkeypatch.setattr(tiny, "decode", lambda x: seen.append(x[:, 0, 0, 0].clone()) or decode(x))
+    whole = tiny.batch(items, batch_size=5)
+    marked = seen[0][3]
+    monkeypatch.setattr(tiny, "decode", short_of_memory)
+    results = tiny.batch(items, batch_size=5)
+    assert [bool(r.error) for r in results] == [False, False, False, True, False]
+    assert results[3].error == "a picture holds NaN values"
+    for a, b in zip(whole, results, strict=True):
+        if b.image:
+            assert np.abs(np.asarray(a.image, int) - np.asarray(b.image, int)).max() <= 1
+
+
+def test_a_batch_size_of_none(tiny):
+    with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
+        tiny.batch([], batch_size=0)
+
+
+def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+    folder = str(save_tiny(tmp_path))
+    (tmp_path / "data").mkdir()
+    photo().save(tmp_path / "data" / "a.png")
+    items = [
+        {"task": "generate", "prompt": "圆", **FAST},
+        {"task": "edit", "image": "a.png", "instruction": "white", **FAST},
+        {"task": "understand", "image": ["a.png", "a.png"], "question": "?", "max_new_tokens": 2},
+    ]
+    file = tmp_path / "data" / "tasks.jsonl"
+    file.write_text("\n".join(map(json.dumps, items)))
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", folder, "--output", "out", "--seed", "3"]
+    main(["batch", str(file), *options])
+    assert capsys.readouterr() == ("out/results.jsonl\n", "")
+    rows = [json.loads(row) for row in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert [row.get("image") for row in rows] == ["0000.png", "0001.png", None]
+    assert rows[0]["seed"] == 3 and rows[1]["seed"] == 4 and not any("error" in r for r in rows)
+    with Image.open(tmp_path / "out/0001.png") as image:
+        assert image.size == (64, 64) and image.text["seed"] == "4"
+
+    file.write_text("{oops\n" + json.dumps(items[0]) + "\n")
+    with pytest.raises(SystemExit) as end:
+        main(["batch", str(file), *options])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and err.startswith("nexus_min: error: 1 of 2 items failed; item 0: ")
+    rows = [json.loads(row) for row in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert "error" in rows[0] and rows[1]["image"] == "0001.png"
