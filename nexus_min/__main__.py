@@ -1,4 +1,4 @@
-"""The command line: `python -m nexus_min understand | generate | edit | chat | batch | eval`.
+"""The command line: `python -m nexus_min understand | generate | edit | chat | batch | app | eval`.
 
 Options as in the official `image_understanding.py`, `image_generation.py` and `image_editing.py`,
 with shorter names beside them. Whatever is wrong with what the user gave is one line on stderr and
@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def build_parser(with_eval: bool) -> Parser:
     understand = commands.add_parser("understand", help="answer a question about a picture")
     add_image(understand)
     add_model(understand)
+    add_tokens(understand)
     generate = commands.add_parser("generate", help="draw a description")
     generate.add_argument("words", nargs="*", metavar="PROMPT", help="the description, in quotes")
     generate.add_argument("--prompt")
@@ -68,6 +70,7 @@ def build_parser(with_eval: bool) -> Parser:
     add_drawing(generate, "generated.png")
     add_preamble(generate)
     add_model(generate)
+    add_tokens(generate)
     edit = commands.add_parser("edit", help="change a picture as told")
     add_image(edit)
     edit.add_argument("--decoder", choices=("editing", "generation"), default="editing")
@@ -78,6 +81,7 @@ def build_parser(with_eval: bool) -> Parser:
     add_drawing(edit, "edited.png")
     add_preamble(edit)
     add_model(edit)
+    add_tokens(edit)
     chat = commands.add_parser("chat", help="talk, line by line; /help lists the commands")
     chat.set_defaults(words=[])
     chat.add_argument(
@@ -89,6 +93,7 @@ def build_parser(with_eval: bool) -> Parser:
     chat.add_argument("--decoder", choices=("auto", "generation", "editing"), default="auto")
     add_drawing(chat, "chat.png")
     add_model(chat)
+    add_tokens(chat)
     batch = commands.add_parser("batch", help="the tasks of a JSONL file")
     batch.set_defaults(words=[])
     batch.add_argument(
@@ -98,8 +103,13 @@ def build_parser(with_eval: bool) -> Parser:
     batch.add_argument("--batch_size", "--batch-size", type=int, default=8, metavar="N")
     batch.add_argument("--seed", type=int, default=0, metavar="N", help="of the first item")
     add_model(batch)
+    app = commands.add_parser("app", help="a web page, on this machine only unless told otherwise")
+    app.set_defaults(words=[])
+    app.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
+    app.add_argument("--port", type=int, default=7860, metavar="N")
+    add_model(app)
     evaluate = commands.add_parser("eval", help="score a model on the toy world")
-    add_folder(evaluate)
+    add_model(evaluate)
     evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of cases and noise")
     if with_eval:
         from .toy.evaluate import add_arguments
@@ -197,6 +207,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         " what fits, and why is told",
     )
     parser.add_argument("--fp8", action="store_true", help="store the decoders in 8 bits")
+
+
+def add_tokens(parser: argparse.ArgumentParser) -> None:
+    """How long a reply may be."""
     parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N")
 
 
@@ -250,7 +264,7 @@ def run_chat(args: argparse.Namespace) -> None:
 
     place_words(args)
     check_output(args.output)
-    model = load_model(args, ["ar", "generation", "editing", "autoencoder"])
+    model = load_model(args)
     chat = model.chat(keep=args.keep, decoder=args.decoder, **drawing(args))
 
     def write(text: str) -> None:
@@ -280,24 +294,31 @@ def run_batch(args: argparse.Namespace) -> None:
     items = batches.read_items(args.file)
     args.output.mkdir(parents=True, exist_ok=True)
     check_place(args.output / "results.jsonl")
-    model = load_model(args, ["ar", "generation", "editing", "autoencoder"])
+    model = load_model(args)
     options = {"batch_size": args.batch_size, "seed": args.seed, "progress": sys.stderr.isatty()}
-    rows: dict[int, dict] = {}
-    for result in batches.run(model, items, **options):
-        rows[result.index] = row = {"index": result.index, "text": result.text}
-        if result.error:
-            row["error"] = result.error
-        if result.image:
-            settings = asdict(result.sampling)
-            row |= {"image": f"{result.index:04d}.png", **settings}
-            path = args.output / row["image"]
-            save_image(result.image, path, {"model": args.model, **settings})
-    lines = [json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows)]
-    (args.output / "results.jsonl").write_text("".join(lines), "utf-8")
+
+    def save(image, path: Path, settings: dict) -> None:
+        save_image(image, path, {"model": args.model, **settings})
+
+    rows = batches.to_folder(batches.run(model, items, **options), args.output, save)
     say(sys.stdout, str(args.output / "results.jsonl"))
-    if failed := [i for i in sorted(rows) if "error" in rows[i]]:
-        first = f"item {failed[0]}: {rows[failed[0]]['error']}"
+    if failed := [row for row in rows if "error" in row]:
+        first = f"item {failed[0]['index']}: {failed[0]['error']}"
         raise ValueError(f"{len(failed)} of {len(items)} items failed; {first}")
+
+
+def run_app(args: argparse.Namespace) -> None:
+    """Serve the web page until Ctrl-C."""
+    from . import app
+
+    place_words(args)
+    app.find_gradio()
+    if args.host not in ("127.0.0.1", "localhost", "::1"):
+        say(sys.stderr, f"{PROGRAM}: warning: anyone who reaches {args.host} can use this page")
+    model = load_model(args)
+    say(sys.stdout, f"http://{args.host}:{args.port}")
+    sys.stdout.flush()
+    app.serve(model, args.host, args.port)
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -306,11 +327,11 @@ def run_eval(args: argparse.Namespace) -> None:
 
     if args.seed < 0:
         raise ValueError(f"the seed must be 0 or more, got {args.seed}")
-    if args.json:
-        check_place(args.json)
+    for path in filter(None, (args.json, args.write_prompts)):
+        check_place(path)
     if args.save and args.save.exists() and not args.save.is_dir():
         raise ValueError(f"cannot write grids to {str(args.save)!r}: it is no folder")
-    evaluate(args)
+    evaluate(args, lambda: load_model(args))
 
 
 def drawing(args: argparse.Namespace) -> dict:
@@ -327,14 +348,14 @@ def open_image(path: str, max_pixels: int | None):
     return load_image(path, max_pixels)
 
 
-def load_model(args: argparse.Namespace, parts: list[str]):
-    """The parts of the model that a command needs."""
+def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
+    """The parts of the model that a command needs, by default all."""
     import torch
 
-    from .pipeline import NexusGen
+    from .pipeline import PARTS, NexusGen
     from .placement import choose, needs
 
-    device = find_device(args.device, args.model)
+    parts, device = parts or PARTS, find_device(args.device, args.model)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     model = NexusGen.load(args.model, device, dtype, parts, args.memory or "auto", args.fp8)
     profile, reason = "resident", ""
@@ -400,6 +421,7 @@ COMMANDS = {
     "edit": run_edit,
     "chat": run_chat,
     "batch": run_batch,
+    "app": run_app,
     "eval": run_eval,
 }
 

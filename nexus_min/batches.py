@@ -11,8 +11,8 @@ equation; the official scripts take one task a call.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,9 @@ def read(model: Any, item: dict, seed: int) -> str | Drawing:
     options = {k: v for k, v in item.items() if k not in ("task", "id")}
     if missing := [name for name in TASKS[item["task"]] if name not in options]:
         raise ValueError(f"the task {item['task']} needs {' and '.join(missing)}")
+    for name in TASKS[item["task"]]:
+        if name != "image" and not isinstance(options[name], str):
+            raise ValueError(f"{name} must be a text, not {type(options[name]).__name__}")
     if item["task"] == "understand":
         options.pop("seed", None)
         return model.understand(options.pop("image"), options.pop("question"), **options)
@@ -127,6 +130,23 @@ def draw_together(model: Any, drawings: list[Drawing]) -> list[Image.Image]:
     mmdit = model.have(first.decoder).mmdit
     *_, end = model.denoise_steps(mmdit, context, noise, first.sampling)
     return model.decode(end.x)
+
+
+def to_folder(
+    results: Iterator[Result], folder: Path, save: Callable[[Image.Image, Path, dict], None]
+) -> list[dict]:
+    """Save pictures as they come, by number; then a line an item in `results.jsonl`: returned."""
+    rows: dict[int, dict] = {}
+    for result in results:
+        rows[result.index] = row = {"index": result.index, "text": result.text}
+        if result.error:
+            row["error"] = result.error
+        if result.image:
+            row |= {"image": f"{result.index:04d}.png"} | asdict(result.sampling)
+            save(result.image, folder / row["image"], asdict(result.sampling))
+    lines = [json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows)]
+    (folder / "results.jsonl").write_text("".join(lines), "utf-8")
+    return [rows[i] for i in sorted(rows)]
 
 
 def read_items(path: Path) -> list[Any]:

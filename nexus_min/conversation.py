@@ -96,7 +96,7 @@ class Chat:
         self.ids: list[int] = []
         self.pictures: list[Picture] = []
         self.messages: list[dict] = []  # in the official format, `<image>` marking the pictures
-        self.cache, self.drawn = KVCache(), 0
+        self.cache, self.known, self.drawn = KVCache(), 0, 0
 
     # ---- a turn --------------------------------------------------------------------------------
 
@@ -112,17 +112,14 @@ class Chat:
         """
         text = text if IMAGE in text else IMAGE * len(images) + text
         shown = [self._look(load_image(image)) for image in images]
-        prompt, cached = self.ids + self._turn(text, shown), self.cache.length
-        pictures = [*self.pictures, *shown]
-        try:
-            ids, reply, embeds = yield from self._reply(prompt, pictures)
-            drawn = yield from self._draw(reply, embeds, pictures)
-            seen = [self._seen(*pair) for pair in zip(drawn, embeds, strict=True)]
-        except BaseException:  # that of a reader who has left, too
-            self.cache.crop(min(cached, self.cache.length))
-            raise
+        self.cache.crop(min(self.known, self.cache.length))  # what a turn that failed has added
+        prompt, pictures = self.ids + self._turn(text, shown), [*self.pictures, *shown]
+        ids, reply, embeds = yield from self._reply(prompt, pictures)
+        drawn = yield from self._draw(reply, embeds, pictures)
+        seen = [self._seen(*pair) for pair in zip(drawn, embeds, strict=True)]
         self.ids = self._enter(ids, len(prompt), seen)
         self.pictures, self.drawn = pictures + seen, self.drawn + len(seen)
+        self.known = self.cache.length
         turns = zip(("user", "assistant"), (text, reply), strict=True)
         self.messages += [{"role": role, "content": content} for role, content in turns]
 

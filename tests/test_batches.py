@@ -81,7 +81,7 @@ def bad_items() -> list:
         ({"task": "generate"}, "the task generate needs prompt"),
         ({"task": "edit", "prompt": "a"}, "the task edit needs image and instruction"),
         ({"task": "generate", "prompt": " "}, "the prompt is empty"),
-        ({"task": "generate", "prompt": 3}, "must be str"),
+        ({"task": "generate", "prompt": 3}, "prompt must be a text, not int"),
         ({"task": "generate", "prompt": "a", "colour": 1}, "colour"),
         ({"task": "generate", "prompt": "a", "seed": -1}, "the seed must be"),
         ({"task": "generate", "prompt": "a", "height": "x"}, "not supported"),

@@ -158,14 +158,14 @@ def test_a_turn_that_is_left_leaves_no_trace(tiny, script, stop):
     for talk in (plain, left):
         script("hello ", PICTURE)
         list(talk.say("draw"))
-    before = list(left.ids), len(left.pictures), left.cache.length, len(left.messages)
+    before = list(left.ids), len(left.pictures), len(left.messages)
     script("no ", PICTURE)
     events = left.say("another", [photo()])
     for kind, _ in events:
         if kind == stop:
             break
     events.close()
-    assert (left.ids, len(left.pictures), left.cache.length, len(left.messages)) == before
+    assert (left.ids, len(left.pictures), len(left.messages)) == before
     pictures = []
     for talk in (plain, left):
         script("so ", PICTURE)
@@ -178,7 +178,7 @@ def test_a_first_turn_that_fails_leaves_an_empty_conversation(tiny, script, monk
     script(PICTURE)
     with pytest.raises(ValueError, match="needs a picture to start from"):
         list(talk.say("draw"))
-    assert talk.ids == [] and talk.cache.length == 0
+    assert talk.ids == [] and talk.messages == []
     script("yes ", PICTURE)
     list(talk.say("draw", [photo()]))
     assert len(talk.pictures) == 2
@@ -208,7 +208,7 @@ def test_bad_turns(tiny, text, images, message):
     talk = chat(tiny)
     with pytest.raises(ValueError, match=message):
         list(talk.say(text, images))
-    assert talk.ids == [] and talk.messages == [] and talk.cache.length == 0
+    assert talk.ids == [] and talk.messages == []
 
 
 @pytest.mark.parametrize(

@@ -238,7 +238,7 @@ def test_evaluate_reports_every_row_once_and_in_order(artist, monkeypatch):
 @pytest.mark.parametrize("groups,cases,message", [("edits,all", 1, "all"), ("edits", 0, "--cases")])
 def test_bad_options_are_errors_before_a_model_is_loaded(groups, cases, message):
     args = SimpleNamespace(
-        groups=groups, languages="en", cases=cases, model="no such folder", seed=0
+        groups=groups, languages="en", cases=cases, samples=1, model="no such folder", seed=0
     )
     with pytest.raises(ValueError, match=message):
         ev.main(args)

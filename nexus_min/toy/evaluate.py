@@ -23,7 +23,7 @@ from PIL import Image
 from ..pipeline import NexusGen
 from ..sampling import Sampling
 from ..tokenizer import EDITING_REPLY, GENERATION_REPLY
-from . import score
+from . import geneval, score
 from .pictures import save_grid
 from .tasks import CATEGORIES, EDITS, QUESTIONS, Example, example, satisfies
 from .world import render
@@ -288,6 +288,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--languages", default=",".join(LANGUAGES), help="en, zh or both")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--save", type=Path, help="write sample grids (PNG) to this folder")
+    parser.add_argument("--prompts", type=Path, help="score these prompts, in GenEval's format")
+    parser.add_argument("--samples", type=int, default=4, help="pictures a prompt of --prompts")
+    parser.add_argument("--write_prompts", type=Path, help="only write the toy prompts, so")
 
 
 def chosen(text: str, names: tuple[str, ...], what: str) -> tuple[str, ...]:
@@ -298,15 +301,43 @@ def chosen(text: str, names: tuple[str, ...], what: str) -> tuple[str, ...]:
     return picked
 
 
-def main(args: Namespace) -> int:
+def toy_prompts(languages: tuple[str, ...], cases: int, seed: int) -> list[dict]:
+    """The unseen short prompts that `evaluate` would draw, in GenEval's format."""
+    wanted = [(kind, language == "zh") for language in languages for kind in CATEGORIES]
+    found = [ex for kind, zh in wanted for ex in examples("generate", kind, zh, cases, seed)]
+    return [geneval.metadata(ex) for ex in found]
+
+
+def score_prompts(model: NexusGen, lines: list[dict], args: Namespace) -> dict:
+    """Draw and score prompts in GenEval's format; a line a category."""
+    folder = args.save or Path("geneval")
+    found = geneval.evaluate(model, lines, folder, args.samples, args.seed, sys.stderr.isatty())
+    for tag, row in [*found["categories"].items(), ("overall", {"score": found["overall"]})]:
+        rate = "   -" if row["score"] is None else f"{row['score']:6.3f}"
+        print(f"{tag:34s} {rate}" + (f"  n={row['judged']}" if "judged" in row else ""))
+    return found
+
+
+def main(args: Namespace, load: Callable[[], NexusGen] | None = None) -> int:
     """Evaluate and print one line a score. ValueError for bad options."""
     groups = chosen(args.groups, GROUPS, "groups")
     languages = chosen(args.languages, LANGUAGES, "languages")
-    if args.cases < 1:
-        raise ValueError(f"--cases must be at least 1, got {args.cases}")
-    model = NexusGen.load(args.model)
-    show = lambda tally: print(tally.line(), file=sys.stdout, flush=True)  # noqa: E731
-    rows = evaluate(model, args.cases, args.seed, groups, languages, args.save, show)
+    for name in ("cases", "samples"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.write_prompts:
+        lines = toy_prompts(languages, args.cases, args.seed)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        args.write_prompts.write_text(text, "utf-8")
+        return 0
+    lines = geneval.read_prompts(args.prompts) if args.prompts else None
+    model = load() if load else NexusGen.load(args.model)
+    if lines:
+        results = score_prompts(model, lines, args)
+    else:
+        show = lambda tally: print(tally.line(), file=sys.stdout, flush=True)  # noqa: E731
+        rows = evaluate(model, args.cases, args.seed, groups, languages, args.save, show)
+        results = [t.as_dict() for t in rows]
     if args.json:
-        args.json.write_text(json.dumps([t.as_dict() for t in rows], indent=1))
+        args.json.write_text(json.dumps(results, indent=1))
     return 0
