@@ -69,11 +69,11 @@ class Tasks:
         events = self.model.edit_steps(image, instruction or "", **options)
         yield from ((image, facts) for image, _, facts in self.watch(events))
 
-    def ask(self, image, question: str) -> str:
+    def ask(self, image, question: str) -> Iterator[str]:
         """A picture, or none, and a question -> the answer."""
         self.options(question, 0, 0, 0, 0)
         tokens = self.limits.tokens
-        return self.model.understand(image, question or "", max_new_tokens=tokens)
+        yield self.model.understand(image, question or "", max_new_tokens=tokens)
 
     def talk(
         self, chat: Chat | None, text: str, image, keep: str, *form
@@ -101,14 +101,14 @@ class Tasks:
                 elif kind == "sampling":
                     every = -(-value.num_steps // PREVIEWS)
                     facts = f"seed {value.seed}, {value.num_steps} steps, cfg {value.cfg_scale:g}"
-                    facts += f", {value.width} x {value.height} px"
+                    facts += f", {value.width} x {value.height} px; "
                 elif kind == "step" and value.i % every == 0:
                     image = self.model.decode(value.x0)[0]
                 elif kind == "image":
                     image = value
                 else:
                     continue
-                yield image, text, f"{facts}; {time.perf_counter() - start:.1f} s"
+                yield image, text, f"{facts}{time.perf_counter() - start:.1f} s"
 
 
 def find_gradio() -> Any:
@@ -182,8 +182,7 @@ def build(model: NexusGen, limits: Limits) -> Any:
         with gr.Tab("Ask"):
             seen, question = upload("Picture to ask about"), gr.Textbox(label="Question")
             answer = [gr.Textbox(label="Answer")]
-            ask = lambda *values: iter([tasks.ask(*values)])  # noqa: E731
-            buttons(ask, [seen, question], answer, "Ask", question.submit)
+            buttons(tasks.ask, [seen, question], answer, "Ask", question.submit)
         with gr.Tab("Conversation"):
             chat, history = gr.State(None), gr.Chatbot(label="Conversation")
             with gr.Row():

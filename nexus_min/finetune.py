@@ -233,7 +233,7 @@ def train_generation_decoder(folder: Any, own: Own, run: Run) -> None:
         if role == "assistant"
     ]
     make = partial(generation_sample, ar, vae, config)
-    samples = cached("generation", pictures, make, (ar, vae), own, run)
+    samples = cached("generation", pictures, make, (ar.visual, vae), own, run)
     mmdit, adapter = folder.generation()
     stage = generation_stage(mmdit, adapter, folder.empty_prompt(), samples, own.batch)
     fit(stage, run.less(time.perf_counter() - started))

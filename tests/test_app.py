@@ -1,0 +1,301 @@
+"""The web page: what its buttons do, and the page itself in a headless Chromium.
+
+The second half needs gradio, selenium (tests/requirements.txt) and Debian's chromium and
+chromium-driver; it is skipped, saying what is missing, where they are not installed.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_model import make_tiny
+
+from nexus_min import app
+from nexus_min.__main__ import main
+from nexus_min.pipeline import NexusGen
+from nexus_min.sampling import Sampling
+
+FORM = (2, 0, 64, 64)  # steps, seed, height, width
+SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a folder for them
+PATIENCE = 600  # seconds; a page on a busy machine
+
+
+@pytest.fixture(scope="module")
+def tasks() -> app.Tasks:
+    return app.Tasks(make_tiny(), app.Limits(num_steps=12, tokens=2))
+
+
+@pytest.fixture
+def photo(tmp_path) -> str:
+    Image.linear_gradient("L").resize((50, 30)).save(tmp_path / "photo.png")
+    return str(tmp_path / "photo.png")
+
+
+# ---- what the buttons do -------------------------------------------------------------------------
+
+
+def test_drawing_shows_pictures_on_the_way(tasks):
+    seen = list(tasks.draw("a circle", 9, 3, 64, 48))
+    assert all(facts.startswith("seed 3, 9 steps, cfg 1, 48 x 64 px; ") for _, facts in seen[1:])
+    pictures = [image for image, _ in seen if image is not None]
+    assert len(pictures) == 5 + 1 and len({p.tobytes() for p in pictures}) > 1  # every second step
+    want = tasks.model.generate("a circle", num_steps=9, seed=3, width=48, max_new_tokens=2)
+    assert pictures[-1].tobytes() == want.tobytes()
+
+
+def test_editing_and_asking(tasks, photo):
+    image, facts = list(tasks.edit(photo, "white", "editing", *FORM))[-1]
+    assert image.size == (64, 64) and "2 steps" in facts
+    model = tasks.model
+    for image in (photo, None):
+        want = model.understand(image, "what?", max_new_tokens=2)
+        assert list(tasks.ask(image, "what?")) == [want]
+
+
+def test_a_conversation_keeps_its_turns_and_takes_the_form_of_each(tasks, photo):
+    chat, shown, _, _ = list(tasks.talk(None, "hello", photo, "slots", *FORM))[-1]
+    assert [m["role"] for m in shown] == ["user", "assistant"]
+    assert shown[0]["content"] == "[picture] hello" and len(chat.messages) == 2
+    again, shown, _, _ = list(tasks.talk(chat, "more", None, "slots", 3, 8, 64, 64))[-1]
+    assert again is chat and len(shown) == 4 and chat.sampling == Sampling(64, 64, 3, seed=8)
+    other, shown, _, _ = list(tasks.talk(chat, "more", None, "predicted", *FORM))[-1]
+    assert other is not chat and len(shown) == 2  # another memory begins anew
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "message"),
+    [
+        ("a", (13, 0, 64, 64), "num_steps must be 0 to 12, got 13"),
+        ("a", (2, -1, 64, 64), "seed must be 0 to"),
+        ("a", (2, 0, 2048, 64), "height must be 0 to 1024, got 2048"),
+        ("a", (2, 0, 64, 1e9), "width must be 0 to 1024"),
+        ("a", (None, 0, 64, 64), "num_steps must be 0 to 12, got None"),
+        ("a", (2, float("nan"), 64, 64), "seed must be"),
+        ("a" * 2001, FORM, "longer than 2000 characters"),
+        ("", FORM, "prompt is empty"),
+        (None, FORM, "prompt is empty"),
+        ("a", (2, 0, 1024, 64), "height and width must be 1 to 512"),
+    ],
+)
+def test_what_is_asked_for_is_capped(tasks, text, form, message):
+    with pytest.raises(ValueError, match=message):
+        list(tasks.draw(text, *form))
+
+
+def test_bad_pictures(tasks, tmp_path):
+    (tmp_path / "bad.png").write_text("no picture")
+    for task in (
+        lambda: list(tasks.edit(str(tmp_path / "bad.png"), "a", "editing", *FORM)),
+        lambda: list(tasks.ask(str(tmp_path / "bad.png"), "a")),
+        lambda: list(tasks.talk(None, "a", str(tmp_path / "bad.png"), "slots", *FORM)),
+    ):
+        with pytest.raises(ValueError, match="cannot read picture"):
+            task()
+    with pytest.raises(ValueError, match="upload a picture first"):
+        list(tasks.edit(None, "a", "editing", *FORM))
+
+
+def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit) as end:
+        main(["app"])
+    told = "nexus_min: error: the web page needs gradio: pip install 'gradio>=6.7'\n"
+    assert end.value.code == 2 and capsys.readouterr().err == told
+
+
+def test_other_hosts_are_warned_of(monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr(app, "find_gradio", lambda: None)
+    monkeypatch.setattr(app, "serve", lambda model, *place: served.append(place))
+    main(["app"])
+    assert capsys.readouterr() == ("http://127.0.0.1:7860\n", "")
+    main(["app", "--host", "0.0.0.0", "--port", "8000"])
+    assert "anyone who reaches 0.0.0.0 can use this page" in capsys.readouterr().err
+    assert served == [("127.0.0.1", 7860), ("0.0.0.0", 8000)]
+
+
+# ---- in a browser --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address():
+    """The page of the shipped model, served by this process."""
+    pytest.importorskip("gradio", reason="the page needs gradio (tests/requirements.txt)")
+    page = app.serve(NexusGen.load("tiny"), port=free_port(), prevent_thread_lock=True)
+    yield page[1].rstrip("/")
+    page[0].state.blocks.close() if hasattr(page[0].state, "blocks") else None
+
+
+def free_port() -> int:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        return server.server_port
+
+
+@pytest.fixture(scope="module")
+def browse(address):
+    """browse(): a new window of a headless Chromium that shows the page."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+    paths = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in paths:
+        pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
+    windows = []
+
+    def window() -> Window:
+        options = webdriver.ChromeOptions()
+        options.binary_location = paths[0]
+        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,1400"):
+            options.add_argument(flag)
+        service = webdriver.ChromeService(paths[1])
+        windows.append(webdriver.Chrome(options=options, service=service))
+        windows[-1].set_page_load_timeout(PATIENCE)
+        windows[-1].get(address)
+        return Window(windows[-1])
+
+    yield window
+    for driver in windows:
+        driver.quit()
+
+
+class Window:
+    """A visitor: fills in fields by their labels, presses buttons by their names."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def find(self, path: str, shown: bool = True):
+        def look(driver):
+            found = driver.find_elements("xpath", path)
+            found = [e for e in found if not shown or e.is_displayed()]
+            return found[0] if found else None
+
+        return self.wait(look, path)
+
+    def wait(self, condition, what: str = ""):
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            try:
+                if value := condition(self.driver):
+                    return value
+            except Exception as error:  # an element that has just been replaced
+                if "stale" not in type(error).__name__.lower():
+                    raise
+            time.sleep(0.1)
+        self.shoot("timeout")
+        raise AssertionError(f"never came: {what}")
+
+    def tab(self, name: str) -> None:
+        self.find(f"//button[@role='tab' and normalize-space()='{name}']").click()
+
+    def field(self, label: str):
+        inside = f"//label[.//span[normalize-space()='{label}']]"
+        return self.find(f"({inside}//textarea | {inside}//input)")
+
+    def fill(self, label: str, text) -> None:
+        field = self.field(label)
+        field.clear()
+        field.send_keys(str(text))
+
+    def press(self, name: str) -> None:
+        self.find(f"//button[not(@role='tab') and normalize-space()='{name}']").click()
+
+    def upload(self, path: str, nth: int) -> None:
+        inputs = self.wait(lambda d: d.find_elements("css selector", "input[type=file]"))
+        inputs[nth].send_keys(path)
+
+    def made(self, text: str) -> str:
+        """Wait for the facts to hold a text."""
+        look = lambda d: text in self.field("Made with").get_attribute("value")  # noqa: E731
+        self.wait(look, text)
+        return self.field("Made with").get_attribute("value")
+
+    def picture(self) -> bytes:
+        """The pixels of the picture that is shown, as the browser has them."""
+        image = self.find("//img[contains(@src, 'file=')]")
+        with urllib.request.urlopen(image.get_attribute("src")) as answer:
+            return answer.read()
+
+    def shoot(self, name: str) -> None:
+        if SCREENSHOTS:
+            self.driver.save_screenshot(str(Path(SCREENSHOTS) / f"{name}.png"))
+
+
+def test_in_a_browser(browse, address, tmp_path):
+    first = browse()
+    first.fill("Prompt", "a small blue star on a gray background")
+    first.press("Draw")
+    assert first.made("8 steps").startswith("seed 0, 8 steps")
+    first.shoot("draw")
+
+    second = browse()  # both at once: one waits for the other
+    first.fill("Seed", 7)
+    first.press("Draw")
+    second.fill("Prompt", "two red circles")
+    second.press("Draw")
+    first.made("seed 7, 8 steps")
+    second.made("seed 0, 8 steps")
+    second.shoot("second")
+
+    Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "photo.png")
+    first.tab("Edit")
+    first.upload(str(tmp_path / "photo.png"), 0)
+    first.fill("Instruction", "Change the background to white.")
+    first.find("//img[contains(@src, 'photo')]")
+    first.press("Edit")
+    first.made("64 x 64 px")
+    first.shoot("edit")
+
+    first.tab("Ask")
+    (tmp_path / "bad.png").write_text("no picture")
+    first.upload(str(tmp_path / "bad.png"), 1)
+    first.fill("Question", "What color is the background?")
+    time.sleep(1)
+    first.press("Ask")
+    first.find("//*[contains(text(), 'cannot read picture')]")
+    first.shoot("bad_upload")
+    first.press("Ask")
+
+    second.tab("Conversation")
+    second.fill("Message", "Generate an image according to the following description: a red star")
+    second.press("Send")
+    second.made("seed 0")
+    second.fill("Message", "What color is the background?")
+    second.press("Send")
+    second.wait(lambda d: "white" in d.find_element("css selector", "body").text)
+    second.shoot("conversation")
+
+    entries = "return performance.getEntriesByType('resource').map(e => e.name)"
+    names = first.driver.execute_script(entries)
+    assert len(names) > 5 and all(n.startswith((address, "data:", "blob:")) for n in names)
+
+
+def test_no_address_is_fetched(address):
+    hits = []
+
+    class Listener(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            hits.append(self.path)
+            self.send_error(404)
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/x.png"
+    file = {"path": url, "url": url, "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": [file, "what?"]}).encode()
+    headers = {"Content-Type": "application/json"}
+    call = f"{address}/gradio_api/call/ask"
+    request = urllib.request.Request(call, body, headers)
+    event = json.load(urllib.request.urlopen(request, timeout=PATIENCE))["event_id"]
+    with urllib.request.urlopen(f"{call}/{event}", timeout=PATIENCE) as stream:
+        answer = stream.read().decode()
+    server.shutdown()
+    assert "event: error" in answer and not hits
