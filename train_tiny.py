@@ -288,7 +288,9 @@ def train_on_data(plan: Plan) -> None:
         torch.manual_seed(plan.seed)
         limits = {"seconds": plan.seconds(name), "steps": plan.steps}
         run = Run(folder.path, plan.seed, **limits, quiet=plan.quiet, bf16=plan.bf16)
-        own = finetune.Own(lines, plan.ratio, max(1, BATCH[name] // plan.workers), plan.shard)
+        own = finetune.Own(
+            lines, plan.ratio, max(1, BATCH[name] // plan.workers), plan.shard, plan.lora
+        )
         finetune.TRAIN[name](folder, own, run)
 
 
@@ -327,6 +329,7 @@ class Plan:
     model: str = "tiny"  # what is fine-tuned
     ratio: tuple[float, ...] = finetune.RATIO
     shard: int = 256  # samples in a file of cached embeddings
+    lora: int = 0  # rank for the AR model; 0: all weights learn
 
     def seconds(self, stage: str) -> float | None:
         """Budget of a stage; what the ones before overran (final grids, start-up) comes off it."""
@@ -464,11 +467,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="only name the mistakes of --data")
     parser.add_argument("--model", default="tiny", help="what --data fine-tunes: a folder, or tiny")
     parser.add_argument("--ratio", type=ratio, default=finetune.RATIO, help="default 1:2:1")
+    parser.add_argument("--lora", type=int, default=0, help="rank; the AR model learns by LoRA")
     parser.add_argument("--shard", type=int, default=256, help="samples a file of the cache")
     args = parser.parse_args(argv)
     if not (math.isfinite(args.minutes) and args.minutes > 0):
         raise ValueError(f"--minutes must be positive, not {args.minutes:g}")
-    for name, least in {"steps": 1, "workers": 1, "seed": 0, "shard": 1}.items():
+    for name, least in {"steps": 1, "workers": 1, "seed": 0, "shard": 1, "lora": 0}.items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
@@ -499,7 +503,7 @@ def make_plan(args: argparse.Namespace, started: float, command: str) -> Plan:
         folder.check_writable()
         stages = finetune.stages(MessageDataset(args.data).lines, args.stage)
         settings = (args.minutes, args.steps, args.seed, args.workers, args.quiet, bf16_pays())
-        own = (args.data, args.model, args.ratio, args.shard)
+        own = (args.data, args.model, args.ratio, args.shard, args.lora)
         return Plan(args.out, stages, *settings, started, command, None, *own)
     stages = tuple(SHARES) if args.stage == "all" else (args.stage,)
     if args.stage != "all":

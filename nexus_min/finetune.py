@@ -37,6 +37,7 @@ from .image_processor import (
     to_latent_image,
     to_patches,
 )
+from .lora import add_lora, merge_lora
 from .mmdit import MMDiT, context_ids_editing, context_ids_generation
 from .projector import GenerationAdapter, ImageEmbeddingMerger
 from .sampling import Context, velocity_field
@@ -136,9 +137,12 @@ def autoregressive_stage(
     config: NexusGenConfig,
     mixture: Mixture,
     batch: int,
+    rank: int = 0,
 ) -> Stage:
-    """Multi-task fine-tuning with the vision tower frozen; equation 3."""
+    """Multi-task fine-tuning with the vision tower frozen; equation 3. With a rank, by LoRA."""
     ar.visual.requires_grad_(False)
+    if rank:
+        add_lora(ar.model, rank)
 
     def loss(rng, progress):
         b = collate(mixture.draw(rng, batch), tokenizer, config)
@@ -221,6 +225,7 @@ class Own:
     ratio: tuple[float, ...] = RATIO
     batch: int = 32
     per_shard: int = 256
+    rank: int = 0  # of LoRA for the AR model; 0: all weights
 
 
 def train_generation_decoder(folder: Any, own: Own, run: Run) -> None:
@@ -243,7 +248,9 @@ def train_generation_decoder(folder: Any, own: Own, run: Run) -> None:
 def train_autoregressive(folder: Any, own: Own, run: Run) -> None:
     """Train the AR model of `folder` on all kinds of lines, mixed; save it."""
     ar, mixture = folder.ar(), Mixture(own.lines, own.ratio)
-    fit(autoregressive_stage(ar, folder.tokenizer(), folder.config, mixture, own.batch), run)
+    settings = (folder.config, mixture, own.batch, own.rank)
+    fit(autoregressive_stage(ar, folder.tokenizer(), *settings), run)
+    merge_lora(ar)
     folder.save(folder.config, ar=ar)
 
 
@@ -282,7 +289,7 @@ def cached(
     """The tensors of samples, computed by all processes together; again when anything changed."""
     paths = [p for s in samples for p in (s["images"] if isinstance(s, dict) else [s])]
     files = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
-    weights = [float(x.double().sum()) for m in models for x in m.state_dict().values()]
+    weights = [float(x.float().sum()) for m in models for x in m.state_dict().values()]
     stamp = hashlib.sha256(repr((samples, files, weights)).encode()).hexdigest()
     settings = {"per_shard": own.per_shard, "share": world(), "quiet": run.quiet}
     paths = cache_embeddings(run.folder / "cache" / name, samples, make, stamp, **settings)

@@ -30,6 +30,7 @@ RANKS = (
     ("pipeline",),
     ("data", "muon"),
     ("training",),
+    ("lora",),
     ("finetune",),
     ("toy.world",),
     ("toy.score", "toy.tasks"),

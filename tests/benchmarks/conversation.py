@@ -1,0 +1,83 @@
+"""What is remembered of a drawn picture: three ways to keep it in a conversation, compared.
+
+    python tests/benchmarks/conversation.py --cases 40
+
+A scene is drawn from an unseen caption; then, in the same conversation, the model is asked for the
+background and the number of objects, and told to change the background. Right is what fits the
+picture as the checker reads it; scenes that it cannot read are left out. `fresh` shows the picture
+to a new conversation each time: what the model can do without a history.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+
+import numpy as np
+
+from nexus_min.conversation import KEEP
+from nexus_min.pipeline import NexusGen
+from nexus_min.tokenizer import EDITING_PROMPT, GENERATION_PROMPT
+from nexus_min.toy import score
+from nexus_min.toy.tasks import NUMBERS, example
+from nexus_min.toy.world import BACKGROUNDS
+
+ASK = ("What color is the background?", "How many objects are there?")
+
+
+def ask(chat, text: str, images=()) -> tuple[str, object]:
+    """The words and the picture of a turn."""
+    events = list(chat.say(text, images))
+    words = "".join(value for kind, value in events if kind == "text")
+    return words, dict(events).get("image")
+
+
+def read(image):
+    """What the checker sees."""
+    return score.read(np.asarray(image)[None])[0]
+
+
+def case(model: NexusGen, keep: str, caption: str, goal: str) -> dict | None:
+    """Rights and wrongs of one conversation; None when the picture cannot be read."""
+    chat = model.chat(keep="slots" if keep == "fresh" else keep)
+    _, drawn = ask(chat, GENERATION_PROMPT["en"].format(caption))
+    if drawn is None or not (seen := read(drawn)).known:
+        return None
+    images = [drawn] if keep == "fresh" else []
+
+    def say(text: str):
+        return ask(model.chat() if keep == "fresh" else chat, text, images)
+
+    told = [say(text)[0].strip() for text in ASK]
+    instruction = f"Change the background to {goal}."
+    edited = say(EDITING_PROMPT.format(instruction) if images else instruction)[1]
+    wanted = replace(seen.scene, background=goal)
+    return {
+        "background": told[0] == seen.scene.background,
+        "count": told[1] == NUMBERS[len(seen.scene.objects)],
+        "drew": edited is not None,
+        "edit, background": edited is not None and read(edited).scene.background == goal,
+        "edit, exact": edited is not None and read(edited).is_exactly(wanted),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--model", default="tiny")
+    args = parser.parse_args()
+    model, rng = NexusGen.load(args.model), np.random.default_rng(0)
+    captions = [example(rng, "generate", "caption", False, unseen=True) for _ in range(args.cases)]
+    for keep in ("fresh", *KEEP):
+        rows = []
+        for ex in captions:
+            others = [b for b in BACKGROUNDS if b != ex.scenes[0].background]
+            rows.append(case(model, keep, ex.text, others[len(rows) % len(others)]))
+        rows = [row for row in rows if row]
+        means = {name: round(float(np.mean([row[name] for row in rows])), 2) for name in rows[0]}
+        print(json.dumps({"keep": keep, "n": len(rows), **means}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Devices: fp64, which Apple's GPUs lack, appears on the CPU alone, in two functions."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from tiny_model import make_tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nexus_min import __main__ as command_line
+
+AT_HOME = {"flux_rope", "timestep_frequencies"}  # their tensors are made on the CPU
+
+
+class Fp64(TorchDispatchMode):
+    """Notes who makes a tensor in fp64: the innermost function of the package."""
+
+    def __init__(self):
+        super().__init__()
+        self.makers: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(out)):
+            frame = sys._getframe(1)
+            while frame and "nexus_min" not in frame.f_globals.get("__name__", ""):
+                frame = frame.f_back
+            self.makers.add(frame.f_code.co_name if frame else "?")
+        return out
+
+
+def test_fp64_stays_in_two_functions():
+    model, photo = make_tiny(), Image.new("RGB", (60, 40), "red")
+    with Fp64() as watch:
+        model.generate("a circle", num_steps=1, cfg_scale=2.0, fast_preamble=True)
+        model.edit(photo, "white", num_steps=1, max_new_tokens=2)
+        model.understand(photo, "what?", max_new_tokens=2)
+    assert "flux_rope" in watch.makers  # the watch works
+    assert watch.makers <= AT_HOME
+
+
+@pytest.mark.parametrize(
+    ("there", "want"), [(("cuda", "mps"), "cuda"), (("mps",), "mps"), ((), "cpu")]
+)
+def test_the_first_device_that_is_there(monkeypatch, there, want):
+    monkeypatch.setattr(command_line, "is_there", lambda name: name in (*there, "cpu"))
+    assert command_line.find_device(None, "folder") == want
+    assert command_line.find_device(None, "tiny") == "cpu"  # too small for a GPU to pay
+    assert command_line.find_device("cpu", "folder") == "cpu"
+    with pytest.raises(ValueError, match="has no cuda:3"):
+        command_line.find_device("cuda:3", "folder")
+    with pytest.raises(ValueError, match="must be cuda, cuda:N, mps or cpu, got 'tpu'"):
+        command_line.find_device("tpu", "folder")
