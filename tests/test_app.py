@@ -20,10 +20,12 @@ import pytest
 from PIL import Image
 from tiny_model import make_tiny
 
-from nexus_min import app
+from nexus_min import app, flow
 from nexus_min.__main__ import main
+from nexus_min.page_tasks import Limits, Tasks
 from nexus_min.pipeline import NexusGen
 from nexus_min.sampling import Sampling
+from nexus_min.toy.world import Object, Scene, render
 
 FORM = (2, 0, 64, 64)  # steps, seed, height, width
 SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a folder for them
@@ -31,8 +33,8 @@ PATIENCE = 600  # seconds; a page on a busy machine
 
 
 @pytest.fixture(scope="module")
-def tasks() -> app.Tasks:
-    return app.Tasks(make_tiny(), app.Limits(num_steps=12, tokens=2))
+def tasks() -> Tasks:
+    return Tasks(make_tiny(), Limits(num_steps=12, tokens=2))
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_bad_pictures(tasks, tmp_path):
         lambda: list(tasks.ask(str(tmp_path / "bad.png"), "a")),
         lambda: list(tasks.talk(None, "a", str(tmp_path / "bad.png"), "slots", *FORM)),
     ):
-        with pytest.raises(ValueError, match="cannot read picture"):
+        with pytest.raises(ValueError, match="cannot read picture 'bad.png'"):
             task()
     with pytest.raises(ValueError, match="upload a picture first"):
         list(tasks.edit(None, "a", "editing", *FORM))
@@ -153,7 +155,7 @@ def browse(address):
     def window() -> Window:
         options = webdriver.ChromeOptions()
         options.binary_location = paths[0]
-        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,1400"):
+        for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,1000"):
             options.add_argument(flag)
         service = webdriver.ChromeService(paths[1])
         windows.append(webdriver.Chrome(options=options, service=service))
@@ -206,27 +208,49 @@ class Window:
         field.send_keys(str(text))
 
     def press(self, name: str) -> None:
-        self.find(f"//button[not(@role='tab') and normalize-space()='{name}']").click()
+        mine = f"normalize-space()='{name}'"  # the tabs have the same names
+        self.find(f"//button[contains(@class, 'ary') and {mine}]").click()  # primary, secondary
 
     def upload(self, path: str, nth: int) -> None:
         inputs = self.wait(lambda d: d.find_elements("css selector", "input[type=file]"))
         inputs[nth].send_keys(path)
 
-    def made(self, text: str) -> str:
-        """Wait for the facts to hold a text."""
-        look = lambda d: text in self.field("Made with").get_attribute("value")  # noqa: E731
-        self.wait(look, text)
+    def facts(self) -> str:
         return self.field("Made with").get_attribute("value")
 
-    def picture(self) -> bytes:
-        """The pixels of the picture that is shown, as the browser has them."""
-        image = self.find("//img[contains(@src, 'file=')]")
-        with urllib.request.urlopen(image.get_attribute("src")) as answer:
-            return answer.read()
+    def made(self, text: str) -> str:
+        """Wait for the facts to hold a text, and for the task to end."""
+        self.wait(lambda d: text in self.facts(), text)
+        self.wait(lambda d: not d.find_elements("css selector", ".generating"), "the end")
+        return self.facts()
 
     def shoot(self, name: str) -> None:
         if SCREENSHOTS:
             self.driver.save_screenshot(str(Path(SCREENSHOTS) / f"{name}.png"))
+
+
+def test_stop_ends_a_task_between_two_steps(browse, monkeypatch):
+    steps, denoise = [], flow.denoise
+
+    def watched(*args):
+        for step in denoise(*args):
+            steps.append(step.i)
+            yield step
+
+    monkeypatch.setattr(flow, "denoise", watched)
+    visitor = browse()
+    visitor.fill("Prompt", "a red star")
+    visitor.fill("Steps", 100)
+    visitor.press("Draw")
+    visitor.wait(lambda d: "100 steps" in visitor.facts(), "a preview")
+    visitor.shoot("sampling")
+    visitor.press("Stop")
+    visitor.fill("Steps", 8)
+    visitor.fill("Seed", 9)
+    visitor.press("Draw")
+    visitor.made("seed 9, 8 steps")
+    visitor.wait(lambda d: steps.count(7) == 2 and steps[-1] == 7, "the second picture")
+    assert max(steps) < 99
 
 
 def test_in_a_browser(browse, address, tmp_path):
@@ -245,7 +269,8 @@ def test_in_a_browser(browse, address, tmp_path):
     second.made("seed 0, 8 steps")
     second.shoot("second")
 
-    Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "photo.png")
+    toy = Scene((Object("circle", "red", "large", 4),), "gray")
+    Image.fromarray(render(toy)).save(tmp_path / "photo.png")
     first.tab("Edit")
     first.upload(str(tmp_path / "photo.png"), 0)
     first.fill("Instruction", "Change the background to white.")
@@ -262,7 +287,6 @@ def test_in_a_browser(browse, address, tmp_path):
     first.press("Ask")
     first.find("//*[contains(text(), 'cannot read picture')]")
     first.shoot("bad_upload")
-    first.press("Ask")
 
     second.tab("Conversation")
     second.fill("Message", "Generate an image according to the following description: a red star")

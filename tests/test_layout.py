@@ -38,7 +38,8 @@ RANKS = (
     ("toy.pictures",),
     ("toy.geneval",),
     ("toy.base", "toy.stages", "toy.evaluate"),
-    ("talk", "app"),
+    ("talk", "page_tasks"),
+    ("app",),
     ("__main__",),
 )
 RANK = {name: i for i, names in enumerate(RANKS) for name in names} | {"": -1, "toy": -1}
