@@ -482,6 +482,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--workers must be at most {most}, the smallest batch")
     if args.check and not args.data:
         raise ValueError("--check needs --data")
+    if args.start and args.data:
+        raise ValueError("--start is for whole runs; --model is what --data begins with")
     if args.ship and args.data:
         raise ValueError("--ship is for whole runs; with --data the folder's model/ is the model")
     args.out = args.out or Path("runs/own" if args.data else "runs/tiny")

@@ -270,6 +270,7 @@ def test_fine_tuning_from_the_command_line(tmp_path, small_batches, capsys):
     [
         (["--check"], "--check needs --data"),
         (["--data", "own.jsonl", "--ship", "x"], "--ship is for whole runs"),
+        (["--data", "own.jsonl", "--start", "x"], "--start is for whole runs"),
         (["--data", "own.jsonl", "--ratio", "1:2"], "--ratio"),
         (["--data", "own.jsonl", "--ratio", "0:0:0"], "--ratio"),
         (["--data", "own.jsonl", "--stage", "vae"], "no lines that the stage vae learns from"),
