@@ -131,7 +131,7 @@ def test_eval_hands_over_to_the_toy_world(capsys, monkeypatch):
     seen = []
     module = types.ModuleType("nexus_min.toy.evaluate")
     module.add_arguments = add_eval_arguments
-    module.main = lambda args: seen.append((args.cases, args.model, args.seed))
+    module.main = lambda args, load: seen.append((args.cases, args.model, args.seed))
     monkeypatch.setitem(sys.modules, "nexus_min.toy.evaluate", module)
     assert run(capsys, "eval", "--cases", "3")[0] == 0 and seen == [(3, "tiny", 0)]
     assert run(capsys, "eval", "--cases", "3", "--model", "m", "--seed", "4")[0] == 0
