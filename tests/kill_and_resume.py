@@ -102,14 +102,17 @@ def numbers(state, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 def differences(folder: Path, reference: Path, stage: str) -> list[str]:
     """Names of what is not the same, bit for bit, after a stage."""
-    states = [training.Checkpoint(f / f"{stage}.ckpt").load() for f in (folder, reference)]
+    folders = folder, reference
+    states = [training.Checkpoint(f / f"{stage}.ckpt").load() for f in folders]
     got, want = (dict(numbers(state)) for state in states)
     odd = [k for k in got.keys() | want.keys() if k not in got or k not in want]
     odd += [k for k in got.keys() & want.keys() if not torch.equal(got[k], want[k])]
-    files = {p.relative_to(f) for f in (folder, reference) for p in (f / "model").rglob("*.*")}
-    for name in (p for p in files if p.suffix):
-        pair = [f / name for f in (folder, reference)]
-        if not all(p.is_file() for p in pair) or len({p.read_bytes() for p in pair}) > 1:
+    pair = [{p.relative_to(f): p for p in f.rglob("model/**/*") if p.is_file()} for f in folders]
+    for name in pair[0].keys() | pair[1].keys():
+        if (
+            not all(name in files for files in pair)
+            or len({f[name].read_bytes() for f in pair}) > 1
+        ):
             odd.append(str(name))
     return sorted(odd)
 
