@@ -100,6 +100,12 @@ def numbers(state, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
         yield name, torch.as_tensor(state)
 
 
+def model_files(folder: Path) -> list[Path]:
+    """What a model is read from: not the beginnings that a killed process leaves beside it."""
+    files = (p for p in folder.rglob("model/**/*") if p.is_file())
+    return [p for p in files if p.suffix != ".partial"]
+
+
 def differences(folder: Path, reference: Path, stage: str) -> list[str]:
     """Names of what is not the same, bit for bit, after a stage."""
     folders = folder, reference
@@ -107,13 +113,9 @@ def differences(folder: Path, reference: Path, stage: str) -> list[str]:
     got, want = (dict(numbers(state)) for state in states)
     odd = [k for k in got.keys() | want.keys() if k not in got or k not in want]
     odd += [k for k in got.keys() & want.keys() if not torch.equal(got[k], want[k])]
-    pair = [{p.relative_to(f): p for p in f.rglob("model/**/*") if p.is_file()} for f in folders]
-    for name in pair[0].keys() | pair[1].keys():
-        if (
-            not all(name in files for files in pair)
-            or len({f[name].read_bytes() for f in pair}) > 1
-        ):
-            odd.append(str(name))
+    pair = [{p.relative_to(f): p.read_bytes() for p in model_files(f)} for f in folders]
+    names = pair[0].keys() | pair[1].keys()
+    odd += [str(name) for name in names if pair[0].get(name) != pair[1].get(name)]
     return sorted(odd)
 
 
