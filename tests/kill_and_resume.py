@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import select
 import shutil
 import signal
 import sys
@@ -79,11 +78,11 @@ def wait(child: int, pipe: int) -> None:
 
 def kill(child: int, pipe: int, step: int, rng: random.Random) -> bool:
     """Kill the process some moment after that step began. False if it was finished before."""
-    begun = time.perf_counter()
+    before = now = time.perf_counter()
     for _ in range(step):
         os.read(pipe, 1)  # a byte; nothing at once when the process has ended
-    pause = rng.random() * (time.perf_counter() - begun) / step if step else rng.random()
-    select.select([], [], [], pause)
+        before, now = now, time.perf_counter()
+    time.sleep(rng.random() * (now - before if step > 1 else 0.5))
     os.kill(child, signal.SIGKILL)
     os.close(pipe)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -156,7 +155,8 @@ def main() -> int:
             i = list(train_tiny.SHARES).index(stage)
             killed, odd = one_round(folders[i], folders[i + 1], stage, args.steps, rng)
             told = f"differs: {', '.join(odd[:5])}" if odd else "equal bit for bit"
-            print(f"{stage:10} killed in step {', '.join(map(str, killed))}: {told}", flush=True)
+            at = f"killed in step {', '.join(map(str, killed))}" if killed else "finished too soon"
+            print(f"{stage:10} {at}: {told}", flush=True)
             rounds, kills, bad = rounds + bool(killed), kills + len(killed), bad + bool(odd)
     print(f"{rounds} rounds with {kills} kills, {bad} of them with a difference")
     return 1 if bad else 0
