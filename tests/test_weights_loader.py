@@ -360,7 +360,8 @@ def test_bad_index(tmp_path, saved):
     aside.rename(second)
     state = {k: v.half() for k, v in load_file(second).items()}
     save_file(state, second)
-    with pytest.raises(ValueError, match=r"mixes torch.float16, torch.float32 \(torch.float16: .*\); choose one"):
+    mixed = r"mixes torch.float16, torch.float32 \(torch.float16: .*\); choose one"
+    with pytest.raises(ValueError, match=mixed):
         w.load_ar(tmp_path, TINY)
     moved = dict(content["weight_map"], **{"lm_head.weight": second.name, "ghost": second.name})
     index.write_text(json.dumps({"weight_map": moved}))
