@@ -285,7 +285,7 @@ def test_bad_options(tmp_path, monkeypatch, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rank, steps", [(0, 25), (8, 60)])
+@pytest.mark.parametrize("rank, steps", [(0, 60), (8, 60)])
 def test_the_loss_falls_on_the_own_lines(tmp_path, rank, steps):
     model = make_tiny()
     path, _ = toy_file(tmp_path, ["understand", "generate", "edit", "generate"])
