@@ -81,7 +81,7 @@ def mutate(seeds: list[bytes], rng: random.Random) -> bytes:
 def jsonl_target(folder: Path) -> Target:
     tokenizer, file = QwenTokenizer(byte_tokenizer()), folder / "data.jsonl"
     talk = [{"role": "user", "content": "<image> é?"}, {"role": "assistant", "content": "<image>"}]
-    lines = [{"id": 1, "images": ["a.png", "b.png"], "messages": talk}, {"messages": talk[:0]}]
+    lines = [{"id": 1, "images": ["a.png", "b.png"], "messages": talk}]
     lines.append({"messages": [{"role": r, "content": "hi"} for r in ("system", "assistant")]})
     seeds = [json.dumps(line, ensure_ascii=i > 0).encode() for i, line in enumerate(lines)]
     seeds.append(b"\n".join(seeds))
