@@ -27,6 +27,7 @@ from nexus_min.toy.tasks import (
     canonical_scene,
     caption,
     example,
+    question_example,
 )
 from nexus_min.toy.world import (
     BACKGROUNDS,
@@ -408,3 +409,15 @@ def test_messages_follow_the_official_format(task):
         assert ex.text in ex.messages[0]["content"]
         if task == "understand":
             assert ex.messages[1]["content"] == ex.answer
+
+
+def test_no_object_is_told_of_twice():
+    """Else an answer could be read off the text before it."""
+    rng = np.random.default_rng(0)
+    for kinds, turns in {"colour+shape": 1, "colour+where": 1, "shape+count_all": 2}.items():
+        for _ in range(20):
+            ex = question_example(rng, kinds, False, most=1)
+            assert len(ex.messages) == 2 * turns and len(ex.scenes[0].objects) == 1
+    crowd = [question_example(rng, "where+where+where", False, most=8) for _ in range(60)]
+    places = [[m["content"] for m in ex.messages[1::2]] for ex in crowd]
+    assert all(len(set(p)) == len(p) for p in places) and max(map(len, places)) == 3
