@@ -152,11 +152,11 @@ def test_two_workers_stop_on_ctrl_c_and_one_goes_on(tmp_path, micro):
     )
     signal.signal(signal.SIGINT, heard)
     log = tmp_path / "metrics.jsonl"
-    deadline = time.time() + 60
+    deadline = time.time() + 300  # a busy machine is slow
     while not log.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "goes on from the last checkpoint" in out and "Traceback" not in err
     step = torch.load(tmp_path / "vae.ckpt")["schedule"]["step"]

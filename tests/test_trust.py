@@ -58,7 +58,9 @@ def test_a_risky_call_would_be_seen():
 PINNED = re.compile(r"[A-Za-z0-9._-]+(\[[\w,]+\])?==[\w.]+(\s*;.*)?")
 
 
-@pytest.mark.parametrize("name", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("*/requ*.txt")))
+@pytest.mark.parametrize(
+    "name", sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("*/requirements.txt"))
+)
 def test_more_requirements_are_pinned(name):
     assert unpinned((ROOT / name).read_text()) == []
 
