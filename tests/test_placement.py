@@ -138,7 +138,9 @@ def test_a_call_that_breaks_off_leaves_the_model_usable(folder, monkeypatch, pro
 
 @pytest.mark.parametrize("profile", ["staged", "stream"])
 def test_a_copy_that_fails_is_not_taken_for_there(folder, monkeypatch, profile):
-    model = NexusGen.load(folder, memory=profile, parts=["ar", "generation", "autoencoder"])
+    """In bf16, while the weights at home are fp32: what did not arrive would compute otherwise."""
+    parts = ["ar", "generation", "autoencoder"]
+    model = NexusGen.load(folder, dtype=torch.bfloat16, memory=profile, parts=parts)
     options = {"fast_preamble": True, "num_steps": 2, "cfg_scale": 1.0}
     want, plain, count = latents(model.generate_steps("a circle", **options)), Place.copy, [0]
     model.placement.clear()
@@ -150,11 +152,9 @@ def test_a_copy_that_fails_is_not_taken_for_there(folder, monkeypatch, profile):
         return plain(*args, **more)
 
     monkeypatch.setattr(Place, "copy", failing)
-    for at in (2, 5):
-        count[0] = at
-        with pytest.raises(MemoryError, match="CUDA out of memory.; weights alone: resident needs"):
-            model.generate("a circle", **options)
-    count[0] = 0
+    count[0] = 2
+    with pytest.raises(MemoryError, match="CUDA out of memory.; weights alone: resident needs"):
+        model.generate("a circle", **options)
     assert torch.equal(latents(model.generate_steps("a circle", **options)), want)
 
 
