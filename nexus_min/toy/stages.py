@@ -39,7 +39,10 @@ from .tasks import Example, example
 from .world import render
 
 POOL = 24_576  # most pictures embedded once for a decoder stage, over all workers
-MIXTURE = ("understand", "generate", "generate", "edit")  # 1:2:1
+UND, GEN, EDIT = "understand", "generate", "edit"
+MIXTURE = (UND, GEN, GEN, EDIT)  # 1:2:1, pre-training
+FINE_TUNING = (UND, GEN, EDIT, UND, EDIT, GEN, UND, EDIT)  # 3:2:3, what takes longest
+PRETRAINED = 0.4  # of the stage
 CROWD = 8  # most objects asked about, once the curriculum is over
 COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
 
@@ -101,6 +104,8 @@ def ar_stage(
 ) -> Stage:
     """Multi-task training with the vision tower frozen; scenes grow from one object to four.
 
+    Pre-training is followed by fine-tuning on other shares of the tasks, as in the paper.
+
     Questions are about up to CROWD objects: where many might be meant, only looking up what the
     words mean helps, which editing needs as well.
     """
@@ -109,7 +114,8 @@ def ar_stage(
     def loss(rng, progress):
         most = 1 if progress < 0.03 else 2 if progress < 0.1 else 4
         objects = {"understand": CROWD if most == 4 else most}
-        tasks = [MIXTURE[i % 4] for i in range(batch)]
+        mixture = MIXTURE if progress < PRETRAINED else FINE_TUNING
+        tasks = [mixture[i % len(mixture)] for i in range(batch)]
         found = [example(rng, task, most=objects.get(task, most)) for task in tasks]
         out = ar_batch_loss(ar, tokenizer, config, found)
         return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
