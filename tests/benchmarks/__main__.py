@@ -1,0 +1,47 @@
+"""All benchmarks that need no GPU, one process each: a table, and `results.json` beside this file.
+
+    python -m tests.benchmarks                    # all, under 15 minutes on 2 cores
+    python -m tests.benchmarks vision language    # some
+
+Peers come from `tests/requirements.txt`. A module has `rows()`, which yields `common.Row`s.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+from .common import HEADER
+
+MODULES = ("slots", "language", "vision", "training", "diffusion", "autoencoder", "batch")
+RESULTS = Path(__file__).with_name("results.json")
+
+
+def measure(name: str, queue) -> None:
+    """In a process of its own: send every row of a module as it is there."""
+    for row in importlib.import_module(f"tests.benchmarks.{name}").rows():
+        queue.put((row.line(), row.as_dict()))
+    queue.put(None)
+
+
+def main(names: list[str]) -> None:
+    context, found = multiprocessing.get_context("spawn"), []
+    print(HEADER)
+    for name in names:
+        queue, start = context.Queue(), time.perf_counter()
+        process = context.Process(target=measure, args=(name, queue))
+        process.start()
+        while (item := queue.get()) is not None:
+            print(item[0], flush=True)
+            found.append(item[1] | {"module": name})
+        process.join()
+        print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    RESULTS.write_text(json.dumps(found, indent=1), "utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(MODULES))

@@ -1,0 +1,99 @@
+"""What the benchmarks share: alternating timing, the machine's ceiling, and the rows they print."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cache
+from statistics import median
+
+import torch
+
+ROUNDS = 5
+
+
+@dataclass
+class Row:
+    """One work, done by us and by a peer on the same weights and inputs."""
+
+    work: str  # what is done, with its size
+    dtype: str
+    peer: str
+    ours: float  # seconds, median
+    theirs: float
+    bar: float  # the ratio that was asked for
+    error: float  # largest difference of the results over the largest of the peer's
+    flop: float = 0.0  # of ours, matmuls only; 0 where a share of the ceiling tells nothing
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as the peer."""
+        return self.theirs / self.ours
+
+    @property
+    def share(self) -> float | None:
+        """Of what a large matmul of the same dtype does a second, here and now."""
+        return self.flop / self.ours / ceiling(self.dtype) if self.flop else None
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self) | {"ratio": self.ratio, "share": self.share}
+
+    def line(self) -> str:
+        """For the terminal and the README's table."""
+        share = "" if self.share is None else f"{self.share:.0%}"
+        cells = (
+            f"{self.work}, {self.dtype}", self.peer, seconds(self.ours), seconds(self.theirs),
+            f"{self.ratio:.2f}x", f"{self.bar:g}x", share, f"{self.error:.1e}", self.note,
+        )  # fmt: skip
+        return "| " + " | ".join(cells) + " |"
+
+
+HEADER = (
+    "| work | peer | ours | peer's | ratio | asked | of the ceiling | difference | |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def seconds(x: float) -> str:
+    """ "12.3 ms" """
+    return f"{1e3 * x:.3g} ms" if x < 1 else f"{x:.3g} s"
+
+
+def alternate(ours: Callable, theirs: Callable, rounds: int = ROUNDS) -> tuple[float, float]:
+    """Median seconds of both, run in turn after one round that is not counted."""
+    found: tuple[list[float], list[float]] = ([], [])
+    for k in range(rounds + 1):
+        for run, times in zip((ours, theirs), found, strict=True):
+            start = time.perf_counter()
+            run()
+            if k:
+                times.append(time.perf_counter() - start)
+    return median(found[0]), median(found[1])
+
+
+@cache
+def ceiling(dtype: str) -> float:
+    """FLOP a second of a 2048 x 2048 matmul on the threads torch uses now."""
+    a = torch.randn(2048, 2048).to(getattr(torch, dtype))
+    a @ a
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest absolute difference, over the peer's largest absolute value."""
+    ours, theirs = ours.float(), theirs.float()
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def peak_rss() -> float:
+    """Bytes this process has had in memory at most."""
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
