@@ -118,6 +118,7 @@ def artist(monkeypatch):
             assert decoder == "generation" or len(references) == len(embeds)
             return np.stack([render(views[decoder](ex.scenes[-1])) for ex in embeds])
 
+        monkeypatch.setattr(ev, "replies", lambda model, batch: ([e.answer for e in batch], batch))
         monkeypatch.setattr(ev, "predict", lambda model, batch: batch)
         monkeypatch.setattr(ev, "draw", draw)
 
@@ -150,7 +151,7 @@ def test_edit_scores(artist, kind):
     (tally,) = ev.score_edits(None, kind, False, 12, 0)
     assert (tally.right, tally.n) == (12, 12)
     if kind in ("background", "style"):
-        assert not tally.notes
+        assert tally.notes == {"told": 1}
     else:
         assert tally.notes["l1_outside_editing"] == 0 < tally.notes["l1_outside_generation"]
     artist(other_background)
@@ -158,7 +159,8 @@ def test_edit_scores(artist, kind):
 
 
 def test_an_edit_left_undone_is_wrong(artist, monkeypatch):
-    monkeypatch.setattr(ev, "predict", lambda model, batch: batch)
+    silent = lambda model, batch: ([""] * len(batch), batch)  # noqa: E731
+    monkeypatch.setattr(ev, "replies", silent)
     undone = lambda model, decoder, embeds, *_, **__: np.stack(  # noqa: E731
         [render(ex.scenes[0]) for ex in embeds]
     )
@@ -167,6 +169,7 @@ def test_an_edit_left_undone_is_wrong(artist, monkeypatch):
         (tally,) = ev.score_edits(None, kind, False, 8, 0)
         assert tally.right == 0
         assert tally.notes.get("l1_outside_editing", 0) == 0
+        assert tally.notes["told"] == (kind in ("add", "background", "style"))
 
 
 class Answers:

@@ -13,6 +13,7 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 
+from nexus_min.tokenizer import EDITING_REPLY
 from nexus_min.toy.pictures import scenes as training_scenes
 from nexus_min.toy.tasks import (
     CATEGORIES,
@@ -373,6 +374,35 @@ def test_an_edit_is_one_change_of_the_object_its_words_name(kind, zh):
             assert goal == target.background
         cells = [o.cell for o in target.objects]
         assert 1 <= len(cells) == len(set(cells)) <= 4
+
+
+GOES = {"remove": ("disappears", "消失"), "move": (" moves to ", "移到")}
+
+
+@pytest.mark.parametrize("zh", [False, True])
+@pytest.mark.parametrize("kind", EDITS)
+def test_a_reply_to_an_edit_says_first_what_will_change(kind, zh):
+    silent = 0
+    for ex in both_sides("edit", kind, zh):
+        reply = ex.messages[1]["content"]
+        usual = EDITING_REPLY["zh" if zh else "en"]
+        silent += reply == usual
+        assert reply in (usual, f"{ex.answer}{'' if zh else ' '}{usual}")
+        _, gone, new = difference(*ex.scenes)
+        if kind == "add" or not gone:
+            assert ex.answer == "" and reply == usual
+            continue
+        word = GOES.get(kind, (" becomes ", "变成"))[zh]
+        before, after = ex.answer.split(word)
+        said = mentions(ex.answer)
+        assert said[0] == {"shape": gone.shape, "colour": gone.colour, "size": gone.size}
+        assert cell_in(before.split("的")[0] if zh else before) == gone.cell
+        if kind == "move":
+            assert cell_in(after[:-1]) == new.cell
+        elif kind != "remove":
+            assert said[1] == {"shape": new.shape, "colour": new.colour, "size": new.size}
+    if kind not in ("add", "background", "style"):
+        assert silent > 0  # the usual sentence alone is learnt too
 
 
 @pytest.mark.parametrize("kind", EDITS)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from ..pipeline import NexusGen
 from ..sampling import Sampling
-from ..tokenizer import EDITING_REPLY, GENERATION_REPLY
+from ..tokenizer import EDITING_REPLY, GENERATION_REPLY, IMAGE
 from . import geneval, score
 from .pictures import save_grid
 from .tasks import CATEGORIES, EDITS, QUESTIONS, Example, example, satisfies
@@ -115,7 +115,14 @@ def draw(
 
 def predict(model: NexusGen, batch: list[Example], fast: bool = False) -> torch.Tensor:
     """The AR model's embeddings of the pictures that examples ask for: [B, N, C]."""
-    rows = []
+    return replies(model, batch, fast)[1]
+
+
+def replies(
+    model: NexusGen, batch: list[Example], fast: bool = False
+) -> tuple[list[str], torch.Tensor]:
+    """What the AR model says before each picture beyond the usual sentence, and `predict`."""
+    texts, rows = [], []
     for ex in batch:
         if ex.task == "edit":
             inputs = model.editing_inputs(_pictures(ex.scenes[:1])[0], ex.text)
@@ -123,8 +130,10 @@ def predict(model: NexusGen, batch: list[Example], fast: bool = False) -> torch.
         else:
             inputs = model.generation_inputs(ex.text, ex.language)
             sentence = GENERATION_REPLY[ex.language]
-        rows.append(model.predict_embeddings(inputs, sentence, fast, max_new_tokens=64)[1])
-    return torch.cat(rows)
+        said, embeds = model.predict_embeddings(inputs, sentence, fast, max_new_tokens=64)
+        texts.append(said.removesuffix(sentence.removesuffix(IMAGE)).strip())
+        rows.append(embeds)
+    return texts, torch.cat(rows)
 
 
 def batches(items: list) -> list[list]:
@@ -168,11 +177,17 @@ def score_questions(model, kind, zh, n, seed, name="") -> list[Tally]:
 
 
 def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list[Tally]:
-    """Edits of one kind by the editing decoder; both decoders' L1 outside, where textured."""
+    """Edits of one kind by the editing decoder; both decoders' L1 outside, where textured.
+
+    `told` is the share whose reply says rightly what will change, or nothing for a whole picture.
+    """
     tally, distances = Tally(name), {"editing": [], "generation": []}
+    told = Tally(name)
     for number, batch in enumerate(batches(examples("edit", kind, zh, n, seed))):
         sources = _pictures([ex.scenes[0] for ex in batch])
-        embeds = predict(model, batch)
+        texts, embeds = replies(model, batch)
+        for ex, text in zip(batch, texts, strict=True):
+            told.add(text == ex.answer)
         drawn = {d: draw(model, d, embeds, sources, seed + number, **options) for d in distances}
         for i, (ex, reading) in enumerate(zip(batch, score.read(drawn["editing"]), strict=True)):
             tally.add(reading.is_exactly(ex.scenes[1]))
@@ -184,8 +199,9 @@ def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list
             targets = _arrays(_pictures([ex.scenes[1] for ex in batch]))
             rows = [_arrays(sources), targets, drawn["editing"], drawn["generation"]]
             save_grid(save / f"{file_name(name)}.png", [r[:10] for r in rows])
+    tally.notes = {"told": told.rate}
     if distances["editing"]:
-        tally.notes = {f"l1_outside_{d}": float(np.mean(v)) for d, v in distances.items()}
+        tally.notes |= {f"l1_outside_{d}": float(np.mean(v)) for d, v in distances.items()}
     return [tally]
 
 
@@ -274,7 +290,8 @@ def evaluate(
         book.add(score_reconstruction(model, cases, seed, save, **options))
     outside = [t.notes for t in book.rows if "l1_outside_editing" in t.notes]
     if outside:
-        mean = {k: float(np.mean([o[k] for o in outside])) for k in outside[0]}
+        names = ("l1_outside_editing", "l1_outside_generation")
+        mean = {k: float(np.mean([o[k] for o in outside])) for k in names}
         ratio = mean["l1_outside_editing"] / mean["l1_outside_generation"]
         book.add([Tally("L1 outside, editing / generation", 0, 0, {**mean, "ratio": ratio})])
     return book.rows
