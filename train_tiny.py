@@ -54,7 +54,7 @@ from nexus_min.toy.vocabulary import build_tokenizer, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
 # The stages in order: the share of --minutes, and the batch over all workers.
-SHARES = {"vae": 0.05, "vision": 0.13, "generation": 0.22, "ar": 0.38, "editing": 0.22}
+SHARES = {"vae": 0.05, "vision": 0.10, "generation": 0.19, "ar": 0.36, "editing": 0.30}
 BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
 NEEDS = {
     "vae": (),
@@ -72,8 +72,8 @@ ERRORS = (ValueError, OSError, FloatingPointError)  # what a user can cause: one
 class Folder:
     """The model of a run as it grows, in the official layout under `model/`."""
 
-    def __init__(self, path: Path):
-        self.path, self.model = path, path / "model"
+    def __init__(self, path: Path, start: str | None = None):
+        self.path, self.model, self.start = path, path / "model", start
 
     @property
     def config(self) -> NexusGenConfig:
@@ -189,10 +189,15 @@ def train_vision(folder: Folder, run: Run, batch: int) -> dict:
 
 def train_generation(folder: Folder, run: Run, batch: int) -> dict:
     config, vae, visual = folder.config, folder.vae(), folder.ar().visual
-    started = time.perf_counter()
-    pool = toy.reconstruction_pool(visual, vae, config, run)
-    run = run.less(time.perf_counter() - started)
+    started, known = time.perf_counter(), None
     mmdit, adapter = toy.init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
+    if folder.start:
+        known = NexusGen.load(folder.start, dtype=torch.float32, parts=("ar", "generation"))
+        mmdit.load_state_dict(known.generation.mmdit.state_dict())
+        adapter.load_state_dict(known.generation.adapter.state_dict())
+        known = known.ar.visual, known.generation.adapter
+    pool = toy.reconstruction_pool(visual, vae, config, run, known)
+    run = run.less(time.perf_counter() - started)
     stage = toy.generation_stage(mmdit, adapter, folder.empty_prompt(), pool, vae, config, batch)
     summary = fit(stage, run)
     folder.save(config, generation=(mmdit, adapter))
@@ -299,6 +304,7 @@ class Plan:
     bf16: bool
     started: float  # time.time()
     command: str  # as given, for the record
+    start: str | None = None  # a model whose generation decoder is adapted to this tower
     data: Path | None = None  # one's own; then also:
     model: str = "tiny"  # what is fine-tuned
     ratio: tuple[float, ...] = finetune.RATIO
@@ -320,7 +326,7 @@ def train(plan: Plan) -> None:
     """Run the stages one after the other, in this process; those that are finished are skipped."""
     if plan.data:
         return train_on_data(plan)
-    folder, (rank, _) = Folder(plan.out), world()
+    folder, (rank, _) = Folder(plan.out, plan.start), world()
     for name in plan.stages:
         if folder.finished(name):
             continue
@@ -430,6 +436,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=30.0, help="budget of the chosen stages")
     parser.add_argument("--steps", type=int, help="steps of each stage, instead of minutes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", help="adapt this model's generation decoder (a folder, or tiny)")
     parser.add_argument("--out", type=Path, help="folder of the run (runs/tiny; runs/own)")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -455,6 +462,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--workers must be at most {most}, the smallest batch")
     if args.check and not args.data:
         raise ValueError("--check needs --data")
+    if args.start and (args.data or args.stage not in ("all", "generation")):
+        raise ValueError("--start is for the generation stage")
     if args.ship and args.data:
         raise ValueError("--ship is for whole runs; with --data the folder's model/ is the model")
     args.out = args.out or Path("runs/own" if args.data else "runs/tiny")
@@ -477,8 +486,10 @@ def make_plan(args: argparse.Namespace, started: float, command: str) -> Plan:
         stages = finetune.stages(MessageDataset(args.data).lines, args.stage)
         settings = (args.minutes, args.steps, args.seed, args.workers, args.quiet, bf16_pays())
         own = (args.data, args.model, args.ratio, args.shard, args.lora)
-        return Plan(args.out, stages, *settings, started, command, *own)
+        return Plan(args.out, stages, *settings, started, command, None, *own)
     stages = tuple(SHARES) if args.stage == "all" else (args.stage,)
+    if args.start:
+        model_folder(args.start)
     if args.stage != "all":
         folder.check(args.stage)
     if args.ship:
@@ -488,7 +499,7 @@ def make_plan(args: argparse.Namespace, started: float, command: str) -> Plan:
     for name in folder.drop_stale(stages):
         print(f"{name} is trained again: what it was built on has changed")
     settings = (args.minutes, args.steps, args.seed, args.workers, args.quiet, bf16_pays())
-    return Plan(args.out, stages, *settings, started, command)
+    return Plan(args.out, stages, *settings, started, command, args.start)
 
 
 def tell(folder: Folder, stages: tuple[str, ...]) -> None:

@@ -41,7 +41,7 @@ from .world import render
 POOL = 24_576  # most pictures embedded once for a decoder stage, over all workers
 UND, GEN, EDIT = "understand", "generate", "edit"
 MIXTURE = (UND, GEN, GEN, EDIT)  # 1:2:1, pre-training
-FINE_TUNING = (UND, GEN, EDIT, UND, EDIT, GEN, UND, EDIT)  # 3:2:3, what takes longest
+FINE_TUNING = (UND, EDIT, UND, UND, EDIT, UND, GEN, UND)  # 5:1:2, what takes longest
 PRETRAINED = 0.4  # of the stage
 CROWD = 8  # most objects asked about, once the curriculum is over
 COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
@@ -231,15 +231,26 @@ def build_pool(n: int, run: Run, make: Callable[[np.random.Generator], dict[str,
 
 
 def reconstruction_pool(
-    visual: QwenViT, vae: AutoEncoder, config: NexusGenConfig, run: Run
+    visual: QwenViT,
+    vae: AutoEncoder,
+    config: NexusGenConfig,
+    run: Run,
+    known: tuple[QwenViT, GenerationAdapter] | None = None,
 ) -> dict[str, Tensor]:
-    """Pictures as `embeds` [n, N, C] and `latents` [n, z, h, w]."""
+    """Pictures as `embeds` [n, N, C] and `latents` [n, z, h, w].
+
+    With the tower and the adapter of another model, also what that adapter `said` of its own
+    tower's embeddings: the words that its MMDiT knows.
+    """
 
     @torch.no_grad()
     def make(rng):
         x = to_unit([render(s) for s in scenes(rng, 64, 0.15)])
         embeds = embed_views(visual, x, config.target_size)
-        return {"embeds": embeds, "latents": vae.encode(x * 2 - 1)}
+        found = {"embeds": embeds, "latents": vae.encode(x * 2 - 1)}
+        if known:
+            found["said"] = known[1](embed_views(known[0], x, config.target_size))
+        return found
 
     return build_pool(pool_size(run, 20), run, make)
 
@@ -259,7 +270,7 @@ def editing_pool(
             "latents": vae.encode(target * 2 - 1),
         }
 
-    return build_pool(pool_size(run, 12), run, make)
+    return build_pool(pool_size(run, 8), run, make)
 
 
 def draw_rows(
@@ -284,7 +295,7 @@ def flow_loss(mmdit: MMDiT, context: Context, x0: Tensor, generator: torch.Gener
     return rf_loss(velocity_field(mmdit, context, *x0.shape[-2:]), x0, noise, t)
 
 
-IMITATION = 0.04  # of the editing stage
+IMITATION = 0.04  # of the editing stage; twice that of a generation stage that adapts
 ADAMW_ONLY = ("img_in", "final_layer", "time_in", "vector_in", "guidance_in")
 
 
@@ -297,11 +308,17 @@ def generation_stage(
     config: NexusGenConfig,
     batch: int,
 ) -> Stage:
-    """Reconstruct a picture from its embeddings; one batch in ten sees the empty prompt (cfg)."""
+    """Reconstruct a picture from its embeddings; one batch in ten sees the empty prompt (cfg).
+
+    An MMDiT that was trained on another tower learns this one's embeddings first through the
+    adapter alone, which imitates what the old adapter `said`.
+    """
     painter = Painter(vae, mmdit, adapter, empty, config)
 
     def loss(rng, progress):
         rows, generator = draw_rows(rng, pool, batch, COND_NOISE)
+        if "said" in pool and progress < 2 * IMITATION:
+            return F.mse_loss(adapter(rows["embeds"]), rows["said"]), {}
         txt = empty["context"] if rng.random() < 0.1 else adapter(rows["embeds"])
         context = Context(txt, context_ids_generation(txt.shape[1]), empty["pooled"])
         return flow_loss(mmdit, context, rows["latents"], generator), {}
@@ -315,8 +332,9 @@ def generation_stage(
         return {"exact_seen": agreement(drawn, truth)}
 
     modules = nn.ModuleDict({"mmdit": mmdit, "adapter": adapter})
+    lr = 3e-3 if "said" in pool else 6e-3
     return Stage(
-        "generation", modules, loss, lr=6e-3, adamw_lr=2e-3, adamw_only=ADAMW_ONLY, sample=sample
+        "generation", modules, loss, lr=lr, adamw_lr=2e-3, adamw_only=ADAMW_ONLY, sample=sample
     )
 
 
