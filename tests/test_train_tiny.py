@@ -118,7 +118,7 @@ def test_a_known_decoder_is_adapted_to_another_tower(trained, micro, tmp_path):
         file.unlink()
     argv = ["--stage", "generation", "--out", str(folder), "--start", str(trained / "model")]
     assert train_tiny.main([*argv, *MICRO]) == 0
-    old, new = (NexusGen.load(f / "model", dtype=torch.float32).generation for f in (trained, folder))
+    old, new = (NexusGen.load(f / "model").generation for f in (trained, folder))
     far = [
         max(float((a - b).abs().max()) for a, b in zip(x.parameters(), y.parameters(), strict=True))
         for x, y in ((old.mmdit, new.mmdit), (old.adapter, new.adapter))
