@@ -88,6 +88,18 @@ def ceiling(dtype: str) -> float:
     return 2 * 2048**3 / min(times)
 
 
+@cache
+def copy_speed() -> float:
+    """Bytes a second, read and written, of a copy of 256 MB on the threads torch uses now."""
+    a = torch.ones(1 << 26)
+    b, times = torch.empty_like(a), []
+    for _ in range(5):
+        start = time.perf_counter()
+        b.copy_(a)
+        times.append(time.perf_counter() - start)
+    return 2 * a.numel() * a.element_size() / min(times)
+
+
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest absolute difference, over the peer's largest absolute value."""
     ours, theirs = ours.float(), theirs.float()
