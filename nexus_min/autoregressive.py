@@ -15,7 +15,7 @@ follows training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -198,8 +198,11 @@ def ar_loss(
     read, targets = _split_embeds(model, input_ids, image_embeds, slots)
     if position_ids is None:
         position_ids, _ = rope_index(input_ids, image_grid_thw, attention_mask, config=model.config)
-    hidden = model.model(model.embed(input_ids, read, slots), position_ids, attention_mask)
-    ce = _text_loss(model, hidden, labels.masked_fill(slots, -100))
+    labels = labels.masked_fill(slots, -100)
+    learned = F.pad((labels != -100)[:, 1:] | slots[:, 1:], (0, 1))  # one before what it predicts
+    x = model.embed(input_ids, read, slots)
+    hidden = _hidden_where(model, learned, x, position_ids, attention_mask)
+    ce = _text_loss(model, hidden, labels)
     mse, one_minus_cos = _image_loss(model.vision_head(hidden[:, :-1][slots[:, 1:]]), targets)
     return ARLoss(3.0 * ce + 1.5 * mse + 1.5 * one_minus_cos, ce, mse, one_minus_cos)
 
@@ -220,6 +223,40 @@ def _split_embeds(
         image_embeds = model.vision_head.weight.new_empty(have)
     image_embeds = image_embeds.detach()
     return image_embeds[~is_target], image_embeds[is_target]
+
+
+def _hidden_where(
+    model: NexusGenAR,
+    learned: Tensor,
+    x: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None,
+) -> Tensor:
+    """Hidden states [B, L, C] that are right where learned [B, L] is True.
+
+    What follows the last such place of a row cannot move it, padding above all: rows that end
+    within a quarter of each other go together, to that end. The top layer starts at the first.
+    """
+    ends = (learned * torch.arange(1, learned.shape[1] + 1, device=x.device)).amax(1)
+    hidden = torch.zeros_like(x)
+    for rows in _like_lengths(ends.tolist()):
+        end = max(int(ends[rows].max()), 1)
+        start = int(learned[rows, :end].any(0).long().argmax())
+        mask = None if attention_mask is None else attention_mask[rows, :end]
+        part = model.model(x[rows, :end], position_ids[:, rows, :end], mask, last=end - start)
+        hidden[rows, start:end] = part
+    return hidden
+
+
+def _like_lengths(lengths: Sequence[int], share: float = 0.75) -> Iterator[list[int]]:
+    """Indices from longest to shortest, cut where less than `share` of a first one is left."""
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if group and lengths[i] < share * lengths[group[0]]:
+            yield group
+            group = []
+        group.append(i)
+    yield group
 
 
 def _text_loss(model: NexusGenAR, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -299,11 +336,12 @@ def prefill_image_slots(
     prefill, slot_positions = _slot_inputs(model, input_ids, start, slot_grid)
     N = prefill.shape[1]
     hidden = model.model(
-        torch.cat((embeds, prefill.to(embeds.dtype)), dim=1),
-        torch.cat((positions, slot_positions), dim=2),
-        _extend(attention_mask, N),
+        torch.cat((embeds, prefill[:, :-1].to(embeds.dtype)), dim=1),
+        torch.cat((positions, slot_positions[..., :-1]), dim=2),
+        _extend(attention_mask, N - 1),
+        last=N,  # from vision_start to the last slot but one; the last would predict vision_end
     )
-    return model.vision_head(hidden[:, -N - 1 : -1])  # from vision_start to the last slot but one
+    return model.vision_head(hidden)
 
 
 def prefill_image_slots_loop(
@@ -321,8 +359,8 @@ def prefill_image_slots_loop(
     prefill, slot_positions = _slot_inputs(model, input_ids, start, slot_grid)
     cache, out = KVCache(), []
     for k in range(prefill.shape[1]):
-        hidden = model.model(embeds, positions, _extend(attention_mask, k), cache)
-        out.append(model.vision_head(hidden[:, -1:]))
+        hidden = model.model(embeds, positions, _extend(attention_mask, k), cache, last=1)
+        out.append(model.vision_head(hidden))
         embeds, positions = prefill[:, k : k + 1], slot_positions[:, :, k : k + 1]
     return torch.cat(out, dim=1)
 
@@ -370,9 +408,9 @@ def generate(
             slots, start = prefill.shape[1], places.amax(dim=(0, 2))[:, None] + 1
             x = torch.cat((x, prefill.to(x.dtype)), dim=1)
             positions = torch.cat((positions, places), dim=2)
-        hidden = model.model(x, positions, None, cache)
+        hidden = model.model(x, positions, None, cache, last=slots + 1)
         if slots:
-            yield "image", model.vision_head(hidden[0, -slots - 1 : -1])
+            yield "image", model.vision_head(hidden[0, :-1])
             ids = F.pad(ids, (0, slots), value=config.image_token_id)
             token = config.vision_end_token_id
         else:

@@ -22,30 +22,39 @@ from .rope import apply_rope_half, mrope_cos_sin
 
 
 class KVCache:
-    """Rotated keys and values of the tokens seen so far, one pair [B, H_kv, S, D] a layer."""
+    """Rotated keys and values of the tokens seen so far, written into room made ahead for more.
+
+    `QwenDecoder.forward` moves `length` on when all layers have written.
+    """
+
+    ROOM = 256  # tokens; making room copies what is held, which for every token would show
 
     def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.length = 0  # tokens held, padding included
+        self._rooms: list[Tensor] = []  # [2, B, H_kv, room, D] a layer
 
     @property
-    def length(self) -> int:
-        """Tokens held, padding included."""
-        return self.layers[0][0].shape[2] if self.layers else 0
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values held, one pair [B, H_kv, S, D] a layer."""
+        return [tuple(room[:, :, :, : self.length]) for room in self._rooms]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the new k, v [B, H_kv, L, D] of a layer; return all of them, [B, H_kv, S + L, D]."""
-        if layer == len(self.layers):
-            self.layers.append((k, v))
-        else:
-            past_k, past_v = self.layers[layer]
-            self.layers[layer] = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)
-        return self.layers[layer]
+        past, end = self.length, self.length + k.shape[2]
+        if layer == len(self._rooms):
+            self._rooms.append(k.new_empty(2, *k.shape[:2], end + self.ROOM, k.shape[3]))
+        if self._rooms[layer].shape[3] < end:
+            held = self._rooms[layer][:, :, :, :past]
+            self._rooms[layer] = F.pad(held, (0, 0, 0, end + self.ROOM - past))
+        room = self._rooms[layer]
+        room[0, :, :, past:end], room[1, :, :, past:end] = k, v
+        return room[0, :, :, :end], room[1, :, :, :end]
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens. ValueError when fewer are held."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
-        self.layers = [(k[:, :, :length], v[:, :, :length]) for k, v in self.layers]
+        self.length = length
 
 
 def causal_mask(length: int, past: int, padding: Tensor | None, device=None) -> Tensor | None:
@@ -85,13 +94,15 @@ class Attention(nn.Module):
         is_causal: bool = False,
         cache: KVCache | None = None,
         layer: int = 0,
+        last: int = 0,
     ) -> Tensor:
-        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, L, C]."""
+        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, L, C], or [B, last, C] of the last rows."""
         q, k, v = (
-            rearrange(proj(x), "B L (H D) -> B H L D", D=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(proj(rows), "B L (H D) -> B H L D", D=self.head_dim)
+            for proj, rows in ((self.q_proj, x[:, -last:]), (self.k_proj, x), (self.v_proj, x))
         )
-        q, k = apply_rope_half(q, cos, sin), apply_rope_half(k, cos, sin)
+        q = apply_rope_half(q, cos[:, :, -last:], sin[:, :, -last:])
+        k = apply_rope_half(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
@@ -117,9 +128,14 @@ class DecoderLayer(nn.Module):
         is_causal: bool = False,
         cache: KVCache | None = None,
         layer: int = 0,
+        last: int = 0,
     ) -> Tensor:
-        """x [B, L, C], cos and sin [B, 1, L, D], mask broadcast to [B, H, L, S] -> [B, L, C]."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, is_causal, cache, layer)
+        """x [B, L, C], cos and sin [B, 1, L, D], mask broadcast to [B, H, L, S] -> [B, L, C].
+
+        With `last`, only the last rows are computed: mask [.., last, S] -> [B, last, C].
+        """
+        seen = self.input_layernorm(x)
+        x = x[:, -last:] + self.self_attn(seen, cos, sin, mask, is_causal, cache, layer, last)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -140,25 +156,31 @@ class QwenDecoder(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         trace: list[Tensor] | None = None,
+        last: int = 0,
     ) -> Tensor:
         """Hidden states [B, L, C] of L new tokens, after the final norm.
 
         inputs_embeds [B, L, C]; position_ids [3, B, L]; attention_mask [B, cached + L], False or 0
         at padding (needed for left padding only); `cache` is read and extended; `trace`, when a
-        list is given, receives the input of each layer and the result. ValueError when the shapes
-        disagree.
+        list is given, receives the input of each layer and the result; with `last`, the top layer
+        computes the last rows only: [B, last, C]. ValueError when the shapes disagree.
         """
         past = cache.length if cache is not None else 0
         self._check(inputs_embeds, position_ids, attention_mask, past)
         cos, sin = self._rotation(position_ids, inputs_embeds.dtype)
-        L = inputs_embeds.shape[1]
-        mask = causal_mask(L, past, attention_mask, inputs_embeds.device)
-        is_causal = mask is None and past == 0
+        total = past + inputs_embeds.shape[1]
         x = inputs_embeds
         for i, layer in enumerate(self.layers):
             if trace is not None:
                 trace.append(x)
-            x = layer(x, cos, sin, mask, is_causal, cache, i)
+            top = i == len(self.layers) - 1
+            new = last if last and top else total - past
+            if i == 0 or top:
+                mask = causal_mask(new, total - new, attention_mask, x.device)
+                is_causal = mask is None and new == total
+            x = layer(x, cos, sin, mask, is_causal, cache, i, last if top else 0)
+        if cache is not None:
+            cache.length = total
         x = self.norm(x)
         if trace is not None:
             trace.append(x)

@@ -1,4 +1,4 @@
-"""The two layers that the Qwen towers (vision, decoder, embedding merger) share.
+"""The layers that the Qwen towers (vision, decoder, embedding merger) share.
 
 Official classes: `Qwen2RMSNorm`, `Qwen2_5_VLMLP`, `Qwen2MLP` (transformers 4.49).
 """
@@ -22,6 +22,13 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up; in place of both where no gradient needs them: large arrays cost time."""
+    if torch.is_grad_enabled():
+        return F.silu(gate) * up
+    return F.silu(gate, inplace=True).mul_(up)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)). The vision tower has biases, the decoder has none."""
 
@@ -32,4 +39,4 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))

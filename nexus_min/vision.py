@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from nexus_min.config import VisionConfig
-from nexus_min.layers import RMSNorm, SwiGLU
+from nexus_min.layers import RMSNorm, SwiGLU, gated
 from nexus_min.rope import apply_rope_half, vision_cos_sin
 
 Grid = Sequence[Sequence[int]]  # (t, h, w) of every image, in patches before merging
@@ -184,6 +184,22 @@ class VisionAttention(nn.Module):
         return self.proj(attend_segments(*qk.chunk(2, dim=1), v, segments))
 
 
+class VisionMLP(SwiGLU):
+    """SwiGLU of [P, C] with its hidden units as rows of the arrays, tokens as columns.
+
+    A token's 3420 hidden units are no multiple of 8 floats, which costs MKL a third of its speed;
+    tokens are easily made one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = F.pad(x, (0, 0, 0, -len(x) % 8)).T
+        gate, up = (
+            torch.addmm(linear.bias[:, None], linear.weight, columns)
+            for linear in (self.gate_proj, self.up_proj)
+        )
+        return self.down_proj(gated(gate, up).T)[: len(x)]
+
+
 class VisionBlock(nn.Module):
     """Pre-norm attention and SwiGLU: [P, C] -> [P, C]; official `Qwen2_5_VLVisionBlock`."""
 
@@ -192,7 +208,7 @@ class VisionBlock(nn.Module):
         self.norm1 = RMSNorm(config.hidden_size)
         self.norm2 = RMSNorm(config.hidden_size)
         self.attn = VisionAttention(config.hidden_size, config.num_heads)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
+        self.mlp = VisionMLP(config.hidden_size, config.intermediate_size, bias=True)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, segments)
