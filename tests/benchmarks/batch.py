@@ -42,7 +42,10 @@ def batched(model: NexusGen, **options) -> Row:
     def one_by_one() -> list[Image.Image]:
         return [model.generate(p, seed=i, **options) for i, p in enumerate(PROMPTS)]
 
-    pictures = [torch.cat([to_latent_image(x, *x.size[::-1]) for x in run()]) for run in (together, one_by_one)]
+    pictures = [
+        torch.cat([to_latent_image(x, *x.size[::-1]) for x in run()])
+        for run in (together, one_by_one)
+    ]
     return Row(
         "4 prompts of mixed lengths in one call" + (", fixed preamble" if options else ""),
         "float32",
