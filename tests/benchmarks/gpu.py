@@ -135,11 +135,12 @@ def pictures(place: Place, config: NexusGenConfig, mmdit: MMDiT) -> Iterator[Fou
         ("generation", None, 3.0, 3.3),
         ("editing", reference, 1.0, 1.9),
     ):
-        settings = Sampling(num_steps=50).resolve(config, scale)
+        settings = Sampling().resolve(config, scale)  # 50 steps at full size
         drawing = Drawing("", place.randn(1, slots, width), source, name, settings)
         took = place.timed(lambda d=drawing: list(model.draw(d)), rounds=1)
         side = config.image_size
-        yield Found(f"{name} at {side}x{side}, 50 steps, cfg {scale:g}", took, asked)
+        what = f"{name} at {side}x{side}, {settings.num_steps} steps, cfg {scale:g}"
+        yield Found(what, took, asked)
 
 
 # ---- the AR model --------------------------------------------------------------------------------
