@@ -187,14 +187,10 @@ def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     return qkv[:2], qkv[2]
 
 
-def attention(qk: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], skip: int = 0) -> Tensor:
-    """Rotate queries and keys together, attend over the joint sequence: -> [B, L - skip, H*D].
-
-    The first `skip` tokens are looked at, but do not look.
-    """
+def attention(qk: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate queries and keys together, attend over the joint sequence: -> [B, L, H*D]."""
     q, k = apply_rope_interleaved(qk, *rope)
-    out = F.scaled_dot_product_attention(q[:, :, skip:], k, v)
-    return rearrange(out, "B H L D -> B L (H D)")
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)")
 
 
 class SelfAttention(nn.Module):
@@ -276,7 +272,7 @@ class SingleStreamBlock(nn.Module):
         """x [B, L, C] (context first) -> [B, L - skip, C]: all but the first `skip` tokens."""
         qkv, hidden = self.linear1(modulated_norm(x, *mod[:2])).split(self.widths, dim=-1)
         qk, v = split_heads(qkv, self.num_heads)
-        attn = attention(self.norm(qk), v, rope, skip)
+        attn = attention(self.norm(qk), v, rope)[:, skip:]
         hidden = F.gelu(hidden[:, skip:], approximate="tanh")
         out = self.linear2(torch.cat((attn, hidden), dim=-1))
         return torch.addcmul(x[:, skip:], mod.gate, out)
