@@ -146,11 +146,12 @@ def plot(found: Sequence[Curve], path: Path) -> None:
             line = [t[0] * (x / n[0]) ** power for x in n]
             panel.plot(n, line, dashes, color=GREY, linewidth=1, label=f"slope {power}")
         panel.plot(n, t, "o-", color=BLUE, label="measured")
-        panel.axvline(curve.bend(), color=GREY, linewidth=0.6)
+        panel.axvline(curve.bend(), color=GREY, linewidth=0.6, label="bends most")
         panel.set(xscale="log", yscale="log", title=curve.title, xlabel=curve.unit)
         panel.set(ylabel="milliseconds", ylim=(0.5 * min(t), 3 * max(t)))
         panel.set_xticks(n, [str(x) for x in n])
         panel.minorticks_off()
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
         panel.legend()
     figure.savefig(path, dpi=120)
