@@ -266,13 +266,16 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(dim // config.num_heads)
         self.modulation = Modulation(dim, double=False)
 
-    def forward(self, x: Tensor, mod: ModulationOut, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x [B, L, C] (context first) -> [B, L, C]."""
+    def forward(
+        self, x: Tensor, mod: ModulationOut, rope: tuple[Tensor, Tensor], skip: int = 0
+    ) -> Tensor:
+        """x [B, L, C] (context first) -> [B, L - skip, C]: all but the first `skip` tokens."""
         qkv, hidden = self.linear1(modulated_norm(x, *mod[:2])).split(self.widths, dim=-1)
         qk, v = split_heads(qkv, self.num_heads)
-        attn = attention(self.norm(qk), v, rope)
-        out = self.linear2(torch.cat((attn, F.gelu(hidden, approximate="tanh")), dim=-1))
-        return torch.addcmul(x, mod.gate, out)
+        attn = attention(self.norm(qk), v, rope)[:, skip:]
+        hidden = F.gelu(hidden[:, skip:], approximate="tanh")
+        out = self.linear2(torch.cat((attn, hidden), dim=-1))
+        return torch.addcmul(x[:, skip:], mod.gate, out)
 
 
 class LastLayer(nn.Module):
@@ -382,9 +385,10 @@ class MMDiT(nn.Module):
         for block, mod in zip(self.double_blocks, mods.double, strict=True):
             img, txt = block(img, txt, mod, rope)
         x = torch.cat((txt, img), dim=1)
-        for block, mod in zip(self.single_blocks, mods.single, strict=True):
-            x = block(x, mod, rope)
-        return self.final_layer(x[:, txt.shape[1] :], mods.final)
+        for i, (block, mod) in enumerate(zip(self.single_blocks, mods.single, strict=True)):
+            last = i == len(self.single_blocks) - 1  # what it makes of the context, nobody reads
+            x = block(x, mod, rope, skip=txt.shape[1] if last else 0)
+        return self.final_layer(x[:, -img.shape[1] :], mods.final)
 
     def check(self, img: Tensor, txt: Tensor, **others: Tensor) -> None:
         """Raise ValueError naming the sizes when inputs do not fit the network or each other."""

@@ -87,7 +87,9 @@ def flux_rope(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Ten
 def apply_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, H, N, D] by the interleaved convention in fp32, cast back.
 
-    cos, sin [B, 1, N, D/2].
+    cos, sin [B, 1, N, D/2]. Whole rows are multiplied: faster than every second channel.
     """
+    cos, sin = (r.repeat_interleave(2, dim=-1) for r in (cos, sin))
     a, b = rearrange(x.float(), "... (d two) -> two ... d", two=2)
-    return rearrange([a * cos - b * sin, a * sin + b * cos], "two ... d -> ... (d two)").to(x.dtype)
+    turned = torch.stack((-b, a), dim=-1).flatten(-2)
+    return torch.addcmul(x.float() * cos, turned, sin).to(x.dtype)

@@ -22,14 +22,16 @@ RESULTS = Path(__file__).with_name("results.json")
 
 
 def measure(name: str, queue) -> None:
-    """In a process of its own: send every row of a module as it is there."""
-    for row in importlib.import_module(f"tests.benchmarks.{name}").rows():
-        queue.put((row.line(), row.as_dict()))
-    queue.put(None)
+    """In a process of its own: send every row of a module as it is there, None at the end."""
+    try:
+        for row in importlib.import_module(f"tests.benchmarks.{name}").rows():
+            queue.put((row.line(), row.as_dict()))
+    finally:  # a peer that is missing says so and ends this process alone
+        queue.put(None)
 
 
 def main(names: list[str]) -> None:
-    context, found = multiprocessing.get_context("spawn"), []
+    context, found, failed = multiprocessing.get_context("spawn"), [], False
     print(HEADER)
     for name in names:
         queue, start = context.Queue(), time.perf_counter()
@@ -39,8 +41,10 @@ def main(names: list[str]) -> None:
             print(item[0], flush=True)
             found.append(item[1] | {"module": name})
         process.join()
+        failed = failed or process.exitcode != 0
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
     RESULTS.write_text(json.dumps(found, indent=1), "utf-8")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from statistics import median
+from types import ModuleType
 
 import torch
 
@@ -112,3 +114,11 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def peak_rss() -> float:
     """Bytes this process has had in memory at most."""
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peer(name: str) -> ModuleType:
+    """The package to compare with, or a line that says how to have it, and status 1."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install -r tests/requirements.txt") from error

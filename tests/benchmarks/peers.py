@@ -15,6 +15,8 @@ from nexus_min.autoregressive import NexusGenAR
 from nexus_min.config import ARConfig, NexusGenConfig, TextConfig, VisionConfig
 from nexus_min.vision import QwenViT
 
+from .common import peer
+
 SMALL_TOWER = VisionConfig(
     depth=1,
     hidden_size=64,
@@ -27,16 +29,6 @@ SIZES = {  # name: width, layers, heads, kv heads, MLP, vocabulary
     "150 M": (768, 12, 12, 4, 3072, 32_000),
     "500 M": (1280, 18, 10, 2, 5120, 32_000),
 }
-
-
-def need(package: str):
-    """The package, or exit with what to do."""
-    try:
-        return __import__(package)
-    except ImportError:
-        raise SystemExit(
-            f"these benchmarks need {package}: pip install -r tests/requirements.txt"
-        ) from None
 
 
 def ar_config(size: str) -> ARConfig:
@@ -77,7 +69,7 @@ def our_ar(config: ARConfig) -> NexusGenAR:
 @contextmanager
 def quiet():
     """No warnings and progress bars of transformers."""
-    need("transformers").logging.set_verbosity_error()
+    peer("transformers").logging.set_verbosity_error()
     yield
 
 
@@ -97,7 +89,7 @@ def their_text_config(config: TextConfig) -> dict:
 
 def their_ar(ours: NexusGenAR):
     """transformers' Qwen2_5_VLForConditionalGeneration on the same storage, sdpa attention."""
-    need("transformers")
+    peer("transformers")
     from transformers import Qwen2_5_VLConfig
     from transformers import Qwen2_5_VLForConditionalGeneration as Peer
 
@@ -133,7 +125,7 @@ def their_vision_config(config: VisionConfig) -> dict:
 
 def their_vision(ours: QwenViT):
     """transformers' vision tower on the same storage, sdpa attention."""
-    need("transformers")
+    peer("transformers")
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
         Qwen2_5_VisionTransformerPretrainedModel as Peer,
