@@ -289,21 +289,20 @@ def test_a_loss_that_is_not_finite_names_the_lines(
 
     monkeypatch.setattr(*spied, spy)
     monkeypatch.setattr(finetune, "generation_sample", latents_tell)
-    monkeypatch.setattr(finetune, "rf_loss", lambda field, x0, *_: 0 / (0 * field(x0, x0)).sum())
-    inner = finetune.ar_loss
+    nan, ar_loss, rf_loss = float("nan"), finetune.ar_loss, finetune.rf_loss
 
-    def broken(*args):
-        out = inner(*args)
-        return out._replace(loss=out.loss * float("nan"))
+    def broken(out):
+        return out._replace(loss=nan * out.loss)
 
-    monkeypatch.setattr(finetune, "ar_loss", broken)
+    monkeypatch.setattr(finetune, "ar_loss", lambda *a: broken(ar_loss(*a)))
+    monkeypatch.setattr(finetune, "rf_loss", lambda *a: nan * rf_loss(*a))
     out = tmp_path / "out"
     command = ["--data", str(path), "--model", str(save_tiny(tmp_path)), "--out", str(out)]
     command += ["--stage", stage, "--steps", "3", "--workers", "1", "--quiet"]
     assert train_tiny.main(command) == 2
     told = capsys.readouterr().err
     lines = [f"{path}:{int(n)} (id {int(n) - 1})" for n in sorted(set(picked(seen[-1])))]
-    assert f"step 0, rank 0), of {', '.join(lines)}); there is no checkpoint yet" in told
+    assert f"(0, '{stage}', 0, 0), of {', '.join(lines)}); there is no checkpoint yet" in told
     assert told.count("\n") == 1 and told.count("own.jsonl") == len(lines)
     dump = training.Checkpoint(out / f"{stage}.nonfinite-0.ckpt").load()
     assert dump["nonfinite"]["lines"] == lines
