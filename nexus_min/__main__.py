@@ -313,12 +313,14 @@ def run_app(args: argparse.Namespace) -> None:
 
     place_words(args)
     app.find_gradio()
+    place = app.listen(args.host, args.port)  # now, not after the model has been loaded
     if args.host not in ("127.0.0.1", "localhost", "::1"):
         say(sys.stderr, f"{PROGRAM}: warning: anyone who reaches {args.host} can use this page")
     model = load_model(args)
-    say(sys.stdout, f"http://{args.host}:{args.port}")
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    say(sys.stdout, f"http://{host}:{args.port}")
     sys.stdout.flush()
-    app.serve(model, args.host, args.port)
+    app.serve(model, place)
 
 
 def run_eval(args: argparse.Namespace) -> None:

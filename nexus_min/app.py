@@ -8,6 +8,7 @@ newer), imported when the page is built. Official counterpart: `app.py` of model
 
 from __future__ import annotations
 
+import socket
 from functools import wraps
 from typing import Any
 
@@ -114,13 +115,35 @@ def build(model: NexusGen, limits: Limits) -> Any:
     return page.queue(max_size=limits.queue, default_concurrency_limit=1)
 
 
-def serve(model: NexusGen, host: str = "127.0.0.1", port: int = 7860, **options) -> Any:
-    """Show the page at host:port until stopped; loopback unless told otherwise."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at host:port, any free port for 0. ValueError when it cannot be had."""
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen on {host}:{port}: {error}") from None
+
+
+def server(model: NexusGen) -> Any:
+    """A `uvicorn.Server` of the page, which `run(sockets=[...])` shows until stopped.
+
+    Not `launch`: its own checks of the page give up after seconds, which a busy machine needs.
+    """
     gr, limits = find_gradio(), Limits()
+    import fastapi  # with gradio come both
+    import uvicorn
+
     theme = gr.themes.Default(font=FONT, font_mono=["monospace"])
     css = CSS + (PIXELS if model.config.image_size < 256 else "")
-    settings = {"max_file_size": limits.file, "theme": theme, "css": css, "share": False}
-    settings |= {"footer_links": []}
-    settings |= {"ssr_mode": False, "quiet": True, "mcp_server": False}
-    page = build(model, limits)
-    return page.launch(server_name=host, server_port=port, **settings, **options)
+    settings = {"max_file_size": limits.file, "theme": theme, "css": css, "footer_links": []}
+    settings |= {"show_error": False, "ssr_mode": False, "mcp_server": False}
+    site = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    site = gr.mount_gradio_app(site, build(model, limits), "/", **settings)
+    config = uvicorn.Config(site, log_level="warning", timeout_graceful_shutdown=1)
+    return uvicorn.Server(config)
+
+
+def serve(model: NexusGen, place: socket.socket) -> None:
+    """Show the page at a socket until Ctrl-C."""
+    server(model).run(sockets=[place])

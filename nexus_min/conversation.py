@@ -27,9 +27,10 @@ from torch import Tensor
 from .decoder import KVCache
 from .image_processor import bound_image, load_image
 from .sampling import Drawing, Sampling
-from .tokenizer import GENERATION_REPLY, IMAGE, QwenTokenizer, check_text
+from .tokenizer import GENERATION_REPLY, IMAGE, VISION_START, QwenTokenizer, check_text
 
 KEEP = ("slots", "predicted", "reencoded")
+SPELLED = IMAGE.replace(">", " >")  # `<image>` that the model wrote as words: no picture is there
 DECODERS = ("auto", "generation", "editing")
 
 
@@ -51,15 +52,23 @@ class Picture:
 
 
 class TextStream:
-    """Ids in, text out as soon as its characters are whole: one may come in several tokens."""
+    """Ids in, text out as soon as its characters are whole: one may come in several tokens.
+
+    In it `<image>` is a picture and nothing else: words that spell it come as `SPELLED`.
+    """
 
     def __init__(self, tokenizer: QwenTokenizer):
-        self.tokenizer, self.ids, self.text = tokenizer, [], ""
+        self.tokenizer, self.text = tokenizer, ""
+        self.start = tokenizer.special_ids[VISION_START]
+        self.runs: list[list[int]] = [[]]  # ids between the pictures
 
     def push(self, token: int) -> str:
         """The text that this id completes, perhaps none."""
-        self.ids.append(token)
-        whole = self.tokenizer.decode(self.ids)
+        if token == self.start:
+            self.runs.append([])
+        else:
+            self.runs[-1].append(token)
+        whole = IMAGE.join(self.tokenizer.decode(r).replace(IMAGE, SPELLED) for r in self.runs)
         if whole.endswith("\ufffd"):
             return ""
         new, self.text = whole[len(self.text) :], whole

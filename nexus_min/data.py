@@ -32,7 +32,7 @@ from .image_processor import (
     smart_resize,
     to_patches,
 )
-from .tokenizer import IGNORE, IMAGE, ROLES, QwenTokenizer
+from .tokenizer import IGNORE, IMAGE, ROLES, QwenTokenizer, count_places, where_places
 
 
 class Batch(NamedTuple):
@@ -71,9 +71,9 @@ def mistakes(line: Any) -> Iterator[str]:
         return
     if not any(m["role"] == "assistant" for m in messages):
         yield "`messages` need a turn of the assistant to learn from"
-    places = sum(m["content"].count(IMAGE) for m in messages)
-    if images is not None and places != len(images):
-        yield f"{places} {IMAGE} in `messages` for {len(images)} `images`"
+    if images is not None and (places := count_places(messages)) != len(images):
+        told = f"{places} {IMAGE} in `messages` for {len(images)} `images`"
+        yield told + where_places(messages)
 
 
 def message_mistakes(message: Any) -> Iterator[str]:
@@ -102,15 +102,17 @@ class MessageDataset:
             more = f" (and {len(wrong) - 1} more mistakes)" if len(wrong) > 1 else ""
             raise ValueError(f"{wrong[0]}{more}" if rows else f"{self.path}: holds no examples")
         self.lines = [line for _, line, _ in rows]
+        self.where = [where for where, _, _ in rows]
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def __getitem__(self, index: int) -> dict:
-        """One line, its image paths resolved."""
-        line = self.lines[index]
-        folder = self.path.parent
-        return line | {"images": [find_image(name, folder) for name in line.get("images", [])]}
+        """One line, its image paths resolved, and `where` it stands."""
+        line, folder = self.lines[index], self.path.parent
+        images = [find_image(name, folder) for name in line.get("images", [])]
+        where = self.where[index] + (f" (id {line['id']!r})" if "id" in line else "")
+        return line | {"images": images, "where": where}
 
 
 def find_image(name: str, folder: Path) -> Path:
@@ -237,10 +239,13 @@ def stack(rows: Sequence[list], fill: int | bool) -> Tensor:
 
 
 class Shards:
-    """Tensors of n samples in several safetensors files; rows are read from disk as needed."""
+    """Tensors of n samples in several safetensors files; rows are read from disk as needed.
 
-    def __init__(self, files: Sequence[Path]):
-        self.files = [safe_open(file, "pt") for file in files]
+    where: the line that each sample comes from, for messages.
+    """
+
+    def __init__(self, files: Sequence[Path], where: Sequence[str] = ()):
+        self.files, self.where = [safe_open(file, "pt") for file in files], where
         self.names = self.files[0].keys()
         sizes = [file.get_slice(self.names[0]).get_shape()[0] for file in self.files]
         self.starts = np.cumsum([0, *sizes])

@@ -145,7 +145,9 @@ def autoregressive_stage(
         add_lora(ar.model, rank)
 
     def loss(rng, progress):
-        b = collate(mixture.draw(rng, batch), tokenizer, config)
+        lines = mixture.draw(rng, batch)
+        stage.lines[:] = [line["where"] for line in lines if "where" in line]
+        b = collate(lines, tokenizer, config)
         embeds = None
         if len(b.pixel_values):
             with torch.no_grad():
@@ -154,7 +156,8 @@ def autoregressive_stage(
         return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
 
     modules, names = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")
-    return Stage("ar", modules, loss, lr=1e-3, adamw_lr=7e-4, adamw_only=names)
+    stage = Stage("ar", modules, loss, lr=1e-3, adamw_lr=7e-4, adamw_only=names)
+    return stage
 
 
 def generation_stage(
@@ -205,13 +208,16 @@ def decoder_stage(
     """Rectified flow at logit-normal times shifted to noise, as the sampler's are."""
 
     def loss(rng, progress):
-        rows = samples.rows(rng.integers(len(samples), size=batch))
+        picks = rng.integers(len(samples), size=batch)
+        rows = samples.rows(picks)
+        stage.lines[:] = [samples.where[i] for i in picks if samples.where]
         embeds, x0 = rows["embeds"], rows["latents"]
         rows["embeds"] = embeds + COND_NOISE * torch.rand(batch, 1, 1) * torch.randn_like(embeds)
         field = velocity_field(modules["mmdit"], context(rng, rows), *x0.shape[-2:])
         return rf_loss(field, x0, torch.randn_like(x0), time_shift(sample_t(batch))), {}
 
-    return Stage(name, modules, loss, lr=1.5e-3, adamw_lr=5e-4, adamw_only=ADAMW_ONLY)
+    stage = Stage(name, modules, loss, lr=1.5e-3, adamw_lr=5e-4, adamw_only=ADAMW_ONLY)
+    return stage
 
 
 # ------------------------------------------------------------------------------- the stages, whole
@@ -232,12 +238,15 @@ def train_generation_decoder(folder: Any, own: Own, run: Run) -> None:
     """Train the generation decoder of `folder` (a `train_tiny.Folder`) on all targets; save it."""
     started, config, ar, vae = time.perf_counter(), folder.config, folder.ar(), folder.vae()
     pictures = [
-        image
+        {"images": [image], "where": line["where"]}
         for line in own.lines
         for image, role in zip(line["images"], image_roles(line["messages"]), strict=True)
         if role == "assistant"
     ]
-    make = partial(generation_sample, ar, vae, config)
+
+    def make(picture: dict) -> dict:
+        return generation_sample(ar, vae, config, *picture["images"])
+
     samples = cached("generation", pictures, make, (ar.visual, vae), own, run)
     mmdit, adapter = folder.generation()
     stage = generation_stage(mmdit, adapter, folder.empty_prompt(), samples, own.batch)
@@ -284,10 +293,15 @@ def stages(lines: Sequence[dict], chosen: str = "all") -> tuple[str, ...]:
 
 
 def cached(
-    name: str, samples: list, make: Callable, models: tuple[nn.Module, ...], own: Own, run: Run
+    name: str,
+    samples: list[dict],
+    make: Callable,
+    models: tuple[nn.Module, ...],
+    own: Own,
+    run: Run,
 ) -> Shards:
     """The tensors of samples, computed by all processes together; again when anything changed."""
-    paths = [p for s in samples for p in (s["images"] if isinstance(s, dict) else [s])]
+    paths = [p for s in samples for p in s["images"]]
     files = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
     weights = [float(x.float().sum()) for m in models for x in m.state_dict().values()]
     stamp = hashlib.sha256(repr((samples, files, weights)).encode()).hexdigest()
@@ -295,4 +309,4 @@ def cached(
     paths = cache_embeddings(run.folder / "cache" / name, samples, make, stamp, **settings)
     if dist.is_initialized():
         dist.barrier()
-    return Shards(paths)
+    return Shards(paths, [s["where"] for s in samples])

@@ -53,9 +53,9 @@ def count_places(messages: Sequence[Message]) -> int:
 
 
 def where_places(messages: Sequence[Message]) -> str:
-    """Which messages hold placeholders, for an error: " (messages[0]: 2, messages[3]: 1)"."""
-    held = [(i, m["content"].count(IMAGE)) for i, m in enumerate(messages)]
-    told = ", ".join(f"messages[{i}]: {n}" for i, n in held if n)
+    """Which messages hold placeholders, for an error: " (messages[0], user: 2)"."""
+    held = [(f"messages[{i}], {m['role']}", count_places([m])) for i, m in enumerate(messages)]
+    told = "; ".join(f"{name}: {n}" for name, n in held if n)
     return told and f" ({told})"
 
 

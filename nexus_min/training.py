@@ -22,7 +22,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn
@@ -51,7 +51,8 @@ class Stage:
     `loss(rng, progress)` returns the scalar to minimise and a dict of numbers to log, always the
     same names; `progress` runs from 0 to 1. Its noise may come from `rng` or from torch's own
     generator. `sample(path)` writes a PNG and returns numbers to log. Muon leaves out parameters
-    whose name holds a word of `adamw_only` (embeddings, heads, first and last layers).
+    whose name holds a word of `adamw_only` (embeddings, heads, first and last layers). A loss over
+    a user's file leaves in `lines` what the latest batch was made of, for the message of a failure.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Stage:
     ema: float = 0.998
     adamw_only: tuple[str, ...] = ()
     sample: Callable[[Path], dict[str, float]] | None = None
+    lines: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -408,13 +410,16 @@ class Trainer:
         batch = (self.run.seed, self.stage.name, self.schedule.step, self.rank)
         named = self.stage.modules.named_parameters()
         broken = [k for k, p in named if p.grad is not None and not p.grad.isfinite().all()]
-        facts = {"batch": batch, "numbers": numbers, "gradients": broken}
+        lines = sorted(set(self.stage.lines))
+        made_of = f", of {', '.join(lines)}" if lines else ""
+        facts = {"batch": batch, "lines": lines, "numbers": numbers, "gradients": broken}
         kept, path = self.checkpoint.kept, self.checkpoint.path
         dump = path.with_stem(f"{path.stem}.nonfinite-{self.rank}")
         Checkpoint(dump).save(self.state() | {"nonfinite": facts})
         raise FloatingPointError(
             f"stage {self.stage.name}, step {self.schedule.step}: {what} is not finite ({numbers}; "
-            f"batch of seed, stage, step, rank {batch}); {kept}, what led here is in {dump}"
+            f"batch of seed, stage, step, rank {batch}{made_of}); {kept}, "
+            f"what led here is in {dump}"
         )
 
     def seeded(self) -> np.random.Generator:

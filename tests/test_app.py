@@ -118,12 +118,29 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys):
 def test_other_hosts_are_warned_of(monkeypatch, capsys):
     served = []
     monkeypatch.setattr(app, "find_gradio", lambda: None)
-    monkeypatch.setattr(app, "serve", lambda model, *place: served.append(place))
+    monkeypatch.setattr(app, "listen", lambda *place: place)
+    monkeypatch.setattr(app, "serve", lambda model, place: served.append(place))
     main(["app"])
     assert capsys.readouterr() == ("http://127.0.0.1:7860\n", "")
     main(["app", "--host", "0.0.0.0", "--port", "8000"])
     assert "anyone who reaches 0.0.0.0 can use this page" in capsys.readouterr().err
-    assert served == [("127.0.0.1", 7860), ("0.0.0.0", 8000)]
+    main(["app", "--host", "::1"])
+    assert capsys.readouterr() == ("http://[::1]:7860\n", "")
+    assert served == [("127.0.0.1", 7860), ("0.0.0.0", 8000), ("::1", 7860)]
+
+
+def test_a_place_that_cannot_be_had_is_one_line(monkeypatch, capsys):
+    """Told before a model is loaded."""
+    monkeypatch.setattr(app, "find_gradio", lambda: None)
+    monkeypatch.setattr(NexusGen, "load", lambda *_, **__: pytest.fail("loaded"))
+    with app.listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        for place in (["--port", port], ["--port", "70000"], ["--host", "192.0.2.1"]):
+            with pytest.raises(SystemExit) as end:
+                main(["app", *place])
+            err = capsys.readouterr().err.splitlines()
+            assert end.value.code == 2
+            assert len(err) == 1 and "error: cannot listen on" in err[0]
 
 
 # ---- in a browser --------------------------------------------------------------------------------
@@ -131,16 +148,15 @@ def test_other_hosts_are_warned_of(monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def address():
-    """The page of the shipped model, served by this process."""
+    """The page of the shipped model, served by this process; it answers when it is ready."""
     pytest.importorskip("gradio", reason="the page needs gradio (tests/requirements.txt)")
-    page = app.serve(NexusGen.load("tiny"), port=free_port(), prevent_thread_lock=True)
-    yield page[1].rstrip("/")
-    page[0].state.blocks.close() if hasattr(page[0].state, "blocks") else None
-
-
-def free_port() -> int:
-    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
-        return server.server_port
+    place, server = app.listen("127.0.0.1", 0), app.server(NexusGen.load("tiny"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{place.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,13 @@ def mixed() -> list[dict]:
         {"task": "generate", "prompt": "一个圆", **FAST},
         edit | {"decoder": "generation"},
         edit | {"instruction": "black"},
+        {"task": "generate", "prompt": "a much longer prompt", "height": 96, "width": 48, **FAST},
+        {
+            "task": "understand",
+            "image": Image.new("L", (9, 70)),
+            "question": "?",
+            "max_new_tokens": 2,
+        },
     ]
 
 
@@ -70,8 +77,8 @@ def test_alike_items_are_drawn_together(tiny, monkeypatch):
         batches, "draw_together", lambda m, d: sizes.append((d[0].decoder, len(d))) or whole(m, d)
     )
     tiny.batch([*mixed(), {"task": "generate", "prompt": "b", **FAST}], batch_size=3)
-    want = [("editing", 2), ("generation", 1), ("generation", 1), ("generation", 3)]
-    assert sorted(sizes) == want  # cfg 2; the edit by the generation decoder goes with the prompts
+    want = [("editing", 2), *[("generation", 1)] * 3, ("generation", 3)]
+    assert sorted(sizes) == want  # cfg 2, a size, one left; an edit can go with the prompts
 
 
 def bad_items() -> list:

@@ -188,7 +188,18 @@ BAD = {
         {"messages": [USER | {"content": "\ud800"}, REPLY]}
     ),
     "`messages` need a turn of the assistant": {"messages": [USER]},
-    "1 <image> in `messages` for 0 `images`": {"messages": [USER, REPLY | {"content": "<image>"}]},
+    r"1 <image> in `messages` for 0 `images` \(messages\[1\], assistant: 1\)": {
+        "messages": [USER, REPLY | {"content": "<image>"}]
+    },
+    r"3 <image> .*for 1 `images` \(messages\[0\], user: 2; messages\[3\], assistant: 1\)": {
+        "images": ["a.png"],
+        "messages": [
+            USER | {"content": "<image> <image>"},
+            REPLY,
+            USER,
+            REPLY | {"content": "<image>"},
+        ],
+    },
     "0 <image> in `messages` for 1 `images`": {"images": ["a.png"], "messages": [USER, REPLY]},
 }
 

@@ -13,7 +13,7 @@ from test_data import BAD, OFFICIAL, REPLY, USER, save_official, write  # noqa: 
 from tiny_model import make_tiny, save_tiny
 
 import train_tiny
-from nexus_min import finetune
+from nexus_min import finetune, training
 from nexus_min.data import MessageDataset, Shards, cache_embeddings, check_file, collate
 from nexus_min.pipeline import NexusGen
 from nexus_min.toy.stages import toy_line
@@ -263,6 +263,49 @@ def test_fine_tuning_from_the_command_line(tmp_path, small_batches, capsys):
         capsys.readouterr().err == f"train_tiny: {out} is a run on other data; give another --out\n"
     )
     assert stamps == {p: p.stat().st_mtime_ns for p in out.glob("cache/generation/*")}
+
+
+@pytest.mark.parametrize(
+    ("stage", "spied", "picked"),
+    [
+        ("ar", (finetune.Mixture, "draw"), lambda lines: [line["id"] + 1 for line in lines]),
+        ("generation", (Shards, "rows"), lambda rows: [1 + i for i in rows["latents"][:, 0, 0, 0]]),
+    ],
+)
+def test_a_loss_that_is_not_finite_names_the_lines(
+    tmp_path, small_batches, monkeypatch, capsys, stage, spied, picked
+):
+    """Line, number and id of those in the batch, and of no others; the second shows no picture."""
+    path, _ = toy_file(tmp_path, ["generate", "understand", "generate", "generate"])
+    seen, plain = [], getattr(*spied)
+
+    def spy(*args):
+        seen.append(plain(*args))
+        return seen[-1]
+
+    def latents_tell(ar, vae, config, image):  # from which line they are
+        n = int(image.name[0])
+        return {"embeds": torch.zeros(16, 128), "latents": torch.full((16, 16, 16), n)}
+
+    monkeypatch.setattr(*spied, spy)
+    monkeypatch.setattr(finetune, "generation_sample", latents_tell)
+    nan, ar_loss, rf_loss = float("nan"), finetune.ar_loss, finetune.rf_loss
+
+    def broken(out):
+        return out._replace(loss=nan * out.loss)
+
+    monkeypatch.setattr(finetune, "ar_loss", lambda *a: broken(ar_loss(*a)))
+    monkeypatch.setattr(finetune, "rf_loss", lambda *a: nan * rf_loss(*a))
+    out = tmp_path / "out"
+    command = ["--data", str(path), "--model", str(save_tiny(tmp_path)), "--out", str(out)]
+    command += ["--stage", stage, "--steps", "3", "--workers", "1", "--quiet"]
+    assert train_tiny.main(command) == 2
+    told = capsys.readouterr().err
+    lines = [f"{path}:{int(n)} (id {int(n) - 1})" for n in sorted(set(picked(seen[-1])))]
+    assert f"(0, '{stage}', 0, 0), of {', '.join(lines)}); there is no checkpoint yet" in told
+    assert told.count("\n") == 1 and told.count("own.jsonl") == len(lines)
+    dump = training.Checkpoint(out / f"{stage}.nonfinite-0.ckpt").load()
+    assert dump["nonfinite"]["lines"] == lines
 
 
 @pytest.mark.parametrize(

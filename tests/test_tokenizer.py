@@ -238,7 +238,7 @@ def test_mismatched_files_are_errors(toy):
                 for r, c in [("user", "<image>"), ("assistant", "a <image>")]
             ],
             [4],
-            r"2 <image> placeholders for 1 images \(messages\[0\]: 1, messages\[1\]: 1\)",
+            r"2 <image> .*for 1 images \(messages\[0\], user: 1; messages\[1\], assistant: 1\)",
         ),
     ],
 )

@@ -170,7 +170,7 @@ def versions(python: str) -> dict[str, str]:
         raise SystemExit(f"cannot run {python}: {error}") from None
     if missing := [name for name in PACKAGES if name not in have]:
         raise SystemExit(
-            f"{python} lacks {', '.join(missing)}: pip install -r requirements.txt"
+            f"{python} lacks {', '.join(missing)}: pip install -r requirements.txt, then"
             " -r tests/requirements.txt, or name another interpreter with --python"
         )
     return {name: have[name] for name in PACKAGES}
