@@ -36,11 +36,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from .decoder import DecoderLayer
-from .mmdit import DoubleStreamBlock, Modulation, SingleStreamBlock
+from .mmdit import DoubleStreamBlock, SingleStreamBlock
 from .training import Run, Stage, seeded, world
 
 BLOCKS = (DecoderLayer, DoubleStreamBlock, SingleStreamBlock)
-TABLES = ("embed_tokens", "lm_head")  # as large as several blocks: units of their own
+# Units of their own: two tables as large as several blocks, and modulations, which are evaluated
+# before their blocks.
+APART = ("embed_tokens", "lm_head", "mod.lin", "modulation.lin")
 BETAS, CLIP = (0.9, 0.95), 1.0  # the paper does not tell; no weight decay
 
 
@@ -93,9 +95,9 @@ def recompute_blocks(root: nn.Module) -> None:
 
 
 def units(root: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered by itself, inner units first. Modulations are evaluated before blocks."""
+    """What is gathered by itself, inner units first."""
     for name, module in reversed(list(root.named_modules())):
-        if isinstance(module, (*BLOCKS, Modulation)) or name.endswith(TABLES):
+        if isinstance(module, BLOCKS) or name.endswith(APART):
             yield module
 
 
