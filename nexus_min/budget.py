@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         numbers = throughput(preset, config)
         days = preset.batch * preset.steps / numbers["samples_s"] / args.cards / 86400
         told = "  ".join(f"{k} {v:.1f}" for k, v in numbers.items())
-        print(f"  a sample and a card: {told}; {days:.0f} days on {args.cards} cards")
+        print(f"  a sample and a card: {told}; {days:.1f} days on {args.cards} cards")
     return 0
 
 

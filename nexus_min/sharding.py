@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -203,20 +204,33 @@ class Trainer:
     def restore(self) -> None:
         """Go on from the last checkpoint, whatever number of processes wrote it, if there is one.
 
-        ValueError when it cannot be read or is another model's.
+        ValueError when a file is broken or missing, or is another model's.
         """
         if not self.checkpoints:
             return
         last, state = self.checkpoints[-1], self.state()
+        reader = dcp.HuggingFaceStorageReader(str(last))
         try:
-            dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(last)))
-        except (Exception, dcp.CheckpointException) as error:  # the latter is a BaseException
-            reason = " ".join(str(error).split())[:200]
-            told = f"{last}: cannot be read or does not fit ({reason})"
+            stored = reader.read_metadata().state_dict_metadata
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            told = f"{last}: not a checkpoint ({error})"
             raise ValueError(f"{told}; delete it to go on from the one before") from None
+        wrong = [k for k in state.keys() | stored.keys() if not whole(stored.get(k), state.get(k))]
+        if wrong:
+            told = f"{last}: not whole, or another model's: {len(wrong)} tensors, {min(wrong)}"
+            raise ValueError(f"{told}; delete it to go on from the one before")
+        dcp.load(state, storage_reader=reader)
         self.step = int(state["step"])
         for p in self.parameters.values():
             self.optimizer.state[p]["step"].fill_(self.step)
+
+
+def whole(stored: dcp.TensorStorageMetadata | None, tensor: Tensor | None) -> bool:
+    """Whether what is stored is a tensor of that shape, all parts of it."""
+    if stored is None or tensor is None:
+        return False
+    held = sum(part.sizes.numel() for part in stored.chunks)
+    return stored.size == tensor.shape and held == tensor.numel()
 
 
 def fit(

@@ -32,7 +32,7 @@ RANKS = (
     ("training",),
     ("lora", "sharding"),
     ("finetune",),
-    ("fullscale",),
+    ("fullscale", "budget"),
     ("toy.world",),
     ("toy.score", "toy.tasks"),
     ("toy.vocabulary",),
