@@ -193,6 +193,9 @@ class Trainer:
         """Every process writes its shards; the folder gets its name when all are there."""
         goal = self.run.folder / f"{self.stage.name}.{self.step:07d}"
         partial_folder = goal.with_suffix(f"{goal.suffix}.partial")
+        if self.rank == 0:  # of a run that was killed, perhaps on more processes
+            shutil.rmtree(partial_folder, ignore_errors=True)
+        dist.barrier()
         writer = dcp.HuggingFaceStorageWriter(str(partial_folder), save_distributed=True)
         dcp.save(self.state(), storage_writer=writer)
         if self.rank == 0:
@@ -215,7 +218,9 @@ class Trainer:
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             told = f"{last}: not a checkpoint ({error})"
             raise ValueError(f"{told}; delete it to go on from the one before") from None
-        wrong = [k for k in state.keys() | stored.keys() if not whole(stored.get(k), state.get(k))]
+        wrong = [
+            k for k in state.keys() | stored.keys() if not is_whole(stored.get(k), state.get(k))
+        ]
         if wrong:
             told = f"{last}: not whole, or another model's: {len(wrong)} tensors, {min(wrong)}"
             raise ValueError(f"{told}; delete it to go on from the one before")
@@ -225,7 +230,7 @@ class Trainer:
             self.optimizer.state[p]["step"].fill_(self.step)
 
 
-def whole(stored: dcp.TensorStorageMetadata | None, tensor: Tensor | None) -> bool:
+def is_whole(stored: dcp.TensorStorageMetadata | None, tensor: Tensor | None) -> bool:
     """Whether what is stored is a tensor of that shape, all parts of it."""
     if stored is None or tensor is None:
         return False

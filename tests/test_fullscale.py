@@ -82,7 +82,7 @@ def test_two_processes_by_torchrun_then_one(home, tmp_path, capsys):
 
 
 def test_a_decoder_begins_from_flux(home, tmp_path):
-    """Without a decoder's file: FLUX.1-dev's MMDiT, a new adapter, or a merger of the AR's layer."""
+    """Without its file: FLUX.1-dev's MMDiT, and a new adapter or a merger of the AR's layer."""
     model = make_tiny()
     source = tmp_path / "model"
     parts = {"ar": model.ar, "empty_prompt": model.empty_prompt}
