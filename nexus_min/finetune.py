@@ -7,7 +7,7 @@ AR model *predicts*, and the source's (4.3). Losses: `ar_loss`, `rf_loss`. Offic
 `train_autoregressive_model.sh`, `prepare_embeddataset_for_{gen,edit}.py`, the decoders' configs.
 
 Any configuration: nothing here is the tiny model's. Learning rates are a fourth of those that train
-the tiny model from nothing.
+the tiny model from nothing; `fullscale` brings its own loop and the paper's.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .autoencoder import AutoEncoder
 from .autoregressive import NexusGenAR, ar_loss, prefill_image_slots
 from .config import NexusGenConfig
 from .data import Shards, cache_embeddings, collate, image_roles
-from .flow import rf_loss, sample_t, time_shift
+from .flow import rf_loss, sample_t, time_shift, training_sigmas, training_weights
 from .image_processor import (
     center_crop_view,
     load_image,
@@ -147,12 +147,13 @@ def autoregressive_stage(
     def loss(rng, progress):
         lines = mixture.draw(rng, batch)
         stage.lines[:] = [line["where"] for line in lines if "where" in line]
-        b = collate(lines, tokenizer, config)
-        embeds = None
+        b, embeds = collate(lines, tokenizer, config), None
+        weight = ar.visual.patch_embed.proj.weight
+        ids, labels, slots = (x.to(weight.device) for x in b[:3])
         if len(b.pixel_values):
             with torch.no_grad():
-                embeds = ar.visual(b.pixel_values, b.image_grid_thw)
-        out = ar_loss(ar, b.input_ids, b.labels, None, b.image_grid_thw, embeds, b.slot_mask)
+                embeds = ar.visual(b.pixel_values.to(weight), b.image_grid_thw)
+        out = ar_loss(ar, ids, labels, None, b.image_grid_thw, embeds, slots)
         return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
 
     modules, names = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")
@@ -166,15 +167,18 @@ def generation_stage(
     empty: dict[str, Tensor],
     samples: Shards,
     batch: int,
+    official: bool = False,
 ) -> Stage:
-    """Reconstruct a picture from its embeddings; some batches see the empty prompt instead."""
+    """Reconstruct a picture from its embeddings; some batches see the empty prompt instead, but
+    for the official recipe."""
 
     def context(rng, rows):
-        txt = empty["context"] if rng.random() < EMPTY_SHARE else adapter(rows["embeds"])
+        is_empty = not official and rng.random() < EMPTY_SHARE
+        txt = empty["context"] if is_empty else adapter(rows["embeds"])
         return Context(txt, context_ids_generation(txt.shape[1]), empty["pooled"])
 
     modules = nn.ModuleDict({"mmdit": mmdit, "adapter": adapter})
-    return decoder_stage("generation", modules, samples, batch, context)
+    return decoder_stage("generation", modules, samples, batch, context, official)
 
 
 def editing_stage(
@@ -184,6 +188,7 @@ def editing_stage(
     samples: Shards,
     config: NexusGenConfig,
     batch: int,
+    official: bool = False,
 ) -> Stage:
     """Draw the target from its predicted embeddings and the source's."""
     side = config.reference_size // config.ar.vision.patch_size
@@ -195,7 +200,7 @@ def editing_stage(
         return Context(txt, ids, empty["pooled"])
 
     modules = nn.ModuleDict({"mmdit": mmdit, "merger": merger})
-    return decoder_stage("editing", modules, samples, batch, context)
+    return decoder_stage("editing", modules, samples, batch, context, official)
 
 
 def decoder_stage(
@@ -204,20 +209,34 @@ def decoder_stage(
     samples: Shards,
     batch: int,
     context: Callable[[np.random.Generator, dict[str, Tensor]], Context],
+    official: bool = False,
 ) -> Stage:
-    """Rectified flow at logit-normal times shifted to noise, as the sampler's are."""
+    """Rectified flow: the official levels and weights, or logit-normal times shifted to noise, as
+    the sampler's are, with noisy embeddings. Noise is drawn on the CPU: the same on any device."""
 
     def loss(rng, progress):
         picks = rng.integers(len(samples), size=batch)
         rows = samples.rows(picks)
         stage.lines[:] = [samples.where[i] for i in picks if samples.where]
         embeds, x0 = rows["embeds"], rows["latents"]
-        rows["embeds"] = embeds + COND_NOISE * torch.rand(batch, 1, 1) * torch.randn_like(embeds)
-        field = velocity_field(modules["mmdit"], context(rng, rows), *x0.shape[-2:])
-        return rf_loss(field, x0, torch.randn_like(x0), time_shift(sample_t(batch))), {}
+        if not official:
+            noise = COND_NOISE * torch.rand(batch, 1, 1) * torch.randn_like(embeds)
+            rows["embeds"] = embeds + noise
+        t, share = official_times(batch) if official else (time_shift(sample_t(batch)), None)
+        weight = modules["mmdit"].img_in.weight
+        x0, noise, t = (x.to(weight.device) for x in (x0, torch.randn_like(x0), t))
+        given = {name: x.to(weight) for name, x in rows.items()}
+        field = velocity_field(modules["mmdit"], context(rng, given), *x0.shape[-2:])
+        return rf_loss(field, x0, noise, t, share), {}
 
     stage = Stage(name, modules, loss, lr=1.5e-3, adamw_lr=5e-4, adamw_only=ADAMW_ONLY)
     return stage
+
+
+def official_times(batch: int) -> tuple[Tensor, Tensor]:
+    """Noise levels [B] drawn from the official thousand, and the weights [B] of their losses."""
+    sigmas, i = training_sigmas(), torch.randint(1000, (batch,))
+    return sigmas[i], training_weights(sigmas)[i]
 
 
 # ------------------------------------------------------------------------------- the stages, whole
@@ -232,11 +251,25 @@ class Own:
     batch: int = 32
     per_shard: int = 256
     rank: int = 0  # of LoRA for the AR model; 0: all weights
+    official: bool = False  # the decoders' times and weights; no noise on what they are told
 
 
-def train_generation_decoder(folder: Any, own: Own, run: Run) -> None:
+Fit = Callable[[Stage, Run], Any]  # a loop: `training.fit`, or that of `fullscale`
+
+
+def train_generation_decoder(folder: Any, own: Own, run: Run, fit: Fit = fit) -> None:
     """Train the generation decoder of `folder` (a `train_tiny.Folder`) on all targets; save it."""
-    started, config, ar, vae = time.perf_counter(), folder.config, folder.ar(), folder.vae()
+    started, samples = time.perf_counter(), generation_samples(folder, own, run)
+    mmdit, adapter = folder.generation()
+    settings = (folder.empty_prompt(), samples, own.batch, own.official)
+    stage = generation_stage(mmdit, adapter, *settings)
+    fit(stage, run.less(time.perf_counter() - started))
+    folder.save(folder.config, generation=(mmdit, adapter))
+
+
+def generation_samples(folder: Any, own: Own, run: Run) -> Shards:
+    """The embeddings and latents of all pictures of assistants; the models that make them go."""
+    config, ar, vae = folder.config, folder.ar(), folder.vae()
     pictures = [
         {"images": [image], "where": line["where"]}
         for line in own.lines
@@ -247,14 +280,10 @@ def train_generation_decoder(folder: Any, own: Own, run: Run) -> None:
     def make(picture: dict) -> dict:
         return generation_sample(ar, vae, config, *picture["images"])
 
-    samples = cached("generation", pictures, make, (ar.visual, vae), own, run)
-    mmdit, adapter = folder.generation()
-    stage = generation_stage(mmdit, adapter, folder.empty_prompt(), samples, own.batch)
-    fit(stage, run.less(time.perf_counter() - started))
-    folder.save(config, generation=(mmdit, adapter))
+    return cached("generation", pictures, make, (ar.visual, vae), own, run)
 
 
-def train_autoregressive(folder: Any, own: Own, run: Run) -> None:
+def train_autoregressive(folder: Any, own: Own, run: Run, fit: Fit = fit) -> None:
     """Train the AR model of `folder` on all kinds of lines, mixed; save it."""
     ar, mixture = folder.ar(), Mixture(own.lines, own.ratio)
     settings = (folder.config, mixture, own.batch, own.rank)
@@ -263,16 +292,22 @@ def train_autoregressive(folder: Any, own: Own, run: Run) -> None:
     folder.save(folder.config, ar=ar)
 
 
-def train_editing_decoder(folder: Any, own: Own, run: Run) -> None:
+def train_editing_decoder(folder: Any, own: Own, run: Run, fit: Fit = fit) -> None:
     """Train the editing decoder of `folder` on what its AR model, as it is now, predicts."""
-    started, config, ar, vae = time.perf_counter(), folder.config, folder.ar(), folder.vae()
+    started, samples = time.perf_counter(), editing_samples(folder, own, run)
+    mmdit, merger = folder.editing()
+    settings = (folder.empty_prompt(), samples, folder.config, own.batch, own.official)
+    stage = editing_stage(mmdit, merger, *settings)
+    fit(stage, run.less(time.perf_counter() - started))
+    folder.save(folder.config, editing=(mmdit, merger))
+
+
+def editing_samples(folder: Any, own: Own, run: Run) -> Shards:
+    """What the AR model predicts for all edits, and the sources; the models that make them go."""
+    config, ar, vae = folder.config, folder.ar(), folder.vae()
     edits = [line for line in own.lines if kind_of(line) == "edit"]
     make = partial(editing_sample, ar, vae, folder.tokenizer(), config)
-    samples = cached("editing", edits, make, (ar, vae), own, run)
-    mmdit, merger = folder.editing()
-    stage = editing_stage(mmdit, merger, folder.empty_prompt(), samples, config, own.batch)
-    fit(stage, run.less(time.perf_counter() - started))
-    folder.save(config, editing=(mmdit, merger))
+    return cached("editing", edits, make, (ar, vae), own, run)
 
 
 TRAIN = {

@@ -216,6 +216,13 @@ def average_over_ranks(parameters: list[nn.Parameter], numbers: Tensor) -> Tenso
     return numbers
 
 
+def seeded(seed: int, stage: str, step: int, part: int) -> np.random.Generator:
+    """The generator of a part of a step's batch; torch's own is seeded from it."""
+    rng = np.random.default_rng([seed, zlib.crc32(stage.encode()), step, part])
+    torch.manual_seed(int(rng.integers(2**62)))
+    return rng
+
+
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
     """Within, Ctrl-C sets the event instead of breaking off in the middle of a step."""
@@ -424,10 +431,7 @@ class Trainer:
 
     def seeded(self) -> np.random.Generator:
         """The generator of this step and process; torch's own is seeded from it."""
-        name = zlib.crc32(self.stage.name.encode())
-        rng = np.random.default_rng([self.run.seed, name, self.schedule.step, self.rank])
-        torch.manual_seed(int(rng.integers(2**62)))
-        return rng
+        return seeded(self.run.seed, self.stage.name, self.schedule.step, self.rank)
 
     def write_what_is_due(self, stop: bool) -> None:
         """Progress, metrics, a checkpoint (at once on `stop`), a sample grid."""

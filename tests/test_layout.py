@@ -30,8 +30,9 @@ RANKS = (
     ("pipeline",),
     ("data", "muon"),
     ("training",),
-    ("lora",),
+    ("lora", "sharding"),
     ("finetune",),
+    ("fullscale", "budget"),
     ("toy.world",),
     ("toy.score", "toy.tasks"),
     ("toy.vocabulary",),
@@ -46,7 +47,7 @@ RANK = {name: i for i, names in enumerate(RANKS) for name in names} | {"": -1, "
 RUNTIME = {"torch", "einops", "safetensors", "tokenizers", "PIL", "numpy", "tqdm"}
 OPTIONAL = {"app": {"gradio"}}  # inside functions only
 SCRIPTS = {"weights_loader", "train_tiny"}
-MAY_LOAD = {"components", "pipeline"}  # inside functions only
+MAY_LOAD = {"components", "pipeline", "fullscale"}  # inside functions only
 
 
 def name_of(file: Path) -> str:

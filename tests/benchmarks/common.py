@@ -116,7 +116,7 @@ def peak_rss() -> float:
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def peer(name: str) -> ModuleType:
+def need(name: str) -> ModuleType:
     """The package to compare with, or a line that says how to have it, and status 1."""
     try:
         return importlib.import_module(name)

@@ -20,7 +20,7 @@ from nexus_min.config import MMDiTConfig
 from nexus_min.mmdit import MMDiT, context_ids_generation, image_ids, patchify, unpatchify
 from nexus_min.sampling import Context, guided, velocity_field
 
-from .common import Row, alternate, difference, peer
+from .common import Row, alternate, difference, need
 
 CONFIG = MMDiTConfig(depth=2, depth_single_blocks=4)
 ROUNDS, STEPS, CFG, GUIDANCE = 2, 3, 3.0, 3.5
@@ -109,7 +109,7 @@ def their_model(ours: MMDiT) -> nn.Module:
     """diffusers' transformer on our weights."""
     config = ours.config
     with torch.device("meta"):
-        model = peer("diffusers").FluxTransformer2DModel(
+        model = need("diffusers").FluxTransformer2DModel(
             in_channels=config.in_channels,
             num_layers=config.depth,
             num_single_layers=config.depth_single_blocks,
@@ -212,7 +212,7 @@ def their_loop(
     model: nn.Module, noise: Tensor, sigmas: Tensor, positive: Context, negative: Context
 ) -> Tensor:
     """The denoising loop of `FluxPipeline` with true CFG, on its scheduler, at our noise levels."""
-    scheduler = peer("diffusers").FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler = need("diffusers").FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
     height, width = noise.shape[-2:]
     latents, ids = patchify(noise), image_ids(height, width)[0]

@@ -15,7 +15,7 @@ from nexus_min.autoregressive import NexusGenAR
 from nexus_min.config import ARConfig, NexusGenConfig, TextConfig, VisionConfig
 from nexus_min.vision import QwenViT
 
-from .common import peer
+from .common import need
 
 SMALL_TOWER = VisionConfig(
     depth=1,
@@ -69,7 +69,7 @@ def our_ar(config: ARConfig) -> NexusGenAR:
 @contextmanager
 def quiet():
     """No warnings and progress bars of transformers."""
-    peer("transformers").logging.set_verbosity_error()
+    need("transformers").logging.set_verbosity_error()
     yield
 
 
@@ -89,7 +89,7 @@ def their_text_config(config: TextConfig) -> dict:
 
 def their_ar(ours: NexusGenAR):
     """transformers' Qwen2_5_VLForConditionalGeneration on the same storage, sdpa attention."""
-    peer("transformers")
+    need("transformers")
     from transformers import Qwen2_5_VLConfig
     from transformers import Qwen2_5_VLForConditionalGeneration as Peer
 
@@ -125,7 +125,7 @@ def their_vision_config(config: VisionConfig) -> dict:
 
 def their_vision(ours: QwenViT):
     """transformers' vision tower on the same storage, sdpa attention."""
-    peer("transformers")
+    need("transformers")
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
         Qwen2_5_VisionTransformerPretrainedModel as Peer,

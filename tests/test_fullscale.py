@@ -1,0 +1,119 @@
+"""The command of full-scale training: torchrun on two processes, a model in the official layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_finetune import toy_file
+from tiny_model import make_tiny, save_tiny
+
+import weights_loader as loader
+from nexus_min import fullscale
+from nexus_min.pipeline import NexusGen
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
+SMALL = ["--batch", "4", "--micro", "2", "--warmup", "1", "--lr", "1e-3", "--quiet"]
+SMALL += ["--steps", "3", "--shard", "2"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    save_tiny(folder)
+    toy_file(folder, ["understand", "generate", "edit", "generate"])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def options(home: Path, preset: str, out: Path) -> list[str]:
+    given = ["--preset", preset, "--data", home / "own.jsonl", "--model", home / "model"]
+    return [*map(str, given), "--out", str(out), *SMALL]
+
+
+def test_two_processes_by_torchrun_then_one(home, tmp_path, capsys):
+    """Two steps on two processes, the third on one: a model that loads and draws."""
+    out = tmp_path / "out"
+    command = options(home, "generation_decoder", out)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = [*TORCHRUN, "nexus_min.fullscale", *command, "--until", "2"]
+    done = subprocess.run(run, capture_output=True, text=True, env=env, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"trained generation_decoder: {out}/model\n"
+    assert len(list((out / "generation.0000002").iterdir())) == 2
+    assert len(list((out / "cache" / "generation").iterdir())) == 1  # of generation lines alone
+
+    after_two = load_file(out / "model" / loader.AR_FOLDER / "generation_decoder.safetensors")
+    assert fullscale.main([*command, "--until", "0"]) == 0  # only converts, on one process
+    again = load_file(out / "model" / loader.AR_FOLDER / "generation_decoder.safetensors")
+    assert all(torch.equal(again[k], after_two[k]) for k in after_two | again)
+    shards = [load_file(f) for f in (out / "generation.0000002").iterdir()]
+    name = "final_layer.linear.weight"
+    whole = torch.cat([s[f"weight/parts.mmdit.{name}"] for s in sorted(shards, key=len)])
+    assert torch.equal(again["pipe.dit.final_proj_out.weight"], whole)
+
+    assert fullscale.main(command) == 0
+    steps = [json.loads(line)["step"] for line in open(out / "metrics.jsonl")]
+    assert steps == [1, 2, 3]
+    before, after = NexusGen.load(home / "model"), NexusGen.load(out / "model")
+    old, new = (m.generation.mmdit.img_in.weight for m in (before, after))
+    assert not torch.equal(old, new) and new.dtype == torch.float32
+    assert torch.equal(before.ar.lm_head.weight, after.ar.lm_head.weight)
+    assert (out / "model" / loader.FLUX_FOLDER / "ae.safetensors").is_symlink()
+    after.generate("a circle", num_steps=1, fast_preamble=True)
+
+    capsys.readouterr()
+    assert fullscale.main([*command, "--seed", "1"]) == 2
+    told = f"fullscale: {out} is a run with other data or settings; give another --out\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_decoder_begins_from_flux(home, tmp_path):
+    """Without its file: FLUX.1-dev's MMDiT, and a new adapter or a merger of the AR's layer."""
+    model = make_tiny()
+    source = tmp_path / "model"
+    parts = {"ar": model.ar, "empty_prompt": model.empty_prompt}
+    loader.save_checkpoint(source, model.config, **parts, dtype=None)
+    flux = source / loader.FLUX_FOLDER / "flux1-dev.safetensors"
+    loader.save_tensors(flux, model.generation.mmdit.state_dict(), None, None)
+    folder = fullscale.Release(source, tmp_path / "goal", torch.device("cpu"), False)
+    for mmdit, _ in (folder.generation(), folder.editing()):
+        assert torch.equal(mmdit.img_in.weight, model.generation.mmdit.img_in.weight)
+    layer = folder.editing().merger.layers[0].state_dict()
+    want = model.ar.model.layers[0].state_dict()
+    assert all(torch.equal(layer[k], want[k]) for k in want)
+
+
+@pytest.mark.parametrize(
+    ("preset", "more", "message"),
+    [
+        ("none", [], "invalid choice: 'none'"),
+        ("ar_pretrain", ["--micro", "0"], "--micro must be at least 1, not 0"),
+        ("ar_pretrain", ["--save-every", "0"], "--save-every must be at least 1"),
+        ("ar_pretrain", ["--batch", "5"], "a batch of 5 does not divide into micro-batches of 2"),
+        ("ar_pretrain", ["--model", "none"], "no model folder 'none'"),
+        ("ar_pretrain", ["--data", "none.jsonl"], "No such file"),
+        ("editing_decoder", ["--data", "drawn.jsonl"], "drawn.jsonl: no lines of the kind edit"),
+    ],
+)
+def test_what_is_wrong_is_one_line(home, tmp_path, monkeypatch, capsys, preset, more, message):
+    monkeypatch.chdir(tmp_path)
+    lines = (home / "own.jsonl").read_text().split("\n")
+    Path("drawn.jsonl").write_text(lines[1])
+    assert fullscale.main([*options(home, preset, tmp_path / "out"), *more]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err
+    assert not torch.distributed.is_initialized()
