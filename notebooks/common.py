@@ -47,31 +47,45 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def strip(pictures, titles=(), columns: int = 8, side: float = 1.1, caption: str = ""):
-    """Pictures (PIL or arrays [H, W] or [H, W, 3]) in rows, each with its title."""
+def strip(pictures, titles=(), columns: int = 8, side: float = 1.1, caption: str = "", rows=()):
+    """Pictures (PIL or arrays [H, W] or [H, W, 3]) with their titles; `rows` names each row."""
     pictures, titles = list(pictures), [str(t) for t in titles]
     columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
+    height = -(-len(pictures) // columns)
     lines = 1 + max((t.count("\n") for t in titles), default=-1)
-    size = (side * columns, rows * (side + 0.17 * lines) + 0.25 * bool(caption))
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    margin = 0.075 * max(map(len, rows), default=0)
+    size = (side * columns + margin, height * (side + 0.17 * lines) + 0.25 * bool(caption))
+    figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False)
     for k, ax in enumerate(axes.flat):
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set(visible=k < len(pictures), color="#CCCCCC")  # pictures may be white
         if k < len(pictures):
             ax.imshow(np.asarray(pictures[k]))
             ax.set_title(titles[k] if k < len(titles) else "", fontsize=8)
+    for ax, name in zip(axes[:, 0], rows):
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     if caption:
         figure.suptitle(caption, fontsize=10)
     plt.show()
 
 
-def heatmap(ax, values, label: str, signed: bool = False, **options):
-    """A map of numbers [rows, columns] on `ax` with a labelled colour bar; signed: 0 is white."""
+def heatmap(
+    ax, values, label: str = "", signed: bool = False, numbers: bool = False, beside=None, **options
+):
+    """A map of numbers [rows, columns] on `ax`; signed: 0 is white; numbers: written on the cells.
+
+    With a label there is a colour bar: that of `ax`, or of all axes that it stands `beside`.
+    """
     values = np.asarray(values)
     if signed:
         top = float(np.abs(values).max()) or 1.0
         options = {"cmap": "PuOr", "vmin": -top, "vmax": top} | options
     image = ax.imshow(values, **options)
-    ax.figure.colorbar(image, ax=ax, label=label, fraction=0.046, pad=0.03)
+    if label:
+        place = ax if beside is None else beside
+        ax.figure.colorbar(image, ax=place, label=label, fraction=0.046, pad=0.03)
+    middle = (values.max() + values.min()) / 2
+    for (row, column), value in np.ndenumerate(values) if numbers else ():
+        colour = "white" if value < middle else "black"  # of viridis the low end is dark
+        ax.text(column, row, value, ha="center", va="center", color=colour, fontsize=7)
     return image

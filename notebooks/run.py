@@ -40,13 +40,25 @@ def execute(file: Path, timeout: int = 600):
 
 
 def tidy(notebook) -> None:
-    """Drop widgets, times and versions; number the cells."""
+    """Drop widgets, times and versions; number the cells; join what a cell printed in parts."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"
         keep = ("jupyter", "tags")
         cell.metadata = {k: v for k, v in cell.metadata.items() if k in keep}
+        cell.get("outputs", [])[:] = joined(cell.get("outputs", []))
+
+
+def joined(outputs: list) -> list:
+    """Outputs in which neighbouring parts of one stream are one."""
+    kept = []
+    for output in outputs:
+        if kept and output.output_type == "stream" and output.get("name") == kept[-1].get("name"):
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def main(names: list[str]) -> int:

@@ -89,6 +89,8 @@ def test_outputs_are_kept_and_clean(name):
     kinds = {o["output_type"] for o in outputs(name)}
     assert "error" not in kinds and kinds <= {"stream", "display_data", "execute_result"}
     assert not [o for o in outputs(name) if o.get("name") == "stderr"]
+    streams = [[o.get("name") for o in c["outputs"]] for c in cells(name)]
+    assert not [s for s in streams if ("stdout", "stdout") in zip(s, s[1:], strict=False)]
     assert sum("image/png" in o.get("data", {}) for o in outputs(name)) >= 1
     assert sum(bool(c["outputs"]) for c in cells(name)) >= len(counts) / 2
     stored = "\n".join(texts([outputs(name), [c["source"] for c in BOOKS[name]["cells"]]]))
