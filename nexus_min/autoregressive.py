@@ -15,7 +15,7 @@ follows training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -234,29 +234,13 @@ def _hidden_where(
 ) -> Tensor:
     """Hidden states [B, L, C] that are right where learned [B, L] is True.
 
-    What follows the last such place of a row cannot move it, padding above all: rows that end
-    within a quarter of each other go together, to that end. The top layer starts at the first.
+    What follows the last such place cannot move any; the top layer starts at the first.
     """
-    ends = (learned * torch.arange(1, learned.shape[1] + 1, device=x.device)).amax(1)
-    hidden = torch.zeros_like(x)
-    for rows in _like_lengths(ends.tolist()):
-        end = max(int(ends[rows].max()), 1)
-        start = int(learned[rows, :end].any(0).long().argmax())
-        mask = None if attention_mask is None else attention_mask[rows, :end]
-        part = model.model(x[rows, :end], position_ids[:, rows, :end], mask, last=end - start)
-        hidden[rows, start:end] = part
-    return hidden
-
-
-def _like_lengths(lengths: Sequence[int], share: float = 0.75) -> Iterator[list[int]]:
-    """Indices from longest to shortest, cut where less than `share` of a first one is left."""
-    group: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if group and lengths[i] < share * lengths[group[0]]:
-            yield group
-            group = []
-        group.append(i)
-    yield group
+    places = learned.any(0).nonzero().flatten().tolist() or [0]
+    start, end = places[0], places[-1] + 1
+    mask = None if attention_mask is None else attention_mask[:, :end]
+    part = model.model(x[:, :end], position_ids[:, :, :end], mask, last=end - start)
+    return F.pad(part, (0, 0, start, x.shape[1] - end))
 
 
 def _text_loss(model: NexusGenAR, hidden: Tensor, labels: Tensor) -> Tensor:

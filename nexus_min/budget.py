@@ -76,7 +76,8 @@ def autoregressive_work(config: NexusGenConfig, micro: int, sample: Sample, dtyp
         x = ar.model.embed_tokens(ids)
         prefill = ar.image_prefill_embeds(ids[:, slots])
         x = x.masked_scatter(torch.empty(*ids.shape, 1, dtype=torch.bool), prefill)
-        hidden = ar.model(x, ids.expand(3, -1, -1))
+        replies = sample.learned + sample.slots  # at the end; the last token predicts nothing
+        hidden = ar.model(x[:, :-1], ids.expand(3, -1, -1)[:, :, :-1], last=replies)
         logits = ar.lm_head(hidden[:, : sample.learned]).float().flatten(0, 1)
         ce = F.cross_entropy(logits, ids[:, : sample.learned].flatten())
         image = ar.vision_head(hidden[:, slots]).float()
@@ -90,6 +91,8 @@ def autoregressive_work(config: NexusGenConfig, micro: int, sample: Sample, dtyp
 
 class Rows:
     """`micro` cached samples, on `meta`, as `data.Shards` gives them."""
+
+    where = ()
 
     def __init__(self, config: NexusGenConfig):
         self.width, self.config = config.ar.text.hidden_size, config

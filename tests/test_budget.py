@@ -69,16 +69,24 @@ def test_bytes_and_operations_of_the_ar_model():
 
 
 def test_operations_are_6_p_d_and_attention():
-    """Without pictures to see: 6 for each weight and token it meets, 12 L^2 C a layer."""
+    """Without pictures to see: 6 for each weight and token it meets, 12 L^2 C a layer.
+
+    The top layer has queries for the reply alone, and so has all that follows them.
+    """
     sample, text = Sample(40, 7, 16, ()), TINY.ar.text
     with torch.device("meta"):
         root = Root(autoregressive_work(TINY, 1, sample, torch.float32))
         counted = operations(root)
-    ar = root.parts["ar"]
-    matrices = sum(p.numel() for p in ar.model.layers.parameters() if p.ndim == 2)
-    met = 40 * matrices + 7 * ar.lm_head.weight.numel() + 16 * ar.vision_head.weight.numel()
-    attention = 12 * text.num_hidden_layers * 40**2 * text.hidden_size
-    assert counted == pytest.approx(6 * met + attention, rel=1e-9)
+    ar, read, reply = root.parts["ar"], 39, 7 + 16
+    matrices = [(n, p.numel()) for n, p in ar.model.layers[0].named_parameters() if p.ndim == 2]
+    below = read * sum(size for _, size in matrices) * (text.num_hidden_layers - 1)
+    top = sum(
+        size * (read if n[10:] in ("k_proj.weight", "v_proj.weight") else reply)
+        for n, size in matrices
+    )
+    met = below + top + 7 * ar.lm_head.weight.numel() + 16 * ar.vision_head.weight.numel()
+    pairs = (text.num_hidden_layers - 1) * read**2 + reply * read
+    assert counted == pytest.approx(6 * met + 12 * pairs * text.hidden_size, rel=1e-9)
 
 
 def test_the_cached_samples_have_the_sizes_of_real_ones():

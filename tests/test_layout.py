@@ -45,7 +45,7 @@ RANKS = (
 )
 RANK = {name: i for i, names in enumerate(RANKS) for name in names} | {"": -1, "toy": -1}
 RUNTIME = {"torch", "einops", "safetensors", "tokenizers", "PIL", "numpy", "tqdm"}
-OPTIONAL = {"app": {"gradio"}}  # inside functions only
+OPTIONAL = {"app": {"gradio", "fastapi", "uvicorn"}}  # inside functions only
 SCRIPTS = {"weights_loader", "train_tiny"}
 MAY_LOAD = {"components", "pipeline", "fullscale"}  # inside functions only
 
