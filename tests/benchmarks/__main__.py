@@ -1,7 +1,7 @@
 """All benchmarks that need no GPU, one process each: a table, and `results.json` beside this file.
 
     python -m tests.benchmarks                    # all, under 15 minutes on 2 cores
-    python -m tests.benchmarks vision language    # some
+    python -m tests.benchmarks vision language    # some; the others' rows stay in the file
 
 Peers come from `tests/requirements.txt`. A module has `rows()`, which yields `common.Row`s.
 """
@@ -32,6 +32,8 @@ def measure(name: str, queue) -> None:
 
 def main(names: list[str]) -> None:
     context, found, failed = multiprocessing.get_context("spawn"), [], False
+    if RESULTS.is_file():
+        found = [row for row in json.loads(RESULTS.read_text()) if row["module"] not in names]
     print(HEADER)
     for name in names:
         queue, start = context.Queue(), time.perf_counter()
