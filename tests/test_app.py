@@ -48,17 +48,18 @@ def photo(tmp_path) -> str:
 
 def test_drawing_shows_pictures_on_the_way(tasks):
     seen = list(tasks.draw("a circle", 9, 3, 64, 48))
-    assert all(facts.startswith("seed 3, 9 steps, cfg 1, 48 x 64 px; ") for _, facts in seen[1:])
-    pictures = [image for image, _ in seen if image is not None]
+    assert all(facts.startswith("seed 3, 9 steps, cfg 1, 48 x 64 px; ") for *_, facts in seen[1:])
+    pictures = [image for image, *_ in seen if image is not None]
     assert len(pictures) == 5 + 1 and len({p.tobytes() for p in pictures}) > 1  # every second step
     want = tasks.model.generate("a circle", num_steps=9, seed=3, width=48, max_new_tokens=2)
     assert pictures[-1].tobytes() == want.tobytes()
 
 
 def test_editing_and_asking(tasks, photo):
-    image, facts = list(tasks.edit(photo, "white", "editing", *FORM))[-1]
+    image, said, facts = list(tasks.edit(photo, "white", "editing", *FORM))[-1]
     assert image.size == (64, 64) and "2 steps" in facts
-    model = tasks.model
+    model, options = tasks.model, {"max_new_tokens": 2, "num_steps": 1}
+    assert said == dict(model.edit_steps(photo, "white", **options))["text"] != ""
     for image in (photo, None):
         want = model.understand(image, "what?", max_new_tokens=2)
         assert list(tasks.ask(image, "what?")) == [want]
@@ -216,7 +217,8 @@ class Window:
 
     def field(self, label: str):
         inside = f"//label[.//span[normalize-space()='{label}']]"
-        return self.find(f"({inside}//textarea | {inside}//input)")
+        slider = f"//input[@aria-label='number input for {label}']"
+        return self.find(f"({inside}//textarea | {inside}//input | {slider})")
 
     def fill(self, label: str, text) -> None:
         field = self.field(label)
@@ -293,13 +295,14 @@ def test_in_a_browser(browse, address, tmp_path):
     first.find("//img[contains(@src, 'photo')]")
     first.press("Edit")
     first.made("64 x 64 px")
+    assert "Here is the image" in first.field("Reply").get_attribute("value")
     first.shoot("edit")
 
     first.tab("Ask")
     (tmp_path / "bad.png").write_text("no picture")
     first.upload(str(tmp_path / "bad.png"), 1)
     first.fill("Question", "What color is the background?")
-    time.sleep(1)
+    first.find("//img[contains(@src, 'bad')]", shown=False)  # it has arrived
     first.press("Ask")
     first.find("//*[contains(text(), 'cannot read picture')]")
     first.shoot("bad_upload")
@@ -310,7 +313,7 @@ def test_in_a_browser(browse, address, tmp_path):
     second.made("seed 0")
     second.fill("Message", "What color is the background?")
     second.press("Send")
-    second.wait(lambda d: "white" in d.find_element("css selector", "body").text)
+    second.wait(lambda d: second.facts() and "seed" not in second.facts(), "an answer in words")
     second.shoot("conversation")
 
     entries = "return performance.getEntriesByType('resource').map(e => e.name)"
