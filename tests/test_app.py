@@ -177,6 +177,7 @@ def browse(address):
         service = webdriver.ChromeService(paths[1])
         windows.append(webdriver.Chrome(options=options, service=service))
         windows[-1].set_page_load_timeout(PATIENCE)
+        windows[-1].set_script_timeout(PATIENCE)
         windows[-1].get(address)
         return Window(windows[-1])
 
@@ -271,7 +272,7 @@ def test_stop_ends_a_task_between_two_steps(browse, monkeypatch):
     assert max(steps) < 99
 
 
-def test_in_a_browser(browse, address, tmp_path):
+def test_draw_edit_and_ask_in_a_browser(browse, tmp_path):
     first = browse()
     first.fill("Prompt", "a small blue star on a gray background")
     first.press("Draw")
@@ -307,17 +308,21 @@ def test_in_a_browser(browse, address, tmp_path):
     first.find("//*[contains(text(), 'cannot read picture')]")
     first.shoot("bad_upload")
 
-    second.tab("Conversation")
-    second.fill("Message", "Generate an image according to the following description: a red star")
-    second.press("Send")
-    second.made("seed 0")
-    second.fill("Message", "What color is the background?")
-    second.press("Send")
-    second.wait(lambda d: second.facts() and "seed" not in second.facts(), "an answer in words")
-    second.shoot("conversation")
+
+def test_a_conversation_in_a_browser(browse, address):
+    visitor = browse()
+    visitor.tab("Conversation")
+    visitor.fill("Message", "Generate an image according to the following description: a red star")
+    visitor.press("Send")
+    visitor.made("seed 0")
+    visitor.shoot("conversation")
+    visitor.fill("Message", "What color is the background?")
+    visitor.press("Send")
+    visitor.wait(lambda d: visitor.facts() and "seed" not in visitor.facts(), "words only")
+    visitor.shoot("conversation2")
 
     entries = "return performance.getEntriesByType('resource').map(e => e.name)"
-    names = first.driver.execute_script(entries)
+    names = visitor.driver.execute_script(entries)
     assert len(names) > 5 and all(n.startswith((address, "data:", "blob:")) for n in names)
 
 
