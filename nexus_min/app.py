@@ -73,9 +73,10 @@ def build(model: NexusGen, limits: Limits) -> Any:
         with gr.Row():
             return gr.Button(name, variant="primary"), gr.Button("Stop")
 
-    def results() -> list:
+    def results(*more: str) -> list:
         look = {"height": 360, "elem_classes": "picture", "buttons": ["download", "fullscreen"]}
-        return [gr.Image(label="Picture", format="png", **look), gr.Textbox(label="Made with")]
+        texts = [gr.Textbox(label=label) for label in (*more, "Made with")]
+        return [gr.Image(label="Picture", format="png", **look), *texts]
 
     def wire(pressed, task, inputs: list, outputs: list, text) -> None:
         options = {"concurrency_id": "model", "concurrency_limit": 1}
@@ -88,14 +89,14 @@ def build(model: NexusGen, limits: Limits) -> Any:
             with gr.Column():
                 text, numbers, go = gr.Textbox(label="Prompt"), form(), buttons("Draw")
             with gr.Column():
-                wire(go, tasks.draw, [text, *numbers], results(), text)
+                wire(go, tasks.draw, [text, *numbers], results("Reply"), text)
         with gr.Tab("Edit"), gr.Row():
             with gr.Column():
                 source, text = upload("Source"), gr.Textbox(label="Instruction")
                 decoder = gr.Radio(["editing", "generation"], value="editing", label="Decoder")
                 numbers, go = form(), buttons("Edit")
             with gr.Column():
-                wire(go, tasks.edit, [source, text, decoder, *numbers], results(), text)
+                wire(go, tasks.edit, [source, text, decoder, *numbers], results("Reply"), text)
         with gr.Tab("Ask"), gr.Row():
             with gr.Column():
                 seen, text = upload("Picture to ask about"), gr.Textbox(label="Question")

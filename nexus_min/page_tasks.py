@@ -56,18 +56,18 @@ class Tasks:
         form = {name: int(value) for name, value in zip(names, numbers, strict=True)}
         return form | {"max_new_tokens": self.limits.tokens}
 
-    def draw(self, prompt: str, *form) -> Iterator[tuple[Any, str]]:
-        """A prompt -> (picture, facts)."""
-        events = self.model.generate_steps(prompt or "", **self.options(prompt, *form))
-        yield from ((image, facts) for image, _, facts in self.watch(events))
+    def draw(self, prompt: str, *form) -> Iterator[tuple[Any, str, str]]:
+        """A prompt -> (picture, what the model says to it, facts)."""
+        yield from self.watch(
+            self.model.generate_steps(prompt or "", **self.options(prompt, *form))
+        )
 
-    def edit(self, image, instruction: str, decoder: str, *form) -> Iterator[tuple[Any, str]]:
-        """A picture and an instruction -> (picture, facts)."""
+    def edit(self, image, instruction: str, decoder: str, *form) -> Iterator[tuple[Any, str, str]]:
+        """A picture and an instruction -> (picture, what the model says to it, facts)."""
         if image is None:
             raise ValueError("upload a picture first")
         options = self.options(instruction, *form) | {"decoder": decoder}
-        events = self.model.edit_steps(opened(image), instruction or "", **options)
-        yield from ((image, facts) for image, _, facts in self.watch(events))
+        yield from self.watch(self.model.edit_steps(opened(image), instruction or "", **options))
 
     def ask(self, image, question: str) -> Iterator[str]:
         """A picture, or none, and a question -> the answer."""

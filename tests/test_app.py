@@ -48,17 +48,18 @@ def photo(tmp_path) -> str:
 
 def test_drawing_shows_pictures_on_the_way(tasks):
     seen = list(tasks.draw("a circle", 9, 3, 64, 48))
-    assert all(facts.startswith("seed 3, 9 steps, cfg 1, 48 x 64 px; ") for _, facts in seen[1:])
-    pictures = [image for image, _ in seen if image is not None]
+    assert all(facts.startswith("seed 3, 9 steps, cfg 1, 48 x 64 px; ") for *_, facts in seen[1:])
+    pictures = [image for image, *_ in seen if image is not None]
     assert len(pictures) == 5 + 1 and len({p.tobytes() for p in pictures}) > 1  # every second step
     want = tasks.model.generate("a circle", num_steps=9, seed=3, width=48, max_new_tokens=2)
     assert pictures[-1].tobytes() == want.tobytes()
 
 
 def test_editing_and_asking(tasks, photo):
-    image, facts = list(tasks.edit(photo, "white", "editing", *FORM))[-1]
+    image, said, facts = list(tasks.edit(photo, "white", "editing", *FORM))[-1]
     assert image.size == (64, 64) and "2 steps" in facts
-    model = tasks.model
+    model, options = tasks.model, {"max_new_tokens": 2, "num_steps": 1}
+    assert said == dict(model.edit_steps(photo, "white", **options))["text"] != ""
     for image in (photo, None):
         want = model.understand(image, "what?", max_new_tokens=2)
         assert list(tasks.ask(image, "what?")) == [want]
@@ -176,6 +177,7 @@ def browse(address):
         service = webdriver.ChromeService(paths[1])
         windows.append(webdriver.Chrome(options=options, service=service))
         windows[-1].set_page_load_timeout(PATIENCE)
+        windows[-1].set_script_timeout(PATIENCE)
         windows[-1].get(address)
         return Window(windows[-1])
 
@@ -216,7 +218,8 @@ class Window:
 
     def field(self, label: str):
         inside = f"//label[.//span[normalize-space()='{label}']]"
-        return self.find(f"({inside}//textarea | {inside}//input)")
+        slider = f"//input[@aria-label='number input for {label}']"
+        return self.find(f"({inside}//textarea | {inside}//input | {slider})")
 
     def fill(self, label: str, text) -> None:
         field = self.field(label)
@@ -269,7 +272,7 @@ def test_stop_ends_a_task_between_two_steps(browse, monkeypatch):
     assert max(steps) < 99
 
 
-def test_in_a_browser(browse, address, tmp_path):
+def test_draw_edit_and_ask_in_a_browser(browse, tmp_path):
     first = browse()
     first.fill("Prompt", "a small blue star on a gray background")
     first.press("Draw")
@@ -293,28 +296,33 @@ def test_in_a_browser(browse, address, tmp_path):
     first.find("//img[contains(@src, 'photo')]")
     first.press("Edit")
     first.made("64 x 64 px")
+    assert "Here is the image" in first.field("Reply").get_attribute("value")
     first.shoot("edit")
 
     first.tab("Ask")
     (tmp_path / "bad.png").write_text("no picture")
     first.upload(str(tmp_path / "bad.png"), 1)
     first.fill("Question", "What color is the background?")
-    time.sleep(1)
+    first.find("//img[contains(@src, 'bad')]", shown=False)  # it has arrived
     first.press("Ask")
     first.find("//*[contains(text(), 'cannot read picture')]")
     first.shoot("bad_upload")
 
-    second.tab("Conversation")
-    second.fill("Message", "Generate an image according to the following description: a red star")
-    second.press("Send")
-    second.made("seed 0")
-    second.fill("Message", "What color is the background?")
-    second.press("Send")
-    second.wait(lambda d: "white" in d.find_element("css selector", "body").text)
-    second.shoot("conversation")
+
+def test_a_conversation_in_a_browser(browse, address):
+    visitor = browse()
+    visitor.tab("Conversation")
+    visitor.fill("Message", "Generate an image according to the following description: a red star")
+    visitor.press("Send")
+    visitor.made("seed 0")
+    visitor.shoot("conversation")
+    visitor.fill("Message", "What color is the background?")
+    visitor.press("Send")
+    visitor.wait(lambda d: visitor.facts() and "seed" not in visitor.facts(), "words only")
+    visitor.shoot("conversation2")
 
     entries = "return performance.getEntriesByType('resource').map(e => e.name)"
-    names = first.driver.execute_script(entries)
+    names = visitor.driver.execute_script(entries)
     assert len(names) > 5 and all(n.startswith((address, "data:", "blob:")) for n in names)
 
 
