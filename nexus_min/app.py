@@ -75,8 +75,8 @@ def build(model: NexusGen, limits: Limits) -> Any:
 
     def results(*more: str) -> list:
         look = {"height": 360, "elem_classes": "picture", "buttons": ["download", "fullscreen"]}
-        texts = [gr.Textbox(label=label) for label in (*more, "Made with")]
-        return [gr.Image(label="Picture", format="png", **look), *texts]
+        picture = gr.Image(label="Picture", format="png", **look)  # above the words
+        return [picture, *[gr.Textbox(label=label) for label in (*more, "Made with")]]
 
     def wire(pressed, task, inputs: list, outputs: list, text) -> None:
         options = {"concurrency_id": "model", "concurrency_limit": 1}

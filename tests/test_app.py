@@ -261,7 +261,8 @@ def test_stop_ends_a_task_between_two_steps(browse, monkeypatch):
     visitor.fill("Prompt", "a red star")
     visitor.fill("Steps", 100)
     visitor.press("Draw")
-    visitor.wait(lambda d: "100 steps" in visitor.facts(), "a preview")
+    visitor.wait(lambda d: "100 steps" in visitor.facts(), "the settings")
+    visitor.find("//*[contains(@class, 'picture')]//img")  # a preview
     visitor.shoot("sampling")
     visitor.press("Stop")
     visitor.fill("Steps", 8)
