@@ -31,9 +31,9 @@ def rotate_half(x: Tensor) -> Tensor:
 def apply_rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x cos + rotate_half(x) sin: x [..., D] by the half-split convention; cos, sin broadcast to x.
 
-    In place of the rotated half: two large arrays fewer, several times as fast when x is large.
+    The sum goes in place of one product: a large array fewer.
     """
-    return rotate_half(x).mul_(sin).addcmul_(x, cos)
+    return (rotate_half(x) * sin).addcmul_(x, cos)
 
 
 def vision_angles(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> Tensor:

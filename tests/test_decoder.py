@@ -8,6 +8,7 @@ from conftest import golden, weights
 
 from nexus_min.config import TextConfig
 from nexus_min.decoder import Attention, KVCache, QwenDecoder, causal_mask
+from nexus_min.rope import apply_rope_half, rotate_half
 
 TINY = TextConfig(
     hidden_size=48,
@@ -180,3 +181,10 @@ def test_wrong_sizes_are_named(decoder, x, positions, mask, message):
     mask = None if mask is None else torch.ones(mask)
     with pytest.raises(ValueError, match=message):
         decoder(torch.zeros(x), torch.zeros(positions), mask)
+
+
+def test_rotation_of_one_vector_to_many_positions():
+    x, (cos, sin) = torch.randn(32), torch.randn(2, 24, 32)
+    turned = apply_rope_half(x, cos, sin)
+    assert torch.allclose(turned, x * cos + rotate_half(x) * sin, atol=1e-6)
+    assert apply_rope_half(x.bfloat16(), cos, sin).dtype == torch.float32
