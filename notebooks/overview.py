@@ -8,6 +8,7 @@ Needs notebooks/requirements.txt. Everything at the right is drawn and said by t
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -85,12 +86,14 @@ def results() -> list[tuple[str, list]]:
     prompt = "a red star left of a blue circle"
     objects = (Object("square", "green", "large", 0), Object("circle", "yellow", "small", 5))
     source = render(Scene((*objects, Object("triangle", "pink", "large", 7)), "gray"))
-    order = "Change the background to white."
-    question = "How many objects are there?"
+    order = "Change the circle to red."
+    question = "What color is the triangle?"
     said = model.understand(source, question)
+    edited = dict(model.edit_steps(source, order))
+    told = fill(f"→ “{edited['text'].partition('. ')[0]}.”", 44)
     return [
         (f"generate\n“{prompt}”", [model.generate(prompt)]),
-        (f"edit\n“{order}”", [source, model.edit(source, order)]),
+        (f"edit\n“{order}”\n{told}", [source, edited["image"]]),
         (f"understand\n“{question}” → “{said}”", [source]),
     ]
 
@@ -98,13 +101,13 @@ def results() -> list[tuple[str, list]]:
 def draw_results(figure) -> None:
     """One row a task."""
     for row, (caption, pictures) in enumerate(results()):
-        bottom = 0.655 - 0.32 * row
+        bottom = (0.7, 0.355, 0.03)[row]
         for column, picture in enumerate(pictures):
             ax = figure.add_axes([0.745 + 0.125 * column, bottom, 0.1, 0.2188])
             ax.imshow(np.asarray(picture), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set(visible=True, color="#CCCCCC")
-        figure.text(0.745, bottom + 0.225, caption, size=8, va="bottom")
+        figure.text(0.745, bottom + 0.225, caption, size=7, va="bottom")
 
 
 def main() -> None:
