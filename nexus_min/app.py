@@ -78,10 +78,11 @@ def build(model: NexusGen, limits: Limits) -> Any:
         picture = gr.Image(label="Picture", format="png", **look)  # above the words
         return [picture, *[gr.Textbox(label=label) for label in (*more, "Made with")]]
 
-    def wire(pressed, task, inputs: list, outputs: list, text) -> None:
+    def wire(pressed, task, inputs: list, outputs: list, text) -> Any:
         options = {"concurrency_id": "model", "concurrency_limit": 1}
         run = gr.on([pressed[0].click, text.submit], told(task), inputs, outputs, **options)
         pressed[1].click(None, cancels=[run])
+        return run
 
     with gr.Blocks(title="nexus_min", analytics_enabled=False) as page:
         gr.Markdown("# nexus_min\nDraw, edit and ask about pictures, or talk about them.")
@@ -106,13 +107,15 @@ def build(model: NexusGen, limits: Limits) -> Any:
         with gr.Tab("Conversation"), gr.Row():
             chat = gr.State(None)
             with gr.Column():
-                history, text = gr.Chatbot(label="Conversation"), gr.Textbox(label="Message")
+                history = gr.Chatbot(label="Conversation", buttons=["copy"])
+                text = gr.Textbox(label="Message")
                 go, new = buttons("Send"), gr.Button("New conversation")
             with gr.Column():
                 outputs, added = [chat, history, *results()], upload("Show a picture")
                 keep = gr.Radio(list(KEEP), value="predicted", label="A drawn picture is kept as")
-                wire(go, tasks.talk, [chat, text, added, keep, *form()], outputs, text)
-                new.click(lambda: (None, [], None, ""), None, outputs)
+                sent = wire(go, tasks.talk, [chat, text, added, keep, *form()], outputs, text)
+                sent.success(lambda: ("", None), None, [text, added])  # said and shown once
+                gr.on([new.click, history.clear], lambda: (None, [], None, ""), None, outputs)
     return page.queue(max_size=limits.queue, default_concurrency_limit=1)
 
 

@@ -311,16 +311,18 @@ def test_draw_edit_and_ask_in_a_browser(browse, tmp_path):
 
 
 def test_a_conversation_in_a_browser(browse, address):
-    visitor = browse()
+    visitor, asked = browse(), "What color is the background?"
     visitor.tab("Conversation")
-    visitor.fill("Message", "Generate an image according to the following description: a red star")
-    visitor.press("Send")
-    visitor.made("seed 0")
+    for text in ("Generate an image according to the following description: a red star", asked):
+        visitor.fill("Message", text)
+        visitor.press("Send")
+        visitor.wait(lambda d: not visitor.field("Message").get_attribute("value"), "the end")
+        visitor.made(" s")
     visitor.shoot("conversation")
-    visitor.fill("Message", "What color is the background?")
-    visitor.press("Send")
-    visitor.wait(lambda d: visitor.facts() and "seed" not in visitor.facts(), "words only")
-    visitor.shoot("conversation2")
+    said = visitor.driver.find_element("css selector", "body").text
+    assert "description: [picture]" in " ".join(said.split()) and said.count(asked) == 1
+    visitor.press("New conversation")
+    visitor.wait(lambda d: asked not in d.find_element("css selector", "body").text, "nothing")
 
     entries = "return performance.getEntriesByType('resource').map(e => e.name)"
     names = visitor.driver.execute_script(entries)
