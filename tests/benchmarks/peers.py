@@ -6,8 +6,7 @@ under the names of transformers 5, so both fit in the memory of one.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -66,13 +65,6 @@ def our_ar(config: ARConfig) -> NexusGenAR:
     return model
 
 
-@contextmanager
-def quiet():
-    """No warnings and progress bars of transformers."""
-    need("transformers").logging.set_verbosity_error()
-    yield
-
-
 def their_text_config(config: TextConfig) -> dict:
     """Ours in transformers' words."""
     names = (
@@ -84,7 +76,8 @@ def their_text_config(config: TextConfig) -> dict:
         "rope_theta": config.rope_theta,
         "mrope_section": list(config.mrope_section),
     }
-    return {name: getattr(config, name) for name in names} | {"rope_parameters": rope}
+    none = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return {name: getattr(config, name) for name in names} | {"rope_parameters": rope} | none
 
 
 def their_ar(ours: NexusGenAR):
@@ -95,8 +88,8 @@ def their_ar(ours: NexusGenAR):
 
     c = ours.config
     config = Qwen2_5_VLConfig(
-        text_config=their_text_config(c.text) | {"pad_token_id": None, "eos_token_id": None},
-        vision_config=their_vision_config(c.vision),
+        text_config=their_text_config(c.text),
+        vision_config=asdict(c.vision),
         image_token_id=c.image_token_id,
         vision_start_token_id=c.vision_start_token_id,
         vision_end_token_id=c.vision_end_token_id,
@@ -116,13 +109,6 @@ def their_ar(ours: NexusGenAR):
     return peer
 
 
-def their_vision_config(config: VisionConfig) -> dict:
-    """The same field names."""
-    from dataclasses import asdict
-
-    return asdict(config)
-
-
 def their_vision(ours: QwenViT):
     """transformers' vision tower on the same storage, sdpa attention."""
     need("transformers")
@@ -131,7 +117,7 @@ def their_vision(ours: QwenViT):
         Qwen2_5_VisionTransformerPretrainedModel as Peer,
     )
 
-    config = Qwen2_5_VLVisionConfig(**their_vision_config(ours.config), attn_implementation="sdpa")
+    config = Qwen2_5_VLVisionConfig(**asdict(ours.config), attn_implementation="sdpa")
     peer = adopt(Peer, config, dict(ours.named_parameters()))
     peer.rotary_pos_emb = type(peer.rotary_pos_emb)(peer.config)
     return peer
