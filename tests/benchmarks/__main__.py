@@ -8,26 +8,16 @@ Peers come from `tests/requirements.txt`. A module has `rows()`, which yields `c
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import sys
 import time
 from pathlib import Path
 
-from .common import HEADER
+from .common import HEADER, measure
 
 MODULES = ("slots", "language", "vision", "training", "diffusion", "autoencoder", "batch")
 RESULTS = Path(__file__).with_name("results.json")
-
-
-def measure(name: str, queue) -> None:
-    """In a process of its own: send every row of a module as it is there, None at the end."""
-    try:
-        for row in importlib.import_module(f"tests.benchmarks.{name}").rows():
-            queue.put((row.line(), row.as_dict()))
-    finally:  # a peer that is missing says so and ends this process alone
-        queue.put(None)
 
 
 def main(names: list[str]) -> None:

@@ -122,3 +122,12 @@ def need(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise SystemExit(f"{error}: pip install -r tests/requirements.txt") from error
+
+
+def measure(name: str, queue) -> None:
+    """In a process of its own: send every row of a module as it is there, None at the end."""
+    try:
+        for row in importlib.import_module(f"tests.benchmarks.{name}").rows():
+            queue.put((row.line(), row.as_dict()))
+    finally:  # a peer that is missing says so and ends this process alone
+        queue.put(None)
