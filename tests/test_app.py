@@ -174,9 +174,9 @@ def browse(address):
         options.binary_location = paths[0]
         for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1200,1000"):
             options.add_argument(flag)
+        options.page_load_strategy = "none"  # selenium waits two minutes at most, `wait` does more
         service = webdriver.ChromeService(paths[1])
         windows.append(webdriver.Chrome(options=options, service=service))
-        windows[-1].set_page_load_timeout(PATIENCE)
         windows[-1].set_script_timeout(PATIENCE)
         windows[-1].get(address)
         return Window(windows[-1])
