@@ -265,6 +265,7 @@ def test_stop_ends_a_task_between_two_steps(browse, monkeypatch):
     visitor.find("//*[contains(@class, 'picture')]//img")  # a preview
     visitor.shoot("sampling")
     visitor.press("Stop")
+    visitor.made("100 steps")
     visitor.fill("Steps", 8)
     visitor.fill("Seed", 9)
     visitor.press("Draw")
