@@ -166,6 +166,7 @@ class Folder:
 
 
 def train_vae(folder: Folder, run: Run, batch: int) -> dict:
+    """Learn pictures, and save the autoencoder."""
     config = folder.config
     vae = base.init_vae(AutoEncoder(config.autoencoder))
     summary = fit(base.vae_stage(vae, batch), run)
@@ -176,6 +177,7 @@ def train_vae(folder: Folder, run: Run, batch: int) -> dict:
 
 
 def train_vision(folder: Folder, run: Run, batch: int) -> dict:
+    """Ground the tower, standardise its output, and save it in a fresh AR model, with the rest."""
     config = folder.config
     ar = toy.init_ar(NexusGenAR(config.ar))
     summary = fit(base.vision_stage(ar.visual, config, batch), run)
@@ -188,6 +190,7 @@ def train_vision(folder: Folder, run: Run, batch: int) -> dict:
 
 
 def train_generation(folder: Folder, run: Run, batch: int) -> dict:
+    """Reconstruct pictures from the tower's embeddings; from `folder.start`'s decoder, if given."""
     config, vae, visual = folder.config, folder.vae(), folder.ar().visual
     started, known = time.perf_counter(), None
     mmdit, adapter = toy.init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
@@ -205,6 +208,7 @@ def train_generation(folder: Folder, run: Run, batch: int) -> dict:
 
 
 def train_ar(folder: Folder, run: Run, batch: int) -> dict:
+    """Learn all three tasks with the tower frozen (paper, section 4.1)."""
     config, ar, painter = folder.config, folder.ar(), None
     if folder.finished("generation"):  # else learn without pictures of progress
         painter = toy.Painter(folder.vae(), *folder.generation(), folder.empty_prompt(), config)
@@ -214,6 +218,7 @@ def train_ar(folder: Folder, run: Run, batch: int) -> dict:
 
 
 def train_editing(folder: Folder, run: Run, batch: int) -> dict:
+    """Draw edits from what the AR model predicts, starting as the generation decoder (4.3)."""
     config, vae, ar = folder.config, folder.vae(), frozen_copy(folder.ar())
     started = time.perf_counter()
     pool = toy.editing_pool(ar, vae, folder.tokenizer(), config, run)

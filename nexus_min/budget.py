@@ -101,6 +101,7 @@ class Rows:
         return 1
 
     def rows(self, indices) -> dict[str, Tensor]:
+        """embeds [n, N, C], refs [n, M, C], latents [n, z, h, w], all without memory."""
         c, n = self.config, len(indices)
         cells = c.image_size // c.autoencoder.downsample
         seen = sample_of("understand", c).tokens - TEXT

@@ -1,6 +1,6 @@
 """All benchmarks that need no GPU, one process each: a table, and `results.json` beside this file.
 
-    python -m tests.benchmarks                    # all, under 15 minutes on 2 cores
+    python -m tests.benchmarks                    # all; more than 15 minutes on 2 AVX2 cores
     python -m tests.benchmarks vision language    # some; the others' rows stay in the file
 
 Peers come from `tests/requirements.txt`. A module has `rows()`, which yields `common.Row`s.
