@@ -128,6 +128,8 @@ def find_image(name: str, folder: Path) -> Path:
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any, list[str]]]:
     """("file:line", the line, what is wrong with it) of each row that is not blank."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, and is read once
+        raise ValueError(f"{path} is not a file; write the data to one, it is read again later")
     rows = path.read_bytes().split(b"\n")  # only these: a text may hold other separators
     for n, row in enumerate(rows, 1):
         if row.strip():

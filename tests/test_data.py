@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -216,6 +217,13 @@ def test_a_bad_line_in_memory_is_named(tokenizer):
     good, bad = {"messages": [USER, REPLY]}, {"messages": [USER, REPLY | {"content": "<image>"}]}
     with pytest.raises(ValueError, match="line 1 of the batch: 1 <image> in `messages` for 0"):
         collate([good, bad], tokenizer, CONFIG)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is not a file"):
+        MessageDataset(tmp_path / "pipe")
 
 
 def test_a_missing_image_is_named(write, tokenizer):
