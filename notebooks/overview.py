@@ -86,7 +86,7 @@ def results() -> list[tuple[str, list]]:
     prompt = "a red star left of a blue circle"
     objects = (Object("square", "green", "large", 0), Object("circle", "yellow", "small", 5))
     source = render(Scene((*objects, Object("triangle", "pink", "large", 7)), "gray"))
-    order = "Change the circle to red."
+    order = "Change the triangle to yellow."
     question = "What color is the triangle?"
     said = model.understand(source, question)
     edited = dict(model.edit_steps(source, order))
