@@ -511,7 +511,7 @@ def plan(scene: Scene, target: Scene, zh: bool) -> str:
 MAKERS = {"understand": question_example, "generate": generation_example, "edit": edit_example}
 ZH_SHARE = 0.2
 TURNS = 4  # most questions in a conversation, or as many as there may be objects
-QUESTION_SHARES = np.array([3, 5, 4, 1, 4, 4, 1, 5]) / 27
+QUESTION_SHARES = np.array([3, 5, 4, 1, 4, 4, 1, 5]) / 27  # what is hard is asked often
 TELLS = 0.8  # of the replies to an edit say what will change before the picture
 # what refers to an object takes longest to learn
 EDIT_SHARES = np.array([5, 3, 3, 4, 1, 3, 1]) / 20
