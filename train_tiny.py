@@ -54,7 +54,7 @@ from nexus_min.toy.vocabulary import build_tokenizer, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
 # The stages in order: the share of --minutes, and the batch over all workers.
-SHARES = {"vae": 0.05, "vision": 0.10, "generation": 0.19, "ar": 0.36, "editing": 0.30}
+SHARES = {"vae": 0.05, "vision": 0.10, "generation": 0.17, "ar": 0.40, "editing": 0.28}
 BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
 NEEDS = {
     "vae": (),
@@ -337,7 +337,7 @@ def train(plan: Plan) -> None:
             continue
         folder.check(name)
         torch.manual_seed(plan.seed)
-        bf16 = plan.bf16 and name != "vae"  # its convolutions gain nothing
+        bf16 = plan.bf16 and name in ("vision", "generation")  # the others gain nothing
         limits = {"seconds": plan.seconds(name), "steps": plan.steps}
         limits["sample_every"] = max(60.0, (limits["seconds"] or 0.0) / 15)
         run = Run(folder.path, plan.seed, **limits, quiet=plan.quiet, bf16=bf16)

@@ -25,7 +25,7 @@ from ..sampling import Sampling
 from ..tokenizer import EDITING_REPLY, GENERATION_REPLY, IMAGE
 from . import geneval, score
 from .pictures import save_grid
-from .tasks import CATEGORIES, EDITS, QUESTIONS, Example, example, satisfies
+from .tasks import CATEGORIES, EDITS, QUESTIONS, Example, example, satisfies, verdict
 from .world import render
 
 BATCH = 50
@@ -168,11 +168,14 @@ def score_generation(
 
 
 def score_questions(model, kind, zh, n, seed, name="") -> list[Tally]:
-    """Exact answers to questions of one kind."""
-    tally = Tally(name)
+    """Exact answers to questions of one kind; `told`: also what was said before a verdict."""
+    tally, told = Tally(name), Tally(name)
     for ex in examples("understand", kind, zh, n, seed):
         said = model.understand(_pictures(ex.scenes)[0], ex.text, max_new_tokens=96)
-        tally.add(said.strip() == ex.answer)
+        tally.add(verdict(said) == verdict(ex.answer))
+        told.add(said.strip() == ex.answer)
+    if kind == "relation":
+        tally.notes = {"told": told.rate}
     return [tally]
 
 
