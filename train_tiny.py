@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,6 +56,7 @@ from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 # The stages in order: the share of --minutes, and the batch over all workers.
 SHARES = {"vae": 0.05, "vision": 0.10, "generation": 0.17, "ar": 0.40, "editing": 0.28}
 BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
+BF16 = ("vision", "generation")  # where bf16 products pay, if the CPU has them
 NEEDS = {
     "vae": (),
     "vision": (),
@@ -77,6 +78,7 @@ class Folder:
 
     @property
     def config(self) -> NexusGenConfig:
+        """The model's sizes; before its first part is saved, the tiny ones."""
         known = (self.model / "nexus_min.json").exists()
         return loader.load_config(self.model) if known else NexusGenConfig.tiny()
 
@@ -138,6 +140,8 @@ class Folder:
         if dist.is_initialized():
             dist.barrier()
 
+    # The parts of the model, read from its files.
+
     def vae(self) -> AutoEncoder:
         return loader.load_autoencoder(self.model / loader.FLUX_FOLDER, self.config)
 
@@ -195,10 +199,10 @@ def train_generation(folder: Folder, run: Run, batch: int) -> dict:
     started, known = time.perf_counter(), None
     mmdit, adapter = toy.init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
     if folder.start:
-        known = NexusGen.load(folder.start, dtype=torch.float32, parts=("ar", "generation"))
-        mmdit.load_state_dict(known.generation.mmdit.state_dict())
-        adapter.load_state_dict(known.generation.adapter.state_dict())
-        known = known.ar.visual, known.generation.adapter
+        other = NexusGen.load(folder.start, dtype=torch.float32, parts=("ar", "generation"))
+        mmdit.load_state_dict(other.generation.mmdit.state_dict())
+        adapter.load_state_dict(other.generation.adapter.state_dict())
+        known = other.ar.visual, other.generation.adapter
     pool = toy.reconstruction_pool(visual, vae, config, run, known)
     run = run.less(time.perf_counter() - started)
     stage = toy.generation_stage(mmdit, adapter, folder.empty_prompt(), pool, vae, config, batch)
@@ -272,7 +276,8 @@ def train_on_data(plan: Plan) -> None:
     for name in plan.stages:
         torch.manual_seed(plan.seed)
         limits = {"seconds": plan.seconds(name), "steps": plan.steps}
-        run = Run(folder.path, plan.seed, **limits, quiet=plan.quiet, bf16=plan.bf16)
+        bf16 = plan.bf16 and name in BF16
+        run = Run(folder.path, plan.seed, **limits, quiet=plan.quiet, bf16=bf16)
         own = finetune.Own(
             lines, plan.ratio, max(1, BATCH[name] // plan.workers), plan.shard, plan.lora
         )
@@ -337,7 +342,7 @@ def train(plan: Plan) -> None:
             continue
         folder.check(name)
         torch.manual_seed(plan.seed)
-        bf16 = plan.bf16 and name in ("vision", "generation")  # the others gain nothing
+        bf16 = plan.bf16 and name in BF16
         limits = {"seconds": plan.seconds(name), "steps": plan.steps}
         limits["sample_every"] = max(60.0, (limits["seconds"] or 0.0) / 15)
         run = Run(folder.path, plan.seed, **limits, quiet=plan.quiet, bf16=bf16)
@@ -486,12 +491,13 @@ def ratio(text: str) -> tuple[float, ...]:
 def make_plan(args: argparse.Namespace, started: float, command: str) -> Plan:
     """Check what can be checked before any work is done. ERRORS name the option or the folder."""
     folder = Folder(args.out)
+    kept = {f.name for f in fields(Plan)} & vars(args).keys()
+    settings = {name: getattr(args, name) for name in kept} | {"bf16": bf16_pays()}
+    settings |= {"started": started, "command": command}
     if args.data:
         folder.check_writable()
         stages = finetune.stages(MessageDataset(args.data).lines, args.stage)
-        settings = (args.minutes, args.steps, args.seed, args.workers, args.quiet, bf16_pays())
-        own = (args.data, args.model, args.ratio, args.shard, args.lora)
-        return Plan(args.out, stages, *settings, started, command, None, *own)
+        return Plan(stages=stages, **settings)
     stages = tuple(SHARES) if args.stage == "all" else (args.stage,)
     if args.start:
         model_folder(args.start)
@@ -503,8 +509,7 @@ def make_plan(args: argparse.Namespace, started: float, command: str) -> Plan:
     folder.check_writable()
     for name in folder.drop_stale(stages):
         print(f"{name} is trained again: what it was built on has changed")
-    settings = (args.minutes, args.steps, args.seed, args.workers, args.quiet, bf16_pays())
-    return Plan(args.out, stages, *settings, started, command, args.start)
+    return Plan(stages=stages, **settings)
 
 
 def tell(folder: Folder, stages: tuple[str, ...]) -> None:

@@ -340,7 +340,8 @@ def build(make: Callable[[], nn.Module]) -> nn.Module:
     try:
         with torch.device("meta"), NoInit():
             return make()
-    except (TypeError, ZeroDivisionError, RuntimeError) as error:  # a size that is 0, < 0 or a text
+    except (AttributeError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        # another part's configuration; a size that is 0, < 0 or a text
         reason = str(error).split("\n")[0]
         raise ValueError(f"the sizes of the configuration make no model ({reason})") from error
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 PROGRAM = "nexus_min"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (try: python -m {PROGRAM} --help)")
 
 
-def fail(message: str) -> None:
+def fail(message: object) -> NoReturn:
     """One line on stderr, exit status 2."""
     line = " ".join(str(message).split())
     line = line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ..."
@@ -166,7 +167,7 @@ def add_image(parser: argparse.ArgumentParser) -> None:
 
 
 def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
-    """How a picture is drawn and where it goes; defaults are the model's own."""
+    """How a picture is drawn and where it goes; sizes, steps and cfg default to the model's own."""
     number = {"type": int, "metavar": "N"}
     real = {"type": float, "metavar": "X"}
     parser.add_argument("--height", **number, help="pixels, rounded up to whole tokens")
@@ -186,18 +187,13 @@ def add_preamble(parser: argparse.ArgumentParser) -> None:
         "--fast_preamble",
         "--fast-preamble",
         action="store_true",
-        help="do not generate the text before the picture",
+        help="no text before the picture; the tiny model then mostly fails to edit one object",
     )
-
-
-def add_folder(parser: argparse.ArgumentParser) -> None:
-    """Which model."""
-    parser.add_argument("--model", default="tiny", metavar="DIR", help="a model's folder, or tiny")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model, and where it runs."""
-    add_folder(parser)
+    parser.add_argument("--model", default="tiny", metavar="DIR", help="a model's folder, or tiny")
     parser.add_argument("--device", help="default: cuda, mps or cpu, what is there; tiny: cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on the CPU, else bf16")
     parser.add_argument(

@@ -204,6 +204,11 @@ def ar_loss(
     hidden = _hidden_where(model, learned, x, position_ids, attention_mask)
     ce = _text_loss(model, hidden, labels)
     mse, one_minus_cos = _image_loss(model.vision_head(hidden[:, :-1][slots[:, 1:]]), targets)
+    return weighted(ce, mse, one_minus_cos)
+
+
+def weighted(ce: Tensor, mse: Tensor, one_minus_cos: Tensor) -> ARLoss:
+    """The three terms and their sum by the paper's lambdas 3, 1.5 and 1.5."""
     return ARLoss(3.0 * ce + 1.5 * mse + 1.5 * one_minus_cos, ce, mse, one_minus_cos)
 
 

@@ -262,7 +262,7 @@ class Shards:
             k = int(np.searchsorted(self.starts, i, "right")) - 1
             found.append((self.files[k], int(i - self.starts[k])))
         return {
-            name: torch.stack([file.get_slice(name)[i] for file, i in found]).float()
+            name: torch.stack([file.get_slice(name)[i].float() for file, i in found])
             for name in self.names
         }
 

@@ -234,8 +234,8 @@ def decoder_stage(
 
 
 def official_times(batch: int) -> tuple[Tensor, Tensor]:
-    """Noise levels [B] drawn from the official thousand, and the weights [B] of their losses."""
-    sigmas, i = training_sigmas(), torch.randint(1000, (batch,))
+    """One of the official thousand noise levels for the whole batch: [B], and its weight [B]."""
+    sigmas, i = training_sigmas(), torch.randint(1000, (1,)).expand(batch)
     return sigmas[i], training_weights(sigmas)[i]
 
 

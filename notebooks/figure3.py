@@ -36,7 +36,7 @@ from nexus_min.pipeline import NexusGen
 from nexus_min.toy import score
 from nexus_min.toy.base import standardise
 from nexus_min.toy.pictures import embed_views, save_grid, scenes, to_uint8, to_unit
-from nexus_min.toy.stages import ar_batch_loss, predict
+from nexus_min.toy.stages import ar_batch_loss, predict_after_reply
 from nexus_min.toy.tasks import example
 from nexus_min.toy.world import held_out, jittered, random_scene, render
 from nexus_min.training import Run, Stage, fit
@@ -169,7 +169,7 @@ def prediction(model: NexusGen, config, ar: NexusGenAR, draw, steps: int, cases:
     with torch.no_grad():
         batches = [found[i : i + 40] for i in range(0, cases, 40)]
         outs = [ar_batch_loss(ar, model.tokenizer, config, b) for b in batches]
-        predicted = torch.cat([predict(ar, model.tokenizer, config, b) for b in batches])
+        predicted = torch.cat([predict_after_reply(ar, model.tokenizer, config, b) for b in batches])
     drawn, wanted = draw(predicted), [ex.scenes[0] for ex in found]
     counts = [len(reading.scene.objects) for reading in score.read(drawn)]
     note |= {

@@ -69,6 +69,8 @@ def test_pictures_are_read_or_left_to_others():
     assert geneval.verdict(noise, star)["correct"] is False
     bench = line("single_object", [{"class": "bench", "count": 1}])
     assert geneval.verdict(picture, bench)["correct"] is None
+    large = np.repeat(np.repeat(picture, 2, 0), 2, 1)  # as a model of another size draws it
+    assert geneval.verdict(large, star)["correct"] is None
 
 
 def test_the_overall_score_is_the_mean_over_categories():
@@ -100,6 +102,15 @@ def test_the_overall_score_is_the_mean_over_categories():
             '{"tag": "a", "prompt": "a", "include": '
             '[{"class": "a", "count": 1, "position": ["left of", 1]}]}',
             "`position` must be",
+        ),
+        (
+            '{"tag": "a", "prompt": "a", "include": '
+            '[{"class": "a", "count": 1, "position": [["left of"], 0]}]}',
+            "`position` must be",
+        ),
+        (
+            '{"tag": "a", "prompt": "a", "include": [{"class": "a", "count": 1, "color": []}]}',
+            "`color` must be a text",
         ),
     ],
 )

@@ -14,7 +14,6 @@ import torch
 from conftest import GOLDEN, golden, weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_mmdit import official_frequencies, sinusoid_limit
 from test_tokenizer import byte_tokenizer
 from tiny_model import make_tiny, save_tiny
 
@@ -119,20 +118,6 @@ def editing():
     return micro_model("12b")
 
 
-@pytest.fixture
-def official_sinusoid(monkeypatch):
-    """Timesteps embedded with the frequencies of the machine that made the fixtures."""
-    frequencies = official_frequencies()
-
-    def embedding(t, dim):
-        angles = (1000 * t)[:, None] * frequencies
-        return torch.cat((angles.cos(), angles.sin()), dim=-1)
-
-    want = golden("09")[0]["out/time_proj_640.25"]
-    torch.testing.assert_close(embedding(torch.tensor([0.64025]), 256), want, atol=1e-6, rtol=0)
-    monkeypatch.setattr("nexus_min.mmdit.timestep_embedding", embedding)
-
-
 def official(model: NexusGen, cfg_scale: float, negative_prompt: str = "") -> Sampling:
     sampling = Sampling(64, 96, cfg_scale=cfg_scale, negative_prompt=negative_prompt, seed=1000)
     return sampling.resolve(model.config, 1.0)
@@ -186,9 +171,7 @@ def test_parity_generation_contexts(assert_parity, generation):
     ("key", "scale", "negative"),
     [("cfg3", 3.0, ""), ("cfg1", 1.0, ""), ("cfg3_negbad", 3.0, "bad")],
 )
-def test_parity_generation_steps(
-    assert_parity, official_sinusoid, generation, key, scale, negative
-):
+def test_parity_generation_steps(assert_parity, generation, key, scale, negative):
     model, tensors = generation
     sampling = official(model, scale, negative)
     context = model.generation_context(tensors["in/image_embeddings"])
@@ -206,15 +189,6 @@ def test_parity_generation_steps(
         check_picture(assert_parity, "pipeline", f"12a {key}", model, latents[-1:], tensors, key)
 
 
-def test_parity_with_our_own_sinusoid(assert_parity, generation):
-    """The same walk with nothing taken from the fixtures: an ulp of frequency 13 would show."""
-    model, tensors = generation
-    context = model.generation_context(tensors["in/image_embeddings"])
-    latents = walk(model, model.generation.mmdit, context, official(model, 3.0))
-    want = tensors["out/cfg3/latents_per_step"]
-    assert_parity("pipeline (own exp)", "12a cfg3 steps", latents, want, sinusoid_limit())
-
-
 def test_parity_editing_context(assert_parity, editing):
     model, tensors = editing
     context = model.editing_context(
@@ -225,7 +199,7 @@ def test_parity_editing_context(assert_parity, editing):
 
 
 @pytest.mark.parametrize(("key", "scale"), [("cfg1", 1.0), ("cfg3", 3.0), ("noref_cfg1", 1.0)])
-def test_parity_editing_steps(assert_parity, official_sinusoid, editing, key, scale):
+def test_parity_editing_steps(assert_parity, editing, key, scale):
     model, tensors = editing
     reference = None if key == "noref_cfg1" else tensors["in/ref_embeddings"]
     context = model.editing_context(tensors["in/image_embeddings"], reference, 8, 12)
@@ -245,7 +219,7 @@ def test_parity_editing_steps(assert_parity, official_sinusoid, editing, key, sc
 
 @pytest.mark.parametrize("name", ["12a", "12b"])
 @pytest.mark.parametrize("level", [10, 500, 990])
-def test_parity_training_loss(assert_parity, official_sinusoid, request, name, level):
+def test_parity_training_loss(assert_parity, request, name, level):
     """One level of the official schedule: plain MSE, then times the level's weight."""
     model, tensors = request.getfixturevalue("generation" if name == "12a" else "editing")
     embeds = tensors["in/image_embeddings"]

@@ -11,7 +11,7 @@ from nexus_min.autoregressive import ar_loss
 from nexus_min.data import collate
 from nexus_min.toy import stages
 from nexus_min.toy.base import (
-    NUMBERS_OF,
+    CLASSES,
     GroundingHead,
     grounding_loss,
     grounding_targets,
@@ -23,7 +23,7 @@ from nexus_min.toy.tasks import example
 from nexus_min.toy.world import COLOURS, RADIUS, SHAPES, Object, Scene
 
 RED_STAR, RED_CIRCLE = Object("star", "red", "small", 2), Object("circle", "red", "large", 7, 1.5)
-ANY = NUMBERS_OF
+ANY = CLASSES
 
 
 def ids(shape=None, colour=None, size=None) -> list[int]:

@@ -663,3 +663,10 @@ def test_sizes_of_no_model(saved, size):
     wrong = replace(TINY.ar.text, num_attention_heads=size)
     with pytest.raises(ValueError, match="sizes of the configuration make no model"):
         w.load_ar(saved[0] / w.AR_FOLDER, replace(TINY.ar, text=wrong))
+
+
+def test_the_configuration_of_another_part(saved):
+    with pytest.raises(ValueError, match="sizes of the configuration make no model"):
+        w.load_generation_adapter(
+            saved[0] / w.AR_FOLDER / "generation_decoder.safetensors", TINY.ar.text
+        )

@@ -22,6 +22,8 @@ from ..vision import QwenViT
 from .pictures import embed_views, exactness, resize, save_grid, scenes, to_uint8, to_unit
 from .world import BACKGROUNDS, COLOURS, RADIUS, SHAPES, STYLES, Object, Scene, render
 
+CLASSES = (len(SHAPES), len(COLOURS), len(RADIUS))  # of shape, colour, size
+
 # ---------------------------------------------------------------- the autoencoder
 
 
@@ -104,7 +106,7 @@ class GroundingHead(nn.Module):
         super().__init__()
         self.heads = heads
         self.query = nn.Parameter(torch.randn(11, dim) * 0.5)
-        self.words = nn.ModuleList(nn.Embedding(n + 1, dim) for n in NUMBERS_OF)
+        self.words = nn.ModuleList(nn.Embedding(n + 1, dim) for n in CLASSES)
         self.place, self.phrase = _Reader(width, dim), _Reader(width, dim)
         classes = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(RADIUS)}
         self.cell = _linears(dim, classes | {"jitter": 2})
@@ -161,9 +163,9 @@ def random_phrases(rng: np.random.Generator, batch: list[Scene], n: int) -> Tens
             ids = np.array(_ids(scene.objects[rng.integers(len(scene.objects))]))
             if rng.random() < 0.2:
                 i = rng.integers(3)
-                ids[i] = rng.integers(NUMBERS_OF[i])
+                ids[i] = rng.integers(CLASSES[i])
             said = PHRASES[rng.integers(len(PHRASES))]
-            rows.append(np.where(said, ids, NUMBERS_OF))
+            rows.append(np.where(said, ids, CLASSES))
     return torch.from_numpy(np.stack(rows)).view(len(batch), n, 3)
 
 
@@ -183,7 +185,7 @@ def grounding_targets(batch: list[Scene], phrases: Tensor) -> dict[str, Tensor]:
             want["jitter"][i, o.cell] = torch.tensor([o.dx, o.dy]) / 1.5
         ids = torch.tensor([_ids(o) for o in scene.objects])
         said = phrases[i, :, None]
-        fits = ((said == ids) | (said == torch.tensor(NUMBERS_OF))).all(-1)  # [P, objects]
+        fits = ((said == ids) | (said == torch.tensor(CLASSES))).all(-1)  # [P, objects]
         meant["matches"][i] = fits.sum(1).clamp_max(4)
         cells = torch.tensor([o.cell for o in scene.objects])[:, None]
         one = torch.cat((ids, cells), 1)[fits.int().argmax(1)]
@@ -194,7 +196,6 @@ def grounding_targets(batch: list[Scene], phrases: Tensor) -> dict[str, Tensor]:
     return want | {f"meant_{name}": x for name, x in meant.items()}
 
 
-NUMBERS_OF = (len(SHAPES), len(COLOURS), len(RADIUS))
 PHRASES = np.array([(1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 1, 1)], bool)  # which words are said
 GROUNDING_WEIGHTS = {"shape": 3.0, "colour": 1.0, "size": 1.0, "background": 0.3, "style": 0.3}
 GROUNDING_WEIGHTS |= {f"meant_{name}": 0.5 for name in ("shape", "colour", "size", "matches")}

@@ -182,7 +182,7 @@ def score_questions(model, kind, zh, n, seed, name="") -> list[Tally]:
 def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list[Tally]:
     """Edits of one kind by the editing decoder; both decoders' L1 outside, where textured.
 
-    `told` is the share whose reply says rightly what will change, or nothing for a whole picture.
+    `told`, where one object changes, is the share whose reply says rightly what will.
     """
     tally, distances = Tally(name), {"editing": [], "generation": []}
     told = Tally(name)
@@ -202,7 +202,8 @@ def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list
             targets = _arrays(_pictures([ex.scenes[1] for ex in batch]))
             rows = [_arrays(sources), targets, drawn["editing"], drawn["generation"]]
             save_grid(save / f"{file_name(name)}.png", [r[:10] for r in rows])
-    tally.notes = {"told": told.rate}
+    if kind not in ("add", "background", "style"):
+        tally.notes = {"told": told.rate}
     if distances["editing"]:
         tally.notes |= {f"l1_outside_{d}": float(np.mean(v)) for d, v in distances.items()}
     return [tally]
@@ -226,11 +227,12 @@ def score_reconstruction(model, n, seed, save=None, **options) -> list[Tally]:
     return [tally]
 
 
-def summary(rows: list[Tally], name: str, parts: list[Tally]) -> None:
-    """Append the total over `parts` and the worst of them."""
+def totals(name: str, parts: list[Tally]) -> list[Tally]:
+    """The total over `parts`, and the worst of them."""
     total = Tally(f"{name}: all", sum(t.right for t in parts), sum(t.n for t in parts))
     worst = min(parts, key=lambda t: t.rate)
-    rows += [total, Tally(f"{name}: worst ({worst.name.split(' / ')[-1]})", worst.right, worst.n)]
+    label = f"{name}: worst ({worst.name.split(' / ')[-1]})"
+    return [total, Tally(label, worst.right, worst.n)]
 
 
 class _Book:
@@ -250,9 +252,7 @@ class _Book:
     def kinds(self, name: str, kinds: tuple[str, ...], score_one: Callable, part: str = "") -> None:
         """Enter a tally a kind, named `part / kind`, then their total and the worst."""
         parts = [self.add(score_one(k, name=f"{part or name} / {k}")) for k in kinds]
-        totals: list[Tally] = []
-        summary(totals, name, parts)
-        self.add(totals)
+        self.add(totals(name, parts))
 
 
 def _score_language(book: _Book, model, zh, cases, seed, groups, save, options) -> None:
@@ -310,7 +310,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, help="write sample grids (PNG) to this folder")
     parser.add_argument("--prompts", type=Path, help="score these prompts, in GenEval's format")
     parser.add_argument("--samples", type=int, default=4, help="pictures a prompt of --prompts")
-    parser.add_argument("--write_prompts", type=Path, help="only write the toy prompts, so")
+    parser.add_argument(
+        "--write_prompts", type=Path, help="only write the toy prompts, in that format"
+    )
 
 
 def chosen(text: str, names: tuple[str, ...], what: str) -> tuple[str, ...]:

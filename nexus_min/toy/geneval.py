@@ -20,7 +20,7 @@ import numpy as np
 from ..pipeline import NexusGen
 from . import score
 from .tasks import CATEGORIES, RELATIONS, Example, related
-from .world import COLOURS, SHAPES, Object, Scene
+from .world import CANVAS, COLOURS, SHAPES, Object, Scene
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TAG = dict(zip(CATEGORIES, TAGS, strict=True))
@@ -82,6 +82,8 @@ def mistakes(line: Any) -> Iterator[str]:
                 yield f"`{name}[{i}]` needs a `class`"
             elif not isinstance(part.get("count"), int):
                 yield f"`{name}[{i}]` needs a `count`"
+            elif not isinstance(part.get("color", ""), str):
+                yield f"`{name}[{i}]`: `color` must be a text"
             elif "position" in part and not is_position(part["position"], len(parts)):
                 yield f"`{name}[{i}]`: `position` must be [relation, index]"
 
@@ -91,6 +93,7 @@ def is_position(value: Any, n: int) -> bool:
     return (
         isinstance(value, list)
         and len(value) == 2
+        and isinstance(value[0], str)
         and value[0] in RELATIONS
         and isinstance(value[1], int)
         and 0 <= value[1] < n
@@ -133,8 +136,9 @@ def judge(scene: Scene, line: dict) -> str:
 
 def verdict(picture: np.ndarray, line: dict) -> dict:
     """`correct` and `reason` of a picture uint8 [H, W, 3]; null where the checker cannot tell."""
-    if not in_toy_world(line):
-        return {"correct": None, "reason": "not of the toy world: left to an outside scorer"}
+    if not in_toy_world(line) or picture.shape[:2] != (CANVAS, CANVAS):
+        reason = "not of the toy world, or not of its size: left to an outside scorer"
+        return {"correct": None, "reason": reason}
     reading = score.read(picture[None])[0]
     reason = judge(reading.scene, line) if reading.known else "something that is no known shape"
     return {"correct": not reason, "reason": reason}

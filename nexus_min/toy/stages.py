@@ -7,6 +7,7 @@ rectified-flow loss are the package's own; what is toy here is the data.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autoencoder import AutoEncoder
-from ..autoregressive import ARLoss, NexusGenAR, ar_loss, prefill_image_slots
+from ..autoregressive import ARLoss, NexusGenAR, ar_loss, prefill_image_slots, weighted
 from ..config import NexusGenConfig
 from ..data import collate
 from ..flow import denoise, rf_loss, sample_t, schedule, time_shift
@@ -84,7 +85,7 @@ def ar_batch_loss(
         sum(getattr(x, name) * n for x, n in zip(losses, slots, strict=True)) / max(1, sum(slots))
         for name in ("mse", "one_minus_cos")
     )
-    return ARLoss(3.0 * ce + 1.5 * mse + 1.5 * cos, ce, mse, cos)
+    return weighted(ce, mse, cos)
 
 
 def _part_loss(ar, tokenizer, config, part: list[Example]) -> tuple[ARLoss, int, int]:
@@ -130,7 +131,7 @@ def ar_stage(
                 out = ar_batch_loss(ar, tokenizer, config, found)
             metrics[f"unseen_{task}"] = float(out.ce if task == "understand" else out.mse)
             if task != "understand" and painter:
-                drawn = painter.draw(predict(ar, tokenizer, config, found))
+                drawn = painter.draw(predict_after_reply(ar, tokenizer, config, found))
                 wanted = [ex.scenes[-1] for ex in found]
                 metrics[f"exact_{task}"] = exactness(drawn, wanted)
                 truth = np.stack([render(s) for s in wanted])
@@ -150,10 +151,14 @@ def ar_stage(
 
 
 @torch.no_grad()
-def predict(
+def predict_after_reply(
     ar: NexusGenAR, tokenizer: QwenTokenizer, config: NexusGenConfig, batch: list[Example]
 ) -> Tensor:
-    """Embeddings [B, N, C] of the pictures asked for, after the fixed sentence, in one pass."""
+    """Embeddings [B, N, C] of the pictures asked for, in one pass behind each example's own reply.
+
+    That reply tells rightly what an edit will change, where it tells it (teacher forcing);
+    `evaluate.predict` lets the model speak for itself.
+    """
     merge, start = config.ar.vision.spatial_merge_size, config.ar.vision_start_token_id
     rows, pixels = [], []
     for ex in batch:
@@ -267,7 +272,7 @@ def editing_pool(
         batch = [example(rng, "edit") for _ in range(64)]
         source, target = (to_unit([render(ex.scenes[i]) for ex in batch]) for i in (0, 1))
         return {
-            "embeds": predict(ar, tokenizer, config, batch),
+            "embeds": predict_after_reply(ar, tokenizer, config, batch),
             "refs": embed_views(ar.visual, source, config.reference_size, "bilinear"),
             "latents": vae.encode(target * 2 - 1),
         }
@@ -295,6 +300,14 @@ def flow_loss(mmdit: MMDiT, context: Context, x0: Tensor, generator: torch.Gener
     """
     noise, t = torch.randn(x0.shape, generator=generator), time_shift(sample_t(len(x0), generator))
     return rf_loss(velocity_field(mmdit, context, *x0.shape[-2:]), x0, noise, t)
+
+
+@torch.no_grad()
+def save_seen(path: Path, vae: AutoEncoder, latents: Tensor, drawn: np.ndarray) -> dict:
+    """A grid of what the latents show, over what was drawn; the share that is read alike."""
+    truth = to_uint8(vae.decode(latents))
+    save_grid(path, [truth[:10], drawn[:10]])
+    return {"exact_seen": agreement(drawn, truth)}
 
 
 IMITATION = 0.04  # of the editing stage; twice that of a generation stage that adapts
@@ -327,11 +340,7 @@ def generation_stage(
 
     def sample(path):
         embeds, latents = pool["embeds"][:40].float(), pool["latents"][:40].float()
-        with torch.no_grad():
-            truth = to_uint8(vae.decode(latents))
-        drawn = painter.draw(embeds)
-        save_grid(path, [truth[:10], drawn[:10]])
-        return {"exact_seen": agreement(drawn, truth)}
+        return save_seen(path, vae, latents, painter.draw(embeds))
 
     modules = nn.ModuleDict({"mmdit": mmdit, "adapter": adapter})
     lr = 3e-3 if "said" in pool else 6e-3
@@ -373,10 +382,8 @@ def editing_stage(
     def sample(path):
         rows = {name: x[:40].float() for name, x in pool.items()}
         with torch.no_grad():
-            truth = to_uint8(vae.decode(rows["latents"]))
             drawn = paint(mmdit, context(rows), vae, config)
-        save_grid(path, [truth[:10], drawn[:10]])
-        return {"exact_seen": agreement(drawn, truth)}
+        return save_seen(path, vae, rows["latents"], drawn)
 
     modules = nn.ModuleDict({"mmdit": mmdit, "merger": merger})
     return Stage(

@@ -62,12 +62,12 @@ class Example:
     """One conversation with its pictures (as scenes), and what it takes to score the reply."""
 
     task: str  # "understand", "generate" or "edit"
-    kind: str  # a member of CATEGORIES, "caption", QUESTIONS, "describe" or EDITS
+    kind: str  # of CATEGORIES, "caption", QUESTIONS (several joined by "+"), "describe", EDITS
     language: str
     scenes: tuple[Scene, ...]  # the pictures, in the order of their <image> placeholders
     messages: tuple[dict, ...]
     text: str  # the bare prompt, question or instruction
-    answer: str = ""  # the whole reply, for understanding; what an edit's reply tells, or ""
+    answer: str = ""  # the reply to the first question; what an edit's reply tells, or ""
     wanted: dict = field(default_factory=dict)  # what a short prompt names, for `satisfies`
 
     @property
@@ -275,7 +275,7 @@ def _ask(
 ) -> Asked | None:
     """A question of one kind about a scene, or None when the scene does not admit one.
 
-    It is about `free` objects only, of which nothing has been told.
+    Colour, shape, exist, where and relation are about `free` objects, of which nothing was told.
     """
     if kind == "describe":
         question = "请描述这张图片。" if zh else "Please describe the image."

@@ -1,11 +1,12 @@
 """The toy world: small scenes of coloured shapes, drawn as anti-aliased vectors.
 
-A scene is one to four shapes on a 3x3 grid of cells, over a plain background; it is filled or an
-outline drawing. Two things are random and named by no caption: the sub-cell jitter of every object,
-and, in *detailed* pictures, a faint background texture with its own angle, period and phase. They
-are what an editing decoder has to carry over from the source picture (paper, section 4.3). The nine
-cells do not line up with the 4x4 grid of image slots, so no slot owns an object. It stands in for
-the paper's image corpora; the official code has no counterpart.
+A scene is one to four shapes (more where the model only looks) on a 3x3 grid of cells, over a plain
+background; it is filled or an outline drawing. Two things are random and named by no caption: the
+sub-cell jitter of every object, and, in *detailed* pictures, a faint background texture with its
+own angle, period and phase. They are what an editing decoder has to carry over from the source
+picture (paper, section 4.3). The nine cells do not line up with the 4x4 grid of image slots, so no
+slot owns an object. It stands in for the paper's image corpora; the official code has no
+counterpart.
 """
 
 from __future__ import annotations
