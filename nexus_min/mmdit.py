@@ -105,7 +105,7 @@ def timestep_frequencies(n: int) -> Tensor:
     k = torch.arange(n, dtype=torch.float32, device="cpu")
     freqs = (-math.log(10_000) * k / n).double().exp().float()
     if n == 128:
-        freqs[RAISED] = torch.nextafter(freqs[RAISED], torch.ones(len(RAISED)))
+        freqs[RAISED] = torch.nextafter(freqs[RAISED], freqs.new_ones(len(RAISED)))
     return freqs
 
 
