@@ -208,7 +208,7 @@ def ar_loss(
 
 
 def weighted(ce: Tensor, mse: Tensor, one_minus_cos: Tensor) -> ARLoss:
-    """The three terms and their sum by the paper's lambdas 3, 1.5 and 1.5."""
+    """The terms and their sum, equation 3: 3 CE + 1.5 MSE + 1.5 (1 - cos)."""
     return ARLoss(3.0 * ce + 1.5 * mse + 1.5 * one_minus_cos, ce, mse, one_minus_cos)
 
 

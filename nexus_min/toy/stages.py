@@ -72,13 +72,11 @@ def ar_batch_loss(
 ) -> ARLoss:
     """`ar_loss` of toy examples, through the reader of the message-like format.
 
-    Pictures, short and long conversations go apart, to spare padding; the sum is the same.
+    Questions, which are longer, go apart from pictures, to spare padding; the sum is the same.
     """
-    pictures = [ex for ex in batch if ex.task != "understand"]
-    talks = [ex for ex in batch if ex.task == "understand"]
-    talks.sort(key=lambda ex: sum(len(m["content"].encode()) for m in ex.messages))
-    parts = pictures, talks[: len(talks) // 2], talks[len(talks) // 2 :]
-    found = [_part_loss(ar, tokenizer, config, part) for part in parts if part]
+    questions = [ex for ex in batch if ex.task == "understand"]
+    others = [ex for ex in batch if ex.task != "understand"]
+    found = [_part_loss(ar, tokenizer, config, part) for part in (questions, others) if part]
     losses, labels, slots = zip(*found, strict=True)
     ce = sum(x.ce * n for x, n in zip(losses, labels, strict=True)) / max(1, sum(labels))
     mse, cos = (
