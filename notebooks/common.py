@@ -6,6 +6,7 @@ Colours are those of Okabe and Ito, which the colour-blind tell apart; maps of n
 
 from __future__ import annotations
 
+import hashlib
 import random
 
 import matplotlib.pyplot as plt
@@ -45,6 +46,14 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """12 hex digits of the SHA-256 of the weights: tells which model a log is of."""
+    digest = hashlib.sha256()
+    for name, x in sorted(module.state_dict().items()):
+        digest.update(name.encode() + x.float().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def strip(pictures, titles=(), columns: int = 8, side: float = 1.1, caption: str = "", rows=()):

@@ -1,6 +1,6 @@
 """Figures 3 and 4 of the paper at toy scale: how many image tokens?
 
-    python notebooks/figure3.py        # about 20 minutes of one CPU core
+    python notebooks/figure3.py        # about 14 minutes of one CPU core
 
 One vision tower sees the same pictures at 56, 112 and 224 px: 4, 16 and 64 embeddings, the toy
 counterparts of the paper's 25, 81 and 324. For each count
@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import fingerprint
 from torch import Tensor, nn
 
 from nexus_min.autoregressive import NexusGenAR
@@ -228,7 +229,9 @@ def main() -> None:
     model = NexusGen.load(args.model)
     settings = {k: v for k, v in vars(args).items() if k != "out"}
     settings |= {"batch": BATCH, "ar_batch": AR_BATCH, "seed": 0}
-    pool, result = make_pool(model, args.pictures), {"settings": settings, "tokens": {}}
+    settings |= {"torch": torch.__version__, "weights": fingerprint(model.ar)}
+    result = {"command": "python notebooks/figure3.py", "settings": settings, "tokens": {}}
+    pool = make_pool(model, args.pictures)
     shown = unseen_scenes(5, 0.0) + unseen_scenes(5, 1.0)
     own, told = [np.stack([render(s) for s in shown])], []
     for tokens in COUNTS:

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import fingerprint
 from torch import Tensor
 
 from nexus_min.autoregressive import NexusGenAR, rope_index
@@ -239,12 +240,13 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=2048, help="training pictures")
     parser.add_argument("--test", type=int, default=128, help="held-out pictures")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--captions", nargs="+", default=list(CAPTIONS), choices=list(CAPTIONS))
     parser.add_argument("--out", type=Path, default=DATA)
     args = parser.parse_args()
     model = NexusGen.load("tiny", parts=("ar",))
     settings = {k: v for k, v in vars(args).items() if k != "out"} | {"torch": torch.__version__}
+    settings["tower"] = fingerprint(model.ar.visual)
     log = {"command": "python notebooks/figure6.py", "settings": settings, "runs": []}
     for kind in args.captions:
         for seed in args.seeds:
