@@ -85,9 +85,15 @@ class Folder:
     def note(self, stage: str) -> dict | None:
         """What was noted when the stage was done, if it was. ValueError for a broken file."""
         file = self.path / f"{stage}.json"
+        if not file.exists():
+            return None
         try:
-            return json.loads(file.read_text()) if file.exists() else None
-        except ValueError as error:
+            note = json.loads(file.read_text())
+            float(note["seconds"]), float(note["stamp"]), int(note["steps"])
+            if note["needs"].keys() != set(NEEDS[stage]):
+                raise ValueError(f"built on {', '.join(note['needs']) or 'nothing'}")
+            return note
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file}: not a summary ({error}); delete it") from None
 
     def finished(self, stage: str) -> dict | None:
@@ -253,7 +259,11 @@ def begin(folder: Folder, plan: Plan) -> None:
     facts = {"data": data, "model": str(plan.model), "ratio": list(plan.ratio)}
     file = folder.path / "data.json"
     if file.exists():
-        if json.loads(file.read_text("utf-8")) != facts:
+        try:
+            same = json.loads(file.read_text("utf-8")) == facts
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: cannot be read ({error}); delete the folder") from None
+        if not same:
             raise ValueError(f"{folder.path} is a run on other data; give another --out")
         return
     if folder.model.exists():

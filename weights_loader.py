@@ -235,6 +235,8 @@ def open_shards(index: Path) -> dict[str, Entry]:
     try:
         promised = json.loads(index.read_text())["weight_map"]
         shards = sorted(set(promised.values()))
+        if not all(isinstance(name, str) for name in shards):
+            raise TypeError("a shard that is no name")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index}: not an index with a weight_map; download it again") from None
     if any(Path(name).name != name for name in shards):
@@ -612,6 +614,8 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         write(partial)
+        with open(partial, "rb+") as written:
+            os.fsync(written.fileno())
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

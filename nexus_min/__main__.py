@@ -144,10 +144,10 @@ def recall(args: argparse.Namespace, more_words: int) -> list[str]:
     kept = read_settings(args.like)
     for name, now in (("model", args.model), ("versions", versions())):
         if kept.get(name, now) != now:
-            told = f"drawn with {name} {kept[name]!r}, now it is {now!r}"
+            told = f"drawn with {name} {kept[name][:100]!r}, now it is {now!r}"
             say(sys.stderr, f"{PROGRAM}: warning: {args.like}: {told}")
     options = [f"{RECALLED[name]}={kept[name]}" for name in RECALLED if kept.get(name)]
-    options += ["--fast_preamble"] if kept.get("fast_preamble") == "True" else []
+    options += [f"--{name}" for name in ("fast_preamble", "fp8") if kept.get(name) == "True"]
     text, wanted = ("prompt", 1) if args.command == "generate" else ("instruction", 2)
     if args.command == "edit" and "decoder" in kept:
         options.append(f"--decoder={kept['decoder']}")
@@ -391,7 +391,7 @@ def is_there(device: str) -> bool:
 def finish(args: argparse.Namespace, events, facts: dict, source=None) -> None:
     """Walk the events to the picture, save it with how it was made, and print its name."""
     seen = dict(progress(events))
-    names = ("language", "fast_preamble", "max_new_tokens", "dtype")
+    names = ("language", "fast_preamble", "max_new_tokens", "dtype", "fp8")
     settings = {**facts, "model": args.model, **asdict(seen["sampling"])}
     settings |= {name: getattr(args, name) or "" for name in names} | {"versions": versions()}
     if settings["negative_prompt"] and settings["cfg_scale"] == 1:
@@ -466,7 +466,7 @@ def read_settings(path: str) -> dict[str, str]:
             kept = {name: text for name, text in image.info.items() if isinstance(text, str)}
     except Exception as error:  # Pillow's readers raise a dozen kinds on a broken file
         raise ValueError(f"cannot read {path!r}: {error}") from error
-    if not {"seed", "num_steps"} <= kept.keys():
+    if not {"prompt", "seed", "num_steps"} <= kept.keys():
         raise ValueError(f"{path!r} does not tell how it was drawn: no PNG of generate or edit")
     return kept
 
@@ -487,11 +487,22 @@ def warn_unknown(model: str, text: str, image=None) -> None:
     from .components import model_folder
 
     file = model_folder(model) / "toy_words.json"
-    if file.is_file() and (words := unknown_words(text, json.loads(file.read_text("utf-8")))):
+    if file.is_file() and (words := unknown_words(text, read_words(file))):
         shown = ", ".join(words[:10]) + (" ..." if len(words) > 10 else "")
         say(sys.stderr, f"{PROGRAM}: warning: words this model has never seen: {shown}")
     if file.is_file() and image is not None and not is_toy(image):
         say(sys.stderr, f"{PROGRAM}: warning: this model has never seen a picture like this one")
+
+
+def read_words(file: Path) -> list[str]:
+    """The words of a toy model. ValueError, with the file, when it is no list of them."""
+    try:
+        words = json.loads(file.read_text("utf-8"))
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise ValueError("it holds other things")
+        return words
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not a list of words ({error}); delete it") from None
 
 
 def is_toy(image) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from .conversation import KEEP
@@ -30,6 +31,23 @@ def find_gradio() -> Any:
     return gradio
 
 
+def uploaded(path: str) -> str:
+    """The path of a file that a browser has uploaded.
+
+    gradio.Error for any other: a request may name an address, a device, or a file of this machine,
+    and gradio itself checks that only for pages that its own `launch` has started.
+    """
+    gr = find_gradio()
+    try:
+        file, folder = Path(path).resolve(), Path(gr.utils.get_upload_folder()).resolve()
+        good = file.is_relative_to(folder) and file.is_file()
+    except (OSError, TypeError, ValueError):  # no path at all, a NUL in it, too long a name
+        good = False
+    if not good:
+        raise gr.Error("pictures are uploaded, not read from an address or a path")
+    return path
+
+
 def build(model: NexusGen, limits: Limits) -> Any:
     """The page, a `gradio.Blocks` with its queue."""
     gr = find_gradio()
@@ -42,12 +60,10 @@ def build(model: NexusGen, limits: Limits) -> Any:
         move = image.async_move_resource_to_block_cache
 
         async def move_file(path):
-            if "://" in str(path):
-                raise gr.Error("pictures are uploaded, not fetched from an address")
-            return await move(path)
+            return await move(uploaded(path))
 
         image.async_move_resource_to_block_cache = move_file
-        image.preprocess = lambda payload: payload.path if payload else None
+        image.preprocess = lambda payload: uploaded(payload.path) if payload else None
         return image
 
     def told(task):
@@ -57,7 +73,7 @@ def build(model: NexusGen, limits: Limits) -> Any:
         def steps(*values):
             try:
                 yield from task(*values)
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, MemoryError) as error:
                 raise gr.Error(str(error)) from None
 
         return steps

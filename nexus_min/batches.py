@@ -11,6 +11,7 @@ equation; the official scripts take one task a call.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .placement import is_out_of_memory
 from .sampling import Drawing, Sampling
 
 TASKS = {
@@ -27,8 +29,8 @@ TASKS = {
     "generate": ("prompt",),
     "edit": ("image", "instruction"),
 }
-MISTAKES = (ValueError, TypeError, OSError)  # of one item, read from a file perhaps
-FAILURES = (ValueError, MemoryError, torch.OutOfMemoryError)  # of one picture, NaN for instance
+MISTAKES = (ValueError, TypeError, OSError, MemoryError)  # of one item, read from a file perhaps
+MAX_ERROR = 500  # characters of one that are kept
 
 
 class Result(NamedTuple):
@@ -58,7 +60,7 @@ def run(
             try:
                 said = read(model, item, seed + i)
             except MISTAKES as error:
-                said = Result(i, error=" ".join(str(error).split()))
+                said = Result(i, error=one_line(error))
             if isinstance(said, Drawing):
                 drawings[i] = said
             else:
@@ -104,10 +106,11 @@ def draw(model: Any, drawings: dict[int, Drawing]) -> Iterator[Result]:
     items = list(drawings.items())
     try:
         pictures = draw_together(model, list(drawings.values()))
-    except FAILURES as error:
+    except (ValueError, MemoryError, RuntimeError) as error:  # NaN for instance, or no room
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         if len(items) == 1:
-            i, reason = items[0][0], " ".join(str(error).split())
-            yield Result(i, items[0][1].text, error=reason or type(error).__name__)
+            yield Result(items[0][0], items[0][1].text, error=one_line(error, model.advice))
         else:
             half = len(items) // 2
             yield from draw(model, dict(items[:half]))
@@ -115,6 +118,15 @@ def draw(model: Any, drawings: dict[int, Drawing]) -> Iterator[Result]:
         return
     for (i, drawing), picture in zip(items, pictures, strict=True):
         yield Result(i, drawing.text, picture, drawing.sampling)
+
+
+def one_line(error: BaseException, advise: Callable[[], str] | None = None) -> str:
+    """What an error says, printable and not for ever; for want of memory, what to do about it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if advise and is_out_of_memory(error):
+        text = f"{text}; {advise()}"
+    text = text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]} ..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @torch.no_grad()
@@ -135,27 +147,48 @@ def draw_together(model: Any, drawings: list[Drawing]) -> list[Image.Image]:
 def to_folder(
     results: Iterator[Result], folder: Path, save: Callable[[Image.Image, Path, dict], None]
 ) -> list[dict]:
-    """Save pictures as they come, by number; then a line an item in `results.jsonl`: returned."""
+    """Save pictures by number and a line an item in `results.jsonl`, as they come: returned.
+
+    In the end the lines are put in the order of the items; a run that is stopped keeps them as they
+    came.
+    """
     rows: dict[int, dict] = {}
-    for result in results:
-        rows[result.index] = row = {"index": result.index, "text": result.text}
-        if result.error:
-            row["error"] = result.error
-        if result.image:
-            row |= {"image": f"{result.index:04d}.png"} | asdict(result.sampling)
-            save(result.image, folder / row["image"], asdict(result.sampling))
-    lines = [json.dumps(rows[i], ensure_ascii=False) + "\n" for i in sorted(rows)]
-    (folder / "results.jsonl").write_text("".join(lines), "utf-8")
+    file, partial = folder / "results.jsonl", folder / ".results.jsonl.partial"
+    options = {
+        "encoding": "utf-8",
+        "errors": "backslashreplace",
+    }  # half a character: as JSON has it
+
+    def line(row: dict) -> str:
+        return json.dumps(row, ensure_ascii=False) + "\n"
+
+    with file.open("w", **options) as out:
+        for result in results:
+            rows[result.index] = row = {"index": result.index, "text": result.text}
+            if result.error:
+                row["error"] = result.error
+            if result.image:
+                row |= {"image": f"{result.index:04d}.png"} | asdict(result.sampling)
+                save(result.image, folder / row["image"], asdict(result.sampling))
+            out.write(line(row))
+            out.flush()
+    partial.write_text("".join(line(rows[i]) for i in sorted(rows)), **options)
+    os.replace(partial, file)
     return [rows[i] for i in sorted(rows)]
 
 
 def read_items(path: Path) -> list[Any]:
-    """Lines of a JSONL file, image paths relative to its folder; what is no JSON stays a string."""
+    """Lines of a JSONL file, image paths relative to its folder; what is no JSON stays a string.
+
+    ValueError for what is no regular file: a pipe might never end.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file of tasks")
     items = []
     for row in filter(bytes.strip, path.read_bytes().split(b"\n")):
         try:
             item = json.loads(row)
-        except ValueError:
+        except (ValueError, RecursionError):
             item = row.decode("utf-8", "replace")
         if isinstance(item, dict) and "image" in item:
             item["image"] = resolved(item["image"], path.parent)

@@ -8,7 +8,27 @@ of black-forest-labs, the `text_encoder*/config.json` of FLUX.1-dev.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+import math
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from typing import Any
+
+
+def fitting(known: Field, value: Any) -> Any:
+    """`value` if it is what the field's default is: a number, or a list of whole ones, as a tuple.
+
+    ValueError naming the field.
+    """
+    if isinstance(known.default, tuple):
+        whole = isinstance(value, list | tuple) and value and all(type(n) is int for n in value)
+        if not whole:
+            raise ValueError(f"{known.name} must be a list of whole numbers, got {value!r:.80}")
+        return tuple(value)
+    real = isinstance(known.default, float)
+    if not (type(value) is int or (real and type(value) is float and math.isfinite(value))):
+        raise ValueError(
+            f"{known.name} must be a {'' if real else 'whole '}number, got {value!r:.80}"
+        )
+    return value
 
 
 class FromDict:
@@ -16,11 +36,10 @@ class FromDict:
 
     @classmethod
     def from_dict(cls, d: dict):
-        """The config with the fields that `d` has, lists as tuples; the others keep defaults."""
-        known = {f.name for f in fields(cls)}
-        return cls(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k in known}
-        )
+        """The config with the fields that `d` has; the others keep defaults. ValueError for a field
+        of another type."""
+        known = {f.name: f for f in fields(cls)}
+        return cls(**{k: fitting(known[k], v) for k, v in d.items() if k in known})
 
 
 @dataclass(frozen=True)
@@ -255,9 +274,13 @@ class NexusGenConfig:
             "clip": CLIPConfig,
             "t5": T5Config,
         }
-        known = {f.name for f in fields(cls)}
+        known = {f.name: f for f in fields(cls)}
         return cls(
-            **{k: parts[k].from_dict(v) if k in parts else v for k, v in d.items() if k in known}
+            **{
+                k: parts[k].from_dict(v) if k in parts else fitting(known[k], v)
+                for k, v in d.items()
+                if k in known
+            }
         )
 
     def to_dict(self) -> dict:

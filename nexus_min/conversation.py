@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .decoder import KVCache
 from .image_processor import bound_image, load_image
+from .placement import out_of_memory_told
 from .sampling import Drawing, Sampling
 from .tokenizer import GENERATION_REPLY, IMAGE, VISION_START, QwenTokenizer, check_text
 
@@ -119,6 +120,11 @@ class Chat:
         that fails, or is not read to its end, leaves the conversation as it was. ValueError for an
         empty text, a picture that cannot be read, or a conversation that has become too long.
         """
+        with out_of_memory_told(self.model.advice):
+            yield from self._turn_of(text, images)
+
+    def _turn_of(self, text: str, images: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+        """`say`, where running out of memory is not yet explained."""
         text = text if IMAGE in text else IMAGE * len(images) + text
         shown = [self._look(load_image(image)) for image in images]
         self.cache.crop(min(self.known, self.cache.length))  # what a turn that failed has added

@@ -120,10 +120,11 @@ def find_image(name: str, folder: Path) -> Path:
 
     Official lines name their images from the root of the repository that holds the file.
     """
-    above = folder.resolve().parents
-    return next(
-        (p for p in (folder / name, *(a / name for a in above)) if p.is_file()), folder / name
-    )
+    places = folder / name, *(above / name for above in folder.resolve().parents)
+    try:
+        return next((p for p in places if p.is_file()), folder / name)
+    except OSError:  # too long for a path; who opens it says so
+        return folder / name
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any, list[str]]]:

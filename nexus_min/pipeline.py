@@ -407,6 +407,7 @@ class NexusGen:
         events = self.reply(self.chat_inputs(text, images), max_new_tokens)
         return self.tokenizer.decode([value for kind, value in events if kind == "token"]).strip()
 
+    @tells_of_memory
     @torch.no_grad()
     def plan_generation(
         self,
@@ -444,6 +445,7 @@ class NexusGen:
         """
         return last_image(self.generate_steps(prompt, **options))
 
+    @tells_of_memory
     @torch.no_grad()
     def plan_edit(
         self,

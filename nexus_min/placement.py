@@ -260,18 +260,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(text)
 
 
+class OutOfMemory(MemoryError):
+    """One that says already what to do."""
+
+
 @contextmanager
 def out_of_memory_told(advise: Callable[[], str]) -> Iterator[None]:
-    """Within, running out of memory is a MemoryError of one line that ends in `advise()`."""
+    """Within, running out of memory is an OutOfMemory of one line that ends in `advise()`."""
     told = None
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
             raise
         told = str(error).split("\n")[0]
     if told is not None:  # here: raised above, it would keep alive all that the old error holds
-        raise MemoryError(f"{told}; {advise()}".lstrip("; "))
+        raise OutOfMemory(f"{told}; {advise()}".lstrip("; "))
 
 
 def free_bytes(device: torch.device) -> int | None:

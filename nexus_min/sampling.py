@@ -11,9 +11,9 @@ so that a seed means the same picture on every device; the official run draws on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +22,11 @@ from torch import Tensor
 from . import flow
 from .config import NexusGenConfig
 from .mmdit import PATCH, MMDiT, Modulations, image_ids, patchify, unpatchify
+from .tokenizer import check_text
 
 MAX_STEPS = 1000  # no finer than the noise levels of training
 MAX_SCALE = 8  # sides of at most 8 times the model's own
+MAX_GUIDANCE = 1000  # of either kind; far above what still draws a picture
 
 
 class Context(NamedTuple):
@@ -59,17 +61,31 @@ class Sampling:
 
     def resolve(self, config: NexusGenConfig, cfg_scale: float) -> Sampling:
         """Fill in the defaults, round the sides up. ValueError naming what is out of range."""
+        self.check_types()
         steps = config.num_steps if self.num_steps is None else self.num_steps
         if not 1 <= steps <= MAX_STEPS:
             raise ValueError(f"the number of steps must be 1 to {MAX_STEPS}, got {steps}")
         scale = cfg_scale if self.cfg_scale is None else self.cfg_scale
         for name, value in (("cfg scale", scale), ("guidance", self.guidance)):
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} must be a number from 0 up, got {value}")
+            if not 0 <= value <= MAX_GUIDANCE:
+                raise ValueError(f"{name} must be 0 to {MAX_GUIDANCE}, got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"the seed must be 0 to 2^63 - 1, got {self.seed}")
         height, width = (whole_side(side, config) for side in (self.height, self.width))
         return replace(self, height=height, width=width, num_steps=steps, cfg_scale=scale)
+
+    def check_types(self) -> None:
+        """ValueError naming the first value of another kind: a data file may hold anything."""
+        kinds = dict.fromkeys(("height", "width", "num_steps", "seed"), (Integral, "whole number"))
+        kinds |= dict.fromkeys(("cfg_scale", "guidance"), (Real, "number"))
+        for name, (kind, noun) in kinds.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise ValueError(f"{name} must be a {noun}, got {value!r}")
+        if not isinstance(self.negative_prompt, str):
+            raise ValueError(f"negative_prompt must be a text, got {self.negative_prompt!r}")
+        if self.negative_prompt.strip():
+            check_text(self.negative_prompt, "negative prompt")
 
     def latent_shape(self, config: NexusGenConfig) -> tuple[int, int, int, int]:
         """(1, z, h, w) of the latents; for a resolved Sampling."""

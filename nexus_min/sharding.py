@@ -166,7 +166,9 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), CLIP).full_tensor()
         numbers = dict(zip(metrics, total.tolist(), strict=True)) | {"grad_norm": float(norm)}
         if not all(map(math.isfinite, numbers.values())):
-            told = f"stage {self.stage.name}, step {self.step}: not finite ({numbers})"
+            batch = (self.run.seed, self.stage.name, self.step, list(own))
+            told = f"stage {self.stage.name}, step {self.step}: not finite ({numbers}; "
+            told += f"batches of seed, stage, step, parts {batch})"
             raise FloatingPointError(f"{told}; the last checkpoint is kept")
         for group in self.optimizer.param_groups:
             group["lr"] = self.preset.lr * self.preset.lr_scale(self.step)

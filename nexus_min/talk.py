@@ -48,7 +48,7 @@ class Talk:
             try:
                 if line:
                     self.answer(line)
-            except (ValueError, OSError, KeyboardInterrupt) as error:
+            except (ValueError, OSError, MemoryError, KeyboardInterrupt) as error:
                 if self.complain is None:
                     raise
                 self.complain(error)

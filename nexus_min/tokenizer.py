@@ -99,7 +99,8 @@ class QwenTokenizer:
         needed = (ENDOFTEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD)
         if missing := [name for name in needed if name not in self.special_ids]:
             raise ValueError(f"the tokenizer file lacks the special tokens {', '.join(missing)}")
-        self._text = Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
+        whole = {"added_tokens": [], "truncation": None, "padding": None}  # texts stay as they are
+        self._text = Tokenizer.from_str(json.dumps(spec | whole))
         self._newline, self._assistant = self.encode("\n"), self.encode("assistant\n")
 
     def check(self, config: ARConfig) -> None:

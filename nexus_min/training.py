@@ -159,7 +159,10 @@ class Checkpoint:
         except (OSError, RuntimeError) as error:  # torch tells of a full disk by RuntimeError
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
-            reason = str(error.__context__ or error).split("\n")[0]
+            cause: BaseException = error
+            while not isinstance(cause, OSError) and cause.__context__:
+                cause = cause.__context__
+            reason = str(cause).split("\n")[0]
             told = f"cannot save the checkpoint {self.path}: {reason}; {self.kept}"
             raise OSError(told) from error
 
@@ -521,7 +524,7 @@ class Trainer:
                     group["base_lr"] = rate  # the stage's own, should it have changed since
             self.schedule.restore(state["schedule"])
             self.metrics = state["metrics"]
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"{self.checkpoint.path}: does not fit this stage ({reason})"

@@ -330,6 +330,17 @@ def test_a_conversation_in_a_browser(browse, address):
     assert len(names) > 5 and all(n.startswith((address, "data:", "blob:")) for n in names)
 
 
+def asked(address: str, file) -> str:
+    """What a request about a picture, made by hand, is answered; the file as gradio names it."""
+    body = json.dumps({"data": [file, "What color is the background?"]}).encode()
+    headers = {"Content-Type": "application/json"}
+    call = f"{address}/gradio_api/call/ask"
+    request = urllib.request.Request(call, body, headers)
+    event = json.load(urllib.request.urlopen(request, timeout=PATIENCE))["event_id"]
+    with urllib.request.urlopen(f"{call}/{event}", timeout=PATIENCE) as stream:
+        return stream.read().decode()
+
+
 def test_no_address_is_fetched(address):
     hits = []
 
@@ -342,12 +353,36 @@ def test_no_address_is_fetched(address):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/x.png"
     file = {"path": url, "url": url, "meta": {"_type": "gradio.FileData"}}
-    body = json.dumps({"data": [file, "what?"]}).encode()
-    headers = {"Content-Type": "application/json"}
-    call = f"{address}/gradio_api/call/ask"
-    request = urllib.request.Request(call, body, headers)
-    event = json.load(urllib.request.urlopen(request, timeout=PATIENCE))["event_id"]
-    with urllib.request.urlopen(f"{call}/{event}", timeout=PATIENCE) as stream:
-        answer = stream.read().decode()
+    answer = asked(address, file)
     server.shutdown()
     assert "event: error" in answer and not hits
+
+
+@pytest.mark.parametrize(
+    "path", ["secret.png", "pipe", "/etc/passwd", "/dev/zero", "/", "a\0b", ""]
+)
+def test_no_file_of_this_machine_is_read(address, tmp_path, path):
+    """A request can name any path; only what a browser has uploaded is a picture."""
+    import gradio
+
+    Image.fromarray(render(Scene((), "gray"))).save(tmp_path / "secret.png")
+    os.mkfifo(tmp_path / "pipe")
+    path = str(tmp_path / path) if path in ("secret.png", "pipe") else path
+    kept = Path(gradio.utils.get_upload_folder())
+    before = set(kept.rglob("*"))
+    for file in ({"path": path, "meta": {"_type": "gradio.FileData"}}, {"path": path}):
+        answer = asked(address, file)
+        assert "event: error" in answer and "gray" not in answer and "such file" not in answer
+    assert set(kept.rglob("*")) == before  # nothing was copied to where it could be downloaded
+    assert urllib.request.urlopen(address, timeout=PATIENCE).status == 200
+
+
+def test_what_a_browser_uploads_is_read(address, tmp_path):
+    Image.fromarray(render(Scene((), "gray"))).save(tmp_path / "mine.png")
+    parts = b'--x\r\nContent-Disposition: form-data; name="files"; filename="mine.png"\r\n\r\n'
+    parts += (tmp_path / "mine.png").read_bytes() + b"\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{address}/gradio_api/upload", parts, headers)
+    [path] = json.load(urllib.request.urlopen(request, timeout=PATIENCE))
+    answer = asked(address, {"path": path, "meta": {"_type": "gradio.FileData"}})
+    assert "event: complete" in answer and "gray" in answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -91,7 +92,17 @@ def bad_items() -> list:
         ({"task": "generate", "prompt": 3}, "prompt must be a text, not int"),
         ({"task": "generate", "prompt": "a", "colour": 1}, "colour"),
         ({"task": "generate", "prompt": "a", "seed": -1}, "the seed must be"),
-        ({"task": "generate", "prompt": "a", "height": "x"}, "not supported"),
+        ({"task": "generate", "prompt": "a", "height": "x"}, "height must be a whole number"),
+        ({"task": "generate", "prompt": "a", "height": 64.5}, "height must be a whole number"),
+        ({"task": "generate", "prompt": "a", "seed": True}, "seed must be a whole number"),
+        ({"task": "generate", "prompt": "a", "num_steps": 1.5}, "num_steps must be a whole"),
+        ({"task": "generate", "prompt": "a", "cfg_scale": [1]}, "cfg_scale must be a number"),
+        ({"task": "generate", "prompt": "a", "guidance": 1e39}, "guidance must be 0 to 1000"),
+        ({"task": "generate", "prompt": "a", "guidance": float("nan")}, "guidance must be"),
+        ({"task": "generate", "prompt": "a", "negative_prompt": 5}, "negative_prompt must be"),
+        ({"task": "generate", "prompt": "a", "negative_prompt": "\ud800"}, "not valid Unicode"),
+        ({"task": "generate", "prompt": "a", "\x1b[31m": 1}, "\\x1b[31m"),
+        ({"task": "generate", "prompt": "a", "\ud800": 1}, "\\ud800"),
         ({"task": "edit", "image": "none.png", "instruction": "a"}, "no such file"),
         ({"task": "understand", "image": b"no picture", "question": "a"}, "cannot read picture"),
     ]
@@ -104,6 +115,56 @@ def test_bad_items_fail_alone(tiny):
         assert message in result.error and result.image is None, (item, result.error)
     want = alone(tiny, good, 0)
     assert results[-1].error == "" and results[-1].image.tobytes() == want.tobytes()
+
+
+def test_a_file_of_bad_items_ends_with_all_answers(tmp_path, monkeypatch, capsys):
+    folder = str(save_tiny(tmp_path))
+    good = {"task": "generate", "prompt": "a circle", **FAST}
+    rows = [json.dumps(item) for item, _ in bad_items() if "b'" not in repr(item)]
+    (tmp_path / "t.jsonl").write_text("\n".join([json.dumps(good), "[" * 100_000, *rows]))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["batch", "t.jsonl", "-o", "out", "--model", folder])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "items failed" in err and "\x1b" not in err
+    made = [json.loads(row) for row in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in made] == list(range(len(rows) + 2))
+    assert ["error" in row for row in made] == [False] + [True] * (len(rows) + 1)
+    assert (tmp_path / "out/0000.png").is_file()
+
+
+def test_what_is_done_is_kept_when_a_batch_is_stopped(tmp_path):
+    def results():
+        yield batches.Result(1, "one")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        batches.to_folder(results(), tmp_path, lambda *_: None)
+    assert json.loads((tmp_path / "results.jsonl").read_text()) == {"index": 1, "text": "one"}
+
+
+def test_a_pipe_is_no_file_of_tasks(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe is not a file of tasks"):
+        batches.read_items(tmp_path / "pipe")
+
+
+def test_running_out_of_memory_costs_its_item_and_says_what_to_do(tiny, monkeypatch):
+    def no_room(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+
+    items = [{"task": "generate", "prompt": "a", **FAST}]
+    for name in ("decode", "predict_embeddings"):  # while it is drawn, and before
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny, name, no_room)
+            [result] = tiny.batch(items)
+            assert "can't allocate memory" in result.error and tiny.advice() in result.error
+            chat = tiny.chat(decoder="generation")
+            patch.setattr(tiny, "reply", no_room)
+            with pytest.raises(MemoryError, match="can't allocate") as told:
+                list(chat.say("a circle"))
+            assert str(told.value).count(tiny.advice()) == 1 and not chat.messages
+    assert tiny.batch(items)[0].image
 
 
 def test_a_picture_that_fails_fails_alone(tiny, monkeypatch):

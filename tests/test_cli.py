@@ -206,10 +206,27 @@ def test_like_for_an_edit_takes_the_picture_again(here, capsys, folder, decoder)
     assert status == 2 and "edit needs --input_image" in err
 
 
+def test_like_remembers_eight_bits(here, capsys, folder):
+    argv = ["generate", "a circle", "--model", folder, *FAST, "--fp8", "-o", "a.png"]
+    assert run(capsys, *argv)[0] == 0
+    assert run(capsys, "generate", "--like", "a.png", "--model", folder, "-o", "b.png")[0] == 0
+    assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("words", ["{", "[1, 2]", "3", "[" * 100_000], ids=range(4))
+def test_a_list_of_words_that_is_none(here, capsys, folder, words):
+    other = shutil.copytree(folder, here / "other")
+    (other / "toy_words.json").write_text(words)
+    argv = ["generate", "a circle", "--model", str(other), *FAST, "-o", "a.png"]
+    status, _, err = run(capsys, *argv)
+    assert status == 2 and "toy_words.json: not a list of words" in err and err.count("\n") == 1
+
+
 def forged(name: str, **texts: str) -> str:
     """A picture that tells what it likes."""
+    drawn_so = {"prompt": "a", "seed": "0", "num_steps": "1", "fast_preamble": "True"}
     info = PngInfo()
-    for key, text in ({"seed": "0", "num_steps": "1", "fast_preamble": "True"} | texts).items():
+    for key, text in (drawn_so | texts).items():
         info.add_text(key, text)
     Image.new("RGB", (9, 9)).save(name, pnginfo=info)
     return name
@@ -231,7 +248,8 @@ LIKE = {
     "seed": ({"seed": "abc"}, "invalid int value: 'abc'"),
     "steps": ({"num_steps": "99999999"}, "steps must be 1 to"),
     "dtype": ({"dtype": "int8"}, "invalid choice"),
-    "no text": ({}, "prompt is empty"),
+    "no text": ({"prompt": ""}, "prompt is empty"),
+    "guidance": ({"guidance": "1e39"}, "guidance must be 0 to 1000"),
     "size": ({"prompt": "a", "height": "1e9"}, "invalid int value"),
 }
 
@@ -292,6 +310,8 @@ BAD = {
     "unquoted prompt": (["generate", "red", "circle"], "quotes"),
     "placeholder": (["generate", "a <image>"], "1 <image> placeholders for 0 images"),
     "steps 0": (["generate", "a", "--steps", "0"], "steps must be 1 to"),
+    "guidance": (["generate", "a", "--guidance", "1e39"], "guidance must be 0 to 1000"),
+    "negative bytes": (["generate", "a", "--negative_prompt", "\udc80"], "is not valid Unicode"),
     "steps x": (["generate", "a", "--steps", "x"], "invalid int value: 'x'"),
     "height 0": (["generate", "a", "--height", "0"], "height and width must be 1 to"),
     "height -8": (["generate", "a", "--height", "-8"], "got -8"),

@@ -184,6 +184,21 @@ def test_two_workers_stop_on_ctrl_c_and_one_goes_on(tmp_path, micro):
 # ---- bad input -----------------------------------------------------------------------------------
 
 
+NOTE = {"stage": "vae", "steps": 2, "seconds": 1.0, "stamp": 1.0, "needs": {}}
+
+
+@pytest.mark.parametrize(
+    "note",
+    ["{", "[1]", "3", "[" * 100_000, {"steps": None}, {"needs": 3}, {"needs": {"vae": 1}}],
+    ids=range(7),
+)
+def test_a_note_that_is_none_names_its_file(tmp_path, capsys, note):
+    text = note if isinstance(note, str) else json.dumps(NOTE | note)
+    (tmp_path / "vae.json").write_text(text)
+    told = refused(capsys, "--stage", "vae", "--out", tmp_path, *MICRO)
+    assert "vae.json: not a summary" in told and "delete it" in told
+
+
 @pytest.mark.parametrize(
     "argv, told",
     [

@@ -370,7 +370,13 @@ def test_bad_index(tmp_path, saved):
     index.write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
     with pytest.raises(ValueError, match="outside its own folder"):
         w.load_ar(tmp_path, TINY)
-    for broken in ("{", "[]", '{"weight_map": 3}'):
+    for broken in (
+        "{",
+        "[]",
+        '{"weight_map": 3}',
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": null}}',
+    ):
         index.write_text(broken)
         with pytest.raises(ValueError, match="not an index with a weight_map"):
             w.load_ar(tmp_path, TINY)
@@ -650,6 +656,21 @@ def test_wrong_size_says_so(saved):
 
 def test_bad_config_and_empty_prompt(tmp_path):
     assert w.load_config(tmp_path) == V2
+    sizes = TINY.to_dict()
+    for wrong in (
+        {"image_size": "64"},
+        {"image_size": 64.5},
+        {"cfg_scale": None},
+        {"num_steps": True},
+        {"mmdit": sizes["mmdit"] | {"theta": []}},
+        {"mmdit": 3},
+        {"autoencoder": sizes["autoencoder"] | {"ch_mult": []}},
+        {"autoencoder": sizes["autoencoder"] | {"scale_factor": float("inf")}},
+        {"ar": sizes["ar"] | {"text": sizes["ar"]["text"] | {"rope_theta": "x"}}},
+    ):
+        (tmp_path / "nexus_min.json").write_text(json.dumps(sizes | wrong))
+        with pytest.raises(ValueError, match="nexus_min.json: not a configuration"):
+            w.load_config(tmp_path)
     (tmp_path / "nexus_min.json").write_text("{")
     with pytest.raises(ValueError, match="nexus_min.json: not a configuration"):
         w.load_config(tmp_path)
