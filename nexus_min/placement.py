@@ -257,7 +257,7 @@ def advice(profile: str, wanted: dict[str, int]) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on whichever device."""
     text = re.search("out of memory|can't allocate memory", str(error), re.I)  # GPU | CPU
-    return isinstance(error, MemoryError) or bool(text)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(text)
 
 
 class OutOfMemory(MemoryError):

@@ -27,6 +27,7 @@ from nexus_min.pipeline import NexusGen
 from nexus_min.sampling import Sampling
 from nexus_min.toy.world import Object, Scene, render
 
+ON_GRAY = Scene((Object("circle", "red", "large", 4),), "gray")
 FORM = (2, 0, 64, 64)  # steps, seed, height, width
 SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a folder for them
 PATIENCE = 600  # seconds; a page on a busy machine
@@ -365,7 +366,7 @@ def test_no_file_of_this_machine_is_read(address, tmp_path, path):
     """A request can name any path; only what a browser has uploaded is a picture."""
     import gradio
 
-    Image.fromarray(render(Scene((), "gray"))).save(tmp_path / "secret.png")
+    Image.fromarray(render(ON_GRAY)).save(tmp_path / "secret.png")
     os.mkfifo(tmp_path / "pipe")
     path = str(tmp_path / path) if path in ("secret.png", "pipe") else path
     kept = Path(gradio.utils.get_upload_folder())
@@ -378,7 +379,7 @@ def test_no_file_of_this_machine_is_read(address, tmp_path, path):
 
 
 def test_what_a_browser_uploads_is_read(address, tmp_path):
-    Image.fromarray(render(Scene((), "gray"))).save(tmp_path / "mine.png")
+    Image.fromarray(render(ON_GRAY)).save(tmp_path / "mine.png")
     parts = b'--x\r\nContent-Disposition: form-data; name="files"; filename="mine.png"\r\n\r\n'
     parts += (tmp_path / "mine.png").read_bytes() + b"\r\n--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
