@@ -89,7 +89,7 @@ class Folder:
             return None
         try:
             note = json.loads(file.read_text())
-            float(note["seconds"]), float(note["stamp"]), int(note["steps"])
+            float(note["seconds"]), float(note["stamp"]), int(note["steps"])  # are numbers
             if note["needs"].keys() != set(NEEDS[stage]):
                 raise ValueError(f"built on {', '.join(note['needs']) or 'nothing'}")
             return note

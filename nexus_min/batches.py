@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .placement import is_out_of_memory
+from .placement import out_of_memory_told
 from .sampling import Drawing, Sampling
 
 TASKS = {
@@ -31,6 +31,7 @@ TASKS = {
 }
 MISTAKES = (ValueError, TypeError, OSError, MemoryError)  # of one item, read from a file perhaps
 MAX_ERROR = 500  # characters of one that are kept
+UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}  # half a character: as JSON spells it
 
 
 class Result(NamedTuple):
@@ -105,12 +106,11 @@ def draw(model: Any, drawings: dict[int, Drawing]) -> Iterator[Result]:
     """Draw all; when that fails, one half after the other, down to the one at fault."""
     items = list(drawings.items())
     try:
-        pictures = draw_together(model, list(drawings.values()))
-    except (ValueError, MemoryError, RuntimeError) as error:  # NaN for instance, or no room
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-            raise
+        with out_of_memory_told(model.advice):
+            pictures = draw_together(model, list(drawings.values()))
+    except (ValueError, MemoryError) as error:  # NaN for instance, or no room
         if len(items) == 1:
-            yield Result(items[0][0], items[0][1].text, error=one_line(error, model.advice))
+            yield Result(items[0][0], items[0][1].text, error=one_line(error))
         else:
             half = len(items) // 2
             yield from draw(model, dict(items[:half]))
@@ -120,11 +120,9 @@ def draw(model: Any, drawings: dict[int, Drawing]) -> Iterator[Result]:
         yield Result(i, drawing.text, picture, drawing.sampling)
 
 
-def one_line(error: BaseException, advise: Callable[[], str] | None = None) -> str:
-    """What an error says, printable and not for ever; for want of memory, what to do about it."""
+def one_line(error: BaseException) -> str:
+    """What an error says, in printable characters and not too many."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if advise and is_out_of_memory(error):
-        text = f"{text}; {advise()}"
     text = text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]} ..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -154,15 +152,11 @@ def to_folder(
     """
     rows: dict[int, dict] = {}
     file, partial = folder / "results.jsonl", folder / ".results.jsonl.partial"
-    options = {
-        "encoding": "utf-8",
-        "errors": "backslashreplace",
-    }  # half a character: as JSON has it
 
     def line(row: dict) -> str:
         return json.dumps(row, ensure_ascii=False) + "\n"
 
-    with file.open("w", **options) as out:
+    with file.open("w", **UTF8) as out:
         for result in results:
             rows[result.index] = row = {"index": result.index, "text": result.text}
             if result.error:
@@ -172,7 +166,7 @@ def to_folder(
                 save(result.image, folder / row["image"], asdict(result.sampling))
             out.write(line(row))
             out.flush()
-    partial.write_text("".join(line(rows[i]) for i in sorted(rows)), **options)
+    partial.write_text("".join(line(rows[i]) for i in sorted(rows)), **UTF8)
     os.replace(partial, file)
     return [rows[i] for i in sorted(rows)]
 

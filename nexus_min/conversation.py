@@ -121,22 +121,18 @@ class Chat:
         empty text, a picture that cannot be read, or a conversation that has become too long.
         """
         with out_of_memory_told(self.model.advice):
-            yield from self._turn_of(text, images)
-
-    def _turn_of(self, text: str, images: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-        """`say`, where running out of memory is not yet explained."""
-        text = text if IMAGE in text else IMAGE * len(images) + text
-        shown = [self._look(load_image(image)) for image in images]
-        self.cache.crop(min(self.known, self.cache.length))  # what a turn that failed has added
-        prompt, pictures = self.ids + self._turn(text, shown), [*self.pictures, *shown]
-        ids, reply, embeds = yield from self._reply(prompt, pictures)
-        drawn = yield from self._draw(reply, embeds, pictures)
-        seen = [self._seen(*pair) for pair in zip(drawn, embeds, strict=True)]
-        self.ids = self._enter(ids, len(prompt), seen)
-        self.pictures, self.drawn = pictures + seen, self.drawn + len(seen)
-        self.known = self.cache.length
-        turns = zip(("user", "assistant"), (text, reply), strict=True)
-        self.messages += [{"role": role, "content": content} for role, content in turns]
+            text = text if IMAGE in text else IMAGE * len(images) + text
+            shown = [self._look(load_image(image)) for image in images]
+            self.cache.crop(min(self.known, self.cache.length))  # what a turn that failed has added
+            prompt, pictures = self.ids + self._turn(text, shown), [*self.pictures, *shown]
+            ids, reply, embeds = yield from self._reply(prompt, pictures)
+            drawn = yield from self._draw(reply, embeds, pictures)
+            seen = [self._seen(*pair) for pair in zip(drawn, embeds, strict=True)]
+            self.ids = self._enter(ids, len(prompt), seen)
+            self.pictures, self.drawn = pictures + seen, self.drawn + len(seen)
+            self.known = self.cache.length
+            turns = zip(("user", "assistant"), (text, reply), strict=True)
+            self.messages += [{"role": role, "content": content} for role, content in turns]
 
     def _turn(self, text: str, shown: list[Picture]) -> list[int]:
         """Ids of the user's turn and the opening of the reply. ValueError when out of room."""
