@@ -15,7 +15,12 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401
 from torch import Tensor, nn
+
+# The import above is for its default arguments: each is the process group of the moment. Optimizers
+# import it when they first step; were there a group by then, it would outlive its destruction, and
+# a thread of it that lets go of a tensor while the interpreter ends aborts the process.
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that drives singular values towards 1
 ITERATIONS = 5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -79,6 +81,8 @@ def one_of_two(rank: int, place: str) -> None:
     train(Muon(params, lr=0.01), params)
     torch.save([p.detach() for p in params], f"{place}/{rank}.pt")
     dist.destroy_process_group()
+    left = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in left if "gloo" in name]  # at the interpreter's end, these abort
 
 
 def test_processes_share_the_work_and_agree(tmp_path):
