@@ -4,9 +4,9 @@
 
 msign(M) = U V^T for M = U S V^T, approximated by five Newton-Schulz steps (Keller Jordan, "Muon",
 2024); the factor gives updates the size of AdamW's (Moonshot, arXiv 2502.16982). `torch.optim.Muon`
-computes the same, but always in bf16, which takes a CPU without bf16 units several times as long as
-the model itself (tests/benchmarks/optimizer.py). Here it is fp32 unless told otherwise, matrices of
-one shape go through together, and processes share the work.
+computes the same, but always in bf16, one matrix at a time, and over the whole matrix in every
+step, which on a CPU can take longer than the model itself (tests/benchmarks/optimizer.py). Here it
+is fp32, matrices of one shape go through together, and processes share the work.
 """
 
 from __future__ import annotations
@@ -26,16 +26,25 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that drives singular 
 ITERATIONS = 5
 
 
-def orthogonalised(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """msign of each of [K, m, n], its singular values between about 0.7 and 1.2; fp32."""
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """msign of each of [K, m, n], its singular values between about 0.7 and 1.2; fp32.
+
+    Every step multiplies X by p = a + b G + c G^2, where G = X X^T is then p G p: the products stay
+    on the short side, and X itself is touched twice, not in every step.
+    """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).to(dtype)
+    x = (matrices.mT if tall else matrices).float()
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).float()
+    gram, product = x @ x.mT, None
+    for left in reversed(range(ITERATIONS)):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = p if product is None else p @ product
+        if left:
+            gram = p @ gram @ p
+    x = product @ x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -47,10 +56,8 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.01,
-        dtype: torch.dtype = torch.float32,
     ):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -79,10 +86,10 @@ class Muon(torch.optim.Optimizer):
         """`orthogonalised`, each process doing its part of [K, m, n]."""
         size = dist.get_world_size() if dist.is_initialized() else 1
         if size == 1:
-            return orthogonalised(matrices, self.dtype)
+            return orthogonalised(matrices)
         each = -(-len(matrices) // size)
         padded = torch.cat([matrices, matrices[:1].expand(each * size - len(matrices), -1, -1)])
-        mine = orthogonalised(padded.chunk(size)[dist.get_rank()].contiguous(), self.dtype)
+        mine = orthogonalised(padded.chunk(size)[dist.get_rank()].contiguous())
         parts = [torch.empty_like(mine) for _ in range(size)]
         dist.all_gather(parts, mine.contiguous())
         return torch.cat(parts)[: len(matrices)]

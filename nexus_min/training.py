@@ -243,10 +243,8 @@ def deferred_interrupt() -> Iterator[threading.Event]:
 # --------------------------------------------------------------------------------------- optimisers
 
 
-def make_optimizers(
-    stage: Stage, dtype: torch.dtype = torch.float32
-) -> list[torch.optim.Optimizer]:
-    """Muon, in `dtype`, for hidden matrices (and convolutions, as such); AdamW for all the rest."""
+def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices (and convolutions, as such); AdamW for all the rest."""
     matrices, others = [], []
     for name, p in stage.modules.named_parameters():
         if not p.requires_grad:
@@ -258,7 +256,7 @@ def make_optimizers(
             matrices.append(p if p.ndim == 2 else as_matrix(p))
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(Muon(matrices, stage.lr, dtype=dtype))
+        optimizers.append(Muon(matrices, stage.lr))
     if others:
         lr = stage.adamw_lr or stage.lr
         optimizers.append(torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
@@ -345,7 +343,7 @@ class Trainer:
         self.rank, self.size = world()
         self.parameters = [p for p in stage.modules.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizers = make_optimizers(stage, torch.bfloat16 if run.bf16 else torch.float32)
+        self.optimizers = make_optimizers(stage)
         seconds = None if run.seconds is None else agreed(max(1.0, run.seconds - run.spent))[0]
         self.schedule = Schedule(seconds, run.steps)
         self.metrics: dict[str, float] = {}  # the latest of each name

@@ -1,4 +1,4 @@
-"""A Muon step over the tiny AR model's matrices: ours in fp32 and bf16 beside `torch.optim.Muon`.
+"""A Muon step over the tiny AR model's matrices: ours in fp32 beside `torch.optim.Muon`.
 
     python tests/benchmarks/optimizer.py
 
@@ -32,8 +32,7 @@ def matrices() -> list[nn.Parameter]:
 def main() -> None:
     torch.set_num_threads(1)
     makers = {
-        "ours, fp32": lambda ps: Muon(ps, 4e-3),
-        "ours, bf16": lambda ps: Muon(ps, 4e-3, dtype=torch.bfloat16),
+        "ours": lambda ps: Muon(ps, 4e-3),
         "torch.optim.Muon": lambda ps: torch.optim.Muon(ps, 4e-3),
     }
     optimizers = {name: make(matrices()) for name, make in makers.items()}
