@@ -202,7 +202,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train; 0, or 2 after one clear line on standard error."""
+    """Train; 0, or 2 after one clear line on standard error, or 130 after Ctrl-C."""
     first = os.environ.get("RANK", "0") == "0"
     try:
         args = parse(argv)
@@ -214,6 +214,10 @@ def main(argv: list[str] | None = None) -> int:
         if first or isinstance(error, OSError):  # the others are the same in every process
             print(f"fullscale: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if first:
+            print("fullscale: stopped; the same command goes on from the last checkpoint")
+        return 130
     return 0
 
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from .decoder import DecoderLayer
 from .mmdit import DoubleStreamBlock, SingleStreamBlock
-from .training import Run, Stage, seeded, world
+from .training import Run, Stage, agreed, deferred_interrupt, seeded, world
 
 BLOCKS = (DecoderLayer, DoubleStreamBlock, SingleStreamBlock)
 # Units of their own: two tables as large as several blocks, and modulations, which are evaluated
@@ -169,7 +169,10 @@ class Trainer:
             batch = (self.run.seed, self.stage.name, self.step, list(own))
             told = f"stage {self.stage.name}, step {self.step}: not finite ({numbers}; "
             told += f"batches of seed, stage, step, parts {batch})"
-            raise FloatingPointError(f"{told}; the last checkpoint is kept")
+            dump = self.run.folder / f"{self.stage.name}.nonfinite"
+            self.write(dump)
+            told += f"; the last checkpoint is kept, what led here is in {dump}"
+            raise FloatingPointError(told)
         for group in self.optimizer.param_groups:
             group["lr"] = self.preset.lr * self.preset.lr_scale(self.step)
         self.optimizer.step()
@@ -192,8 +195,14 @@ class Trainer:
         return tensors | {"step": torch.tensor(self.step)}
 
     def save(self) -> None:
-        """Every process writes its shards; the folder gets its name when all are there."""
-        goal = self.run.folder / f"{self.stage.name}.{self.step:07d}"
+        """A checkpoint; the last two are kept."""
+        self.write(self.run.folder / f"{self.stage.name}.{self.step:07d}")
+        if self.rank == 0:
+            for old in self.checkpoints[:-2]:
+                shutil.rmtree(old)
+
+    def write(self, goal: Path) -> None:
+        """Every process writes and syncs its shards; the folder gets its name when all are there."""
         partial_folder = goal.with_suffix(f"{goal.suffix}.partial")
         if self.rank == 0:  # of a run that was killed, perhaps on more processes
             shutil.rmtree(partial_folder, ignore_errors=True)
@@ -201,9 +210,8 @@ class Trainer:
         writer = dcp.HuggingFaceStorageWriter(str(partial_folder), save_distributed=True)
         dcp.save(self.state(), storage_writer=writer)
         if self.rank == 0:
+            shutil.rmtree(goal, ignore_errors=True)
             os.replace(partial_folder, goal)
-            for old in self.checkpoints[:-2]:
-                shutil.rmtree(old)
         dist.barrier()
 
     def restore(self) -> None:
@@ -252,23 +260,27 @@ def fit(
     """Train `stage`, in place, to the preset's last step, or to `until`; go on where it was.
 
     Its loss is that of one micro-batch of `micro` samples. Writes metrics.jsonl and, every
-    `save_every` steps and at the end, a checkpoint. ValueError when sizes do not fit;
-    FloatingPointError with the step for a loss or gradient that is not finite.
+    `save_every` steps, on Ctrl-C and at the end, a checkpoint. ValueError when sizes do not fit;
+    FloatingPointError with the step for a loss or gradient that is not finite, the state before it
+    dumped; KeyboardInterrupt after Ctrl-C, once all is saved.
     """
     trainer = Trainer(stage, run, preset, micro, device)
     trainer.restore()
     end = preset.steps if until is None else min(until, preset.steps)
     silent = run.quiet or trainer.rank > 0
     bar = {"desc": stage.name, "initial": trainer.step, "total": preset.steps, "disable": silent}
-    with tqdm(**bar) as progress:
+    with tqdm(**bar) as progress, deferred_interrupt() as interrupt:
         while trainer.step < end:
             numbers = {"lr": preset.lr * preset.lr_scale(trainer.step)} | trainer.take_step()
             if trainer.rank == 0:
                 log(run.folder, {"stage": stage.name, "step": trainer.step} | numbers)
             progress.set_postfix(loss=numbers["loss"], refresh=False)
             progress.update()
-            if trainer.step % save_every == 0 or trainer.step == end:
+            (stop,) = agreed(interrupt.is_set())
+            if stop or trainer.step % save_every == 0 or trainer.step == end:
                 trainer.save()
+            if stop and trainer.step < end:
+                raise KeyboardInterrupt
 
 
 def log(folder: Path, line: dict) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,17 +267,49 @@ def test_a_checkpoint_that_lacks_a_process_file(trained, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
+    """What is dumped, in the place of the checkpoint, leads to the same step again."""
+
+    def training_breaks():
+        stage = make_stage("generation")
+        loss = stage.loss
+
+        def breaks(rng, progress):
+            value, metrics = loss(rng, progress)
+            return value * (math.nan if progress == 1 / PRESET.steps else 1.0), metrics
+
+        stage.loss = breaks
+        with processes(), pytest.raises(FloatingPointError, match="generation, step 1: not finite"):
+            fit(stage, Run(tmp_path, quiet=True), PRESET, MICRO, CPU, save_every=1)
+
+    training_breaks()
+    folders = sorted(p for p in tmp_path.iterdir() if p.is_dir())
+    assert [p.name for p in folders] == ["generation.0000001", "generation.nonfinite"]
+    kept, dumped = (load_file(next(p.iterdir())) for p in folders)
+    assert all(t.isfinite().all() and torch.equal(t, dumped[k]) for k, t in kept.items())
+    assert len(losses(tmp_path)) == 1
+    shutil.rmtree(folders[0])
+    folders[1].rename(folders[0])
+    training_breaks()
+    assert len(losses(tmp_path)) == 1
+
+
+def test_an_interrupt_is_saved_and_goes_on(tmp_path):
     stage = make_stage("generation")
-    loss, seen = stage.loss, []
+    loss = stage.loss
 
-    def breaks(rng, progress):
-        seen.append(progress)
-        value, metrics = loss(rng, progress)
-        return value * (math.nan if len(seen) == 6 else 1.0), metrics
+    def interrupted(rng, progress):
+        if progress == 1 / PRESET.steps:
+            signal.raise_signal(signal.SIGINT)
+        return loss(rng, progress)
 
-    stage.loss = breaks
-    with processes(), pytest.raises(FloatingPointError, match="generation, step 1: not finite"):
-        fit(stage, Run(tmp_path, quiet=True), PRESET, MICRO, CPU, save_every=1)
-    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["generation.0000001"]
-    held = load_file(next((tmp_path / "generation.0000001").iterdir()))
-    assert all(t.isfinite().all() for t in held.values()) and len(losses(tmp_path)) == 1
+    stage.loss = interrupted
+    with processes(), pytest.raises(KeyboardInterrupt):
+        (tmp_path / "a").mkdir()
+        fit(stage, Run(tmp_path / "a", quiet=True), PRESET, MICRO, CPU)
+    assert [p.name for p in (tmp_path / "a").iterdir() if p.is_dir()] == ["generation.0000002"]
+    with processes():
+        sharded(tmp_path / "a", "generation", until=4)
+        sharded(tmp_path / "b", "generation", until=4)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    a, b = (load_file(tmp_path / name / "weights.safetensors") for name in "ab")
+    assert all(torch.equal(t, b[k]) for k, t in a.items())
