@@ -267,10 +267,10 @@ def run_chat(args: argparse.Namespace) -> None:
         say(sys.stdout, text, end="")
         sys.stdout.flush()
 
-    def save(image, number: int, sampling) -> str:
+    def save(image, number: int, sampling, message: str) -> str:
         path = Path(args.output)
         path = path.with_stem(f"{path.stem}-{number}")
-        save_image(image, path, {"model": args.model, **asdict(sampling)})
+        save_image(image, path, how_drawn(args, sampling, {"message": message}))
         return str(path)
 
     def complain(error: BaseException) -> None:
@@ -293,8 +293,13 @@ def run_batch(args: argparse.Namespace) -> None:
     model = load_model(args)
     options = {"batch_size": args.batch_size, "seed": args.seed, "progress": sys.stderr.isatty()}
 
-    def save(image, path: Path, settings: dict) -> None:
-        save_image(image, path, {"model": args.model, **settings})
+    def save(result, path: Path) -> None:
+        item = items[result.index]
+        apart = {"task", "id", "image", "instruction", *asdict(result.sampling)}
+        told = {name: value for name, value in item.items() if name not in apart}
+        if item["task"] == "edit":
+            told = {"prompt": item["instruction"], "decoder": "editing"} | told
+        save_image(result.image, path, how_drawn(args, result.sampling, told))
 
     rows = batches.to_folder(batches.run(model, items, **options), args.output, save)
     say(sys.stdout, str(args.output / "results.jsonl"))
@@ -391,9 +396,7 @@ def is_there(device: str) -> bool:
 def finish(args: argparse.Namespace, events, facts: dict, source=None) -> None:
     """Walk the events to the picture, save it with how it was made, and print its name."""
     seen = dict(progress(events))
-    names = ("language", "fast_preamble", "max_new_tokens", "dtype", "fp8")
-    settings = {**facts, "model": args.model, **asdict(seen["sampling"])}
-    settings |= {name: getattr(args, name) or "" for name in names} | {"versions": versions()}
+    settings = how_drawn(args, seen["sampling"], facts)
     if settings["negative_prompt"] and settings["cfg_scale"] == 1:
         say(sys.stderr, f"{PROGRAM}: warning: a negative prompt has no effect at cfg scale 1")
     save_image(seen["image"], Path(args.output), settings)
@@ -441,6 +444,14 @@ def check_place(path: Path) -> None:
         raise ValueError(f"cannot write {str(path)!r}: no file can be made there")
 
 
+def how_drawn(args: argparse.Namespace, sampling, told: dict) -> dict:
+    """All that a picture depends on but its source: what was told, settings, versions."""
+    names = ("language", "fast_preamble", "max_new_tokens", "dtype", "fp8")
+    options = {name: getattr(args, name, None) or "" for name in names}
+    facts = {"model": args.model, **asdict(sampling), **options, "versions": versions()}
+    return facts | told
+
+
 def save_image(image, path: Path, settings: dict) -> None:
     """Write the picture beside `path`, then move it there; a PNG also tells how it was made."""
     from PIL.PngImagePlugin import PngInfo
@@ -466,6 +477,8 @@ def read_settings(path: str) -> dict[str, str]:
             kept = {name: text for name, text in image.info.items() if isinstance(text, str)}
     except Exception as error:  # Pillow's readers raise a dozen kinds on a broken file
         raise ValueError(f"cannot read {path!r}: {error}") from error
+    if "message" in kept:
+        raise ValueError(f"{path!r} was drawn in a conversation, on which it depends")
     if not {"prompt", "seed", "num_steps"} <= kept.keys():
         raise ValueError(f"{path!r} does not tell how it was drawn: no PNG of generate or edit")
     return kept

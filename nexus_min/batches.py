@@ -143,7 +143,7 @@ def draw_together(model: Any, drawings: list[Drawing]) -> list[Image.Image]:
 
 
 def to_folder(
-    results: Iterator[Result], folder: Path, save: Callable[[Image.Image, Path, dict], None]
+    results: Iterator[Result], folder: Path, save: Callable[[Result, Path], None]
 ) -> list[dict]:
     """Save pictures by number and a line an item in `results.jsonl`, as they come: returned.
 
@@ -163,7 +163,7 @@ def to_folder(
                 row["error"] = result.error
             if result.image:
                 row |= {"image": f"{result.index:04d}.png"} | asdict(result.sampling)
-                save(result.image, folder / row["image"], asdict(result.sampling))
+                save(result, folder / row["image"])
             out.write(line(row))
             out.flush()
     partial.write_text("".join(line(rows[i]) for i in sorted(rows)), **UTF8)

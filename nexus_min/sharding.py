@@ -202,7 +202,7 @@ class Trainer:
                 shutil.rmtree(old)
 
     def write(self, goal: Path) -> None:
-        """Every process writes and syncs its shards; the folder gets its name when all are there."""
+        """Every process writes and syncs its shards; the folder gets its name when all are in."""
         partial_folder = goal.with_suffix(f"{goal.suffix}.partial")
         if self.rank == 0:  # of a run that was killed, perhaps on more processes
             shutil.rmtree(partial_folder, ignore_errors=True)

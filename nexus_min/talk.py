@@ -25,15 +25,15 @@ HELP = """\
 class Talk:
     """Lines in; text and saved pictures out.
 
-    write(text): shows a piece of a line. save(image, number, settings): stores a picture and
-    returns its name. complain(error): tells of a mistake, which then costs its line only.
+    write(text): shows a piece of a line. save(image, number, settings, message): stores a picture
+    and returns its name. complain(error): tells of a mistake, which then costs its line only.
     """
 
     def __init__(
         self,
         chat: Chat,
         write: Callable[[str], None],
-        save: Callable[[Any, int, Any], str],
+        save: Callable[[Any, int, Any, str], str],
         complain: Callable[[BaseException], None] | None = None,
     ):
         self.chat, self.write, self.save, self.complain = chat, write, save, complain
@@ -84,5 +84,5 @@ class Talk:
                 settings = value
             elif kind == "image":
                 self.saved += 1
-                names.append(self.save(value, self.saved, settings))
+                names.append(self.save(value, self.saved, settings, text))
         self.write("".join(f"\n{name}" for name in names) + "\n")

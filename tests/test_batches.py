@@ -218,6 +218,14 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     with Image.open(tmp_path / "out/0001.png") as image:
         assert image.size == (64, 64) and image.text["seed"] == "4"
 
+    like = ["--model", folder, "-o", "again.png", "--like"]
+    for kind, number in (["generate"], "0000"), (["edit", "data/a.png"], "0001"):
+        main([*kind, *like, f"out/{number}.png"])
+        with Image.open("again.png") as again, Image.open(f"out/{number}.png") as first:
+            assert again.tobytes() == first.tobytes()
+            assert again.text | {"max_new_tokens": ""} == first.text
+        capsys.readouterr()
+
     file.write_text("{oops\n" + json.dumps(items[0]) + "\n")
     with pytest.raises(SystemExit) as end:
         main(["batch", str(file), *options])

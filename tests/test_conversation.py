@@ -314,7 +314,7 @@ def test_lines_are_messages_or_commands(tmp_path, monkeypatch):
     said = "根据以下描述生成一张图像：圆"
     want = [("draw", 0), ("what?", 2), ("stop", 0), (said, 0), ("draw", 0), "clear"]
     assert stub.heard == want
-    assert saved == [("picture", 1, "settings"), ("picture", 2, "settings")]
+    assert saved == [("picture", 1, "settings", "draw"), ("picture", 2, "settings", "draw")]
     assert "".join(out) == "yes\np1\nyes\nyes\nyes\np2\n"
     reasons = [
         "",
