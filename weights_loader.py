@@ -136,6 +136,8 @@ class Entry:
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 FLOATS = tuple(DTYPES.values())
+AS_STORED = "as stored"  # the dtype to ask of a loader when weights are cast later, as they travel
+MAX_CONTEXT = 512  # tokens of T5
 FORMATS = (".safetensors", ".safetensors.index.json", ".bin")  # in order of preference
 
 
@@ -304,12 +306,13 @@ def fit(
     file_name: Callable[[str], str] = str,
     swapped: Callable[[str], bool] = lambda name: False,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> nn.Module:
     """Check the entries against `model` (on `meta`), then read and assign them one by one.
 
     file_name: parameter name -> key in the file; swapped: whether that tensor's halves change
-    places. dtype None keeps the file's own, which then must be one for all tensors.
+    places. dtype None keeps the file's own, which then must be one for all tensors; AS_STORED keeps
+    each tensor's.
     """
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     names = {file_name(name): name for name in shapes}
@@ -319,9 +322,10 @@ def fit(
         rare = min(stored, key=stored.get)
         odd = shown([key for key, entry in entries.items() if entry.dtype == rare], 3)
         raise ValueError(f"{source}: mixes {shown(stored)} ({rare}: {odd}); choose one with dtype=")
+    goal = None if dtype == AS_STORED else dtype
     state = {}
     for key, name in names.items():
-        tensor = entries[key].read().to(device=device, dtype=dtype)
+        tensor = entries[key].read().to(device=device, dtype=goal)
         state[name] = swap_halves(tensor) if swapped(name) else tensor
     model.load_state_dict(state, strict=True, assign=True)
     return model
@@ -478,6 +482,8 @@ def load_empty_prompt(
     length = entries["context"].shape[1:2] if "context" in entries else ("L",)
     shapes = {"pooled": (1, sizes.vec_in_dim), "context": (1, *length, sizes.context_in_dim)}
     check(file, "the MMDiT", shapes, entries)
+    if not 1 <= length[0] <= MAX_CONTEXT:
+        raise ValueError(f"{file}: a context of {length[0]} tokens; T5 gives 1 to {MAX_CONTEXT}")
     return {key: entry.read().to(device, dtype) for key, entry in entries.items()}
 
 

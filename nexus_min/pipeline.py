@@ -140,11 +140,13 @@ class NexusGen:
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         goal = {"device": device, "dtype": dtype}
         at_once = not fp8 and memory in (("auto", "resident") if device.type == "cpu" else ())
-        place = goal if at_once else {}  # else mapped on the host, as stored
+        stored = {"dtype": loader.AS_STORED}
+        place = goal if at_once else stored  # else mapped on the host, cast when they travel
         self = cls(config, read_tokenizer(folder, config))
 
         def advise() -> str:  # by the sizes of all parts, also of those that are not there yet
-            read = {name: read_part(name, folder, config, {"device": "meta"}) for name in parts}
+            sizes = stored | {"device": "meta"}
+            read = {name: read_part(name, folder, config, sizes) for name in parts}
             return advice("resident" if at_once else memory, needs(read, dtype))
 
         with out_of_memory_told(advise):

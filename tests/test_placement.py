@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny
 
 from nexus_min import pipeline, placement
@@ -51,6 +52,18 @@ def test_every_profile_gives_the_same(folder, photo, profile):
     torch.testing.assert_close(*map(latents, runs), atol=1e-5, rtol=0)
     said = [m.understand(photo, "what?", max_new_tokens=5) for m in (plain, placed)]
     assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_files_of_mixed_dtypes_are_cast_as_they_travel(tmp_path, profile):
+    folder = save_tiny(tmp_path)
+    for file in folder.rglob("*.safetensors"):
+        state = load_file(file)
+        save_file({k: v.half() if i % 2 else v for i, (k, v) in enumerate(state.items())}, file)
+    want = NexusGen.load(folder).generate("a circle", num_steps=1, fast_preamble=True)
+    model = NexusGen.load(folder, memory=profile)
+    got = model.generate("a circle", num_steps=1, fast_preamble=True)
+    assert got.tobytes() == want.tobytes()
 
 
 @pytest.mark.parametrize("profile", ["staged", "stream"])

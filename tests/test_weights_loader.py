@@ -674,6 +674,11 @@ def test_bad_config_and_empty_prompt(tmp_path):
     (tmp_path / "nexus_min.json").write_text("{")
     with pytest.raises(ValueError, match="nexus_min.json: not a configuration"):
         w.load_config(tmp_path)
+    for tokens in (0, 513):
+        long = {"pooled": torch.zeros(1, 32), "context": torch.zeros(1, tokens, 96)}
+        save_file(long, tmp_path / "empty_prompt.safetensors")
+        with pytest.raises(ValueError, match=f"a context of {tokens} tokens; T5 gives 1 to 512"):
+            w.load_empty_prompt(tmp_path, TINY)
     save_file({"pooled": torch.zeros(1, 32)}, tmp_path / "empty_prompt.safetensors")
     with pytest.raises(ValueError, match=r"missing \(1\): context"):
         w.load_empty_prompt(tmp_path, TINY)
