@@ -3,39 +3,51 @@
     python tests/fuzz.py --minutes 10                   # each of the targets, one after the other
     python tests/fuzz.py --target image --minutes 1
     python tests/fuzz.py --target loader --only 4711    # that case again, with its traceback
+    python tests/fuzz.py --hypothesis                   # hypothesis chooses, and shrinks a crash
 
 Targets: `jsonl` (data.MessageDataset and the encoding of its lines), `image` (load_image),
 `loader` (the weights loader on .safetensors, .bin and index files), `tokenizer` (QwenTokenizer: its
-file, chats, decoding). Inputs are mutations of good ones, a pure function of (seed, target, case).
-A typed error is ValueError or OSError; anything else, 30 seconds without an answer included, is a
-crash: its input is kept in the folder --keep. Exit status 1 after a crash.
+file, chats, decoding), `batch` (a file of tasks, up to the drawing), `like` (the options of
+`generate --like` and `edit --like`), `config` (a model's nexus_min.json). Inputs are mutations of
+good ones, a pure function of (seed, target, case). A typed error is ValueError or OSError, on the
+command line exit status 2; anything else, 30 seconds without an answer included, is a crash: its
+input is kept in the folder --keep. Exit status 1 after a crash.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import io
+import itertools
 import json
 import random
 import signal
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from test_tokenizer import byte_tokenizer
+from tiny_model import make_tiny, save_tiny
 
 import weights_loader
+from nexus_min import __main__ as command_line
+from nexus_min import batches
 from nexus_min.components import tokenizer_of
+from nexus_min.config import NexusGenConfig
 from nexus_min.data import MessageDataset
 from nexus_min.image_processor import load_image
+from nexus_min.pipeline import NexusGen
+from nexus_min.sampling import Sampling
 from nexus_min.tokenizer import QwenTokenizer
 
 TYPED = (ValueError, OSError)
@@ -162,11 +174,77 @@ def tokenizer_target(folder: Path) -> Target:
     return seeds, read
 
 
+def batch_target(folder: Path) -> Target:
+    model, file = make_tiny(), folder / "tasks.jsonl"
+    batches.draw_together = lambda model, drawings: [Image.new("RGB", (1, 1))] * len(drawings)
+    Image.linear_gradient("L").save(folder / "a.png")
+    quick = {"fast_preamble": True, "num_steps": 2, "seed": 3}
+    items = [{"task": "generate", "prompt": "a red 圆", "cfg_scale": 1.5, "height": 64, **quick}]
+    items += [{"task": "edit", "image": "a.png", "instruction": "white", "guidance": 3, **quick}]
+    items += [{"task": "understand", "image": ["a.png"], "question": "?", "max_new_tokens": 2}]
+    seeds = [json.dumps(item, ensure_ascii=False).encode() for item in items]
+
+    def read(data: bytes, rng: random.Random) -> None:
+        file.write_bytes(data)
+        items = batches.read_items(file)
+        rows = batches.to_folder(batches.run(model, items), folder, lambda result, path: None)
+        assert [row["index"] for row in rows] == list(range(len(items)))
+
+    return seeds, read
+
+
+def like_target(folder: Path) -> Target:
+    file, config = folder / "like.png", NexusGenConfig.tiny()
+    good = {k: str(v) for k, v in asdict(Sampling().resolve(config, 1.0)).items()}
+    good |= {"prompt": "a red circle", "model": "tiny", "decoder": "editing", "dtype": "fp32"}
+    good |= {"language": "en", "fast_preamble": "True", "max_new_tokens": "9", "fp8": "False"}
+    odd = [*good, *good.values(), "-o", "--steps", "--", "message", "-1", "1e9"]
+    odd = [word.encode() for word in odd]
+    given = ["--like", str(file)]
+
+    def read(data: bytes, rng: random.Random) -> None:
+        info = PngInfo()
+        for name, value in good.items():
+            if rng.random() < 0.15:
+                value = mutate(odd, rng).decode("utf-8", "replace")
+            if rng.random() < 0.95:
+                info.add_text(name, value, zip=rng.random() < 0.2)
+        Image.new("RGB", (2, 2)).save(file, pnginfo=info)
+        if rng.random() < 0.1:
+            file.write_bytes(mutate([file.read_bytes()], rng))
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                args = command_line.parse([*rng.choice((["generate"], ["edit", "a.png"])), *given])
+        except SystemExit as end:
+            raise ValueError("one line") if end.code == 2 else end from None
+        options = command_line.drawing(args)
+        Sampling(**{k: options[k] for k in asdict(Sampling())}).resolve(config, 1.0)
+
+    return [b"-"], read
+
+
+def config_target(folder: Path) -> Target:
+    model = save_tiny(folder)
+    file = model / "nexus_min.json"
+    seeds = [file.read_bytes()]
+
+    def read(data: bytes, rng: random.Random) -> None:
+        file.write_bytes(data)
+        NexusGen.load(
+            model, parts=rng.choice((["ar"], ["generation"], ["editing"], ["autoencoder"]))
+        )
+
+    return seeds, read
+
+
 TARGETS = {
     "jsonl": jsonl_target,
     "image": image_target,
     "loader": loader_target,
     "tokenizer": tokenizer_target,
+    "batch": batch_target,
+    "like": like_target,
+    "config": config_target,
 }
 
 # ------------------------------------------------------------------------------------- the loop
@@ -176,39 +254,89 @@ def hang(*_) -> None:
     raise TimeoutError
 
 
-def run(name: str, args: argparse.Namespace, folder: Path) -> int:
-    """Fuzz one target for its time; print the counts, and a line for each crash. Crashes."""
-    seeds, read = TARGETS[name](folder)
-    end, counts, slowest = time.monotonic() + 60 * args.minutes, [0, 0, 0], (0.0, 0)
-    case = args.only or 0
-    while time.monotonic() < end:
-        rng = random.Random(f"{args.seed} {name} {case}")
-        data, begun = mutate(seeds, rng), time.perf_counter()
-        (folder / "case").write_text(f"{name} {case}")  # for the one that ends the process
+class Judge:
+    """Gives a target its cases, counts the answers, keeps what crashed."""
+
+    def __init__(self, name: str, args: argparse.Namespace, folder: Path):
+        self.name, self.args, self.folder = name, args, folder
+        self.seeds, self.read = TARGETS[name](folder)
+        self.end = time.monotonic() + 60 * args.minutes
+        self.counts, self.slowest = {"read": 0, "refused": 0, "crashed": 0}, (0.0, "")
+
+    def case(self, number: str, rng: random.Random) -> None:
+        """One input. What is no typed error is raised, once it is counted and kept."""
+        data, begun = mutate(self.seeds, rng), time.perf_counter()
+        (self.folder / "case").write_text(f"{self.name} {number}")  # for what ends the process
         signal.alarm(SECONDS)
         try:
-            read(data, rng)
-            counts[0] += 1
+            self.read(data, rng)
+            self.counts["read"] += 1
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) or args.only is not None:
-                raise
-            typed = isinstance(error, TYPED) and time.perf_counter() - begun < SECONDS
-            counts[1 if typed else 2] += 1
-            if not typed:
-                args.keep.mkdir(parents=True, exist_ok=True)
-                (args.keep / f"{name}-{args.seed}-{case}").write_bytes(data)
-                told = traceback.format_exception_only(error)[-1].strip()
-                print(f"{name}: crash in case {case}: {told}", flush=True)
+            took = time.perf_counter() - begun
+            if isinstance(error, TYPED) and took < SECONDS:
+                self.counts["refused"] += 1
+                return
+            ends = isinstance(error, KeyboardInterrupt) or "hypothesis" in type(error).__module__
+            if not ends:  # hypothesis ends an example that asks for too much, and counts it not
+                self.counts["crashed"] += 1
+                self.args.keep.mkdir(parents=True, exist_ok=True)
+                (self.args.keep / f"{self.name}-{self.args.seed}-{number}").write_bytes(data)
+            raise
         finally:
             signal.alarm(0)
-        slowest = max(slowest, (time.perf_counter() - begun, case))
-        if args.only is not None:
-            break
-        case += 1
-    read_, refused, crashed = counts
-    told = f"{sum(counts)} cases: {read_} read, {refused} refused, {crashed} crashed"
-    print(f"{name}: {told}; slowest {slowest[0]:.2f} s (case {slowest[1]})", flush=True)
-    return crashed
+            self.slowest = max(self.slowest, (time.perf_counter() - begun, number))
+
+    def tell_crash(self, number: str, error: BaseException) -> None:
+        told = f"{type(error).__name__}: {error}"
+        print(f"{self.name}: crash in case {number}: {told}", flush=True)
+
+    def all_cases(self) -> None:
+        """One number after the other, until the time is over."""
+        for number in itertools.count():
+            if time.monotonic() >= self.end:
+                return
+            try:
+                self.case(str(number), random.Random(f"{self.args.seed} {self.name} {number}"))
+            except Exception as error:
+                self.tell_crash(str(number), error)
+
+    def hypothesis(self) -> None:
+        """Rounds of examples that hypothesis chooses, and shrinks when one crashes."""
+        from hypothesis import HealthCheck, given, seed, settings
+        from hypothesis.strategies import randoms
+
+        quiet = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
+
+        def case(rng: random.Random) -> None:
+            self.case("hypothesis", rng)
+
+        for number in itertools.count(self.args.seed * 1_000_000):
+            if time.monotonic() >= self.end:
+                return
+            round_ = given(randoms(use_true_random=False))(case)
+            try:
+                seed(number)(settings(max_examples=100, **quiet)(round_))()
+            except Exception as error:
+                self.tell_crash("hypothesis", error)
+
+    def told(self) -> str:
+        """The counts, and the slowest case."""
+        tried = f"{sum(self.counts.values())} cases: "
+        tried += ", ".join(f"{n} {what}" for what, n in self.counts.items())
+        return f"{self.name}: {tried}; slowest {self.slowest[0]:.2f} s (case {self.slowest[1]})"
+
+
+def run(name: str, args: argparse.Namespace, folder: Path) -> int:
+    """Fuzz one target for its time; print the counts, and a line for each crash. Crashes."""
+    judge = Judge(name, args, folder)
+    if args.only is not None:
+        judge.case(str(args.only), random.Random(f"{args.seed} {name} {args.only}"))
+    elif args.hypothesis:
+        judge.hypothesis()
+    else:
+        judge.all_cases()
+    print(judge.told(), flush=True)
+    return judge.counts["crashed"]
 
 
 def main() -> int:
@@ -219,6 +347,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="for each target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="this case alone")
+    parser.add_argument("--hypothesis", action="store_true", help="tests/requirements.txt has it")
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="for crashing inputs")
     args = parser.parse_args()
     faulthandler.enable()
@@ -226,7 +355,7 @@ def main() -> int:
     signal.signal(signal.SIGALRM, hang)
     names = list(TARGETS) if args.target == "all" else [args.target]
     with tempfile.TemporaryDirectory() as place:
-        crashed = [run(name, args, Path(place)) for name in names]
+        crashed = [run(name, args, Path(tempfile.mkdtemp(dir=place))) for name in names]
     return 1 if any(crashed) else 0
 
 

@@ -4,13 +4,21 @@ processes, and short runs of the two long attacks (fuzz.py, kill_and_resume.py).
 from __future__ import annotations
 
 import ast
+import io
+import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from properties import TEXTS
+from tiny_model import save_tiny
+
+from nexus_min.__main__ import main
 
 ROOT, TESTS = Path(__file__).parents[1], Path(__file__).parent
 SOURCES = [*sorted((ROOT / "nexus_min").rglob("*.py")), *sorted(ROOT.glob("*.py"))]
@@ -25,18 +33,32 @@ def python(*argv: str, **options) -> subprocess.CompletedProcess:
 
 # ---- no code from files --------------------------------------------------------------------------
 
-RUN_CODE = {"eval", "exec", "pickle.load", "pickle.loads", "os.system", "os.popen", "numpy.load"}
-RUN_CODE |= {"np.load", "yaml.load", "torch.hub.load", "subprocess.run", "marshal.loads"}
+RUN_CODE = {"torch.jit.load", "torch.package.PackageImporter", "torch.export.load", "joblib.load"}
+RUN_CODE |= {"pickle.Unpickler", "shelve.open", "runpy.run_path", "__import__", "compile"}
+RUN_CODE |= {"eval", "exec", "pickle.load", "pickle.loads", "os.system", "os.popen", "numpy.load"}
+RUN_CODE |= {"yaml.load", "torch.hub.load", "subprocess.run", "subprocess.Popen", "marshal.loads"}
+
+
+def aliases(tree: ast.AST) -> dict[str, str]:
+    """What imported names stand for, wherever they are imported: np -> numpy."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {a.asname: a.name for a in node.names if a.asname}
+        if isinstance(node, ast.ImportFrom):
+            names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    return names
 
 
 def risky(tree: ast.AST) -> list[str]:
     """Calls that run code out of a file, or may."""
-    found = []
+    found, known = [], aliases(tree)
     for node in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
         safe = any(
             k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords
         )
-        name = ast.unparse(node.func)
+        first, dot, rest = ast.unparse(node.func).partition(".")
+        name = known.get(first, first) + dot + rest
         if name in RUN_CODE or name == "torch.load" and not safe:
             found.append(ast.unparse(node))
     return found
@@ -51,6 +73,9 @@ def test_a_risky_call_would_be_seen():
     calls = ["torch.load(f)", "torch.load(f, weights_only=False)", "pickle.load(f)", "eval(x)"]
     assert risky(ast.parse("\n".join(calls))) == calls
     assert risky(ast.parse("torch.load(f, weights_only=True); model.eval()")) == []
+    hidden = ["import torch as t", "from pickle import loads as read", "import numpy as n"]
+    calls = ["t.load(f)", "read(f)", "n.load(f)"]
+    assert risky(ast.parse("\n".join([*hidden, *calls]))) == calls
 
 
 # ---- supply --------------------------------------------------------------------------------------
@@ -76,6 +101,14 @@ def test_requirements_are_pinned_and_from_the_registry():
     assert unpinned(text) == ["-e ."] and text.count("==") == 8
     odd = ["git+https://x/y", "torch>=2", "torch", "x @ https://y/z.whl", "--index-url https://x"]
     assert unpinned("\n".join(odd)) == odd
+
+
+def test_what_is_installed_with_the_package_comes_from_the_registry():
+    facts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    extras = facts["project"]["optional-dependencies"].values()
+    needs = [*facts["build-system"]["requires"], *facts["project"].get("dependencies", [])]
+    needs += [need for extra in extras for need in extra]
+    assert needs and not [n for n in needs if not re.fullmatch(r"[\w.-]+>=[\d.]+", n)]
 
 
 # ---- two processes, the second one without a network ---------------------------------------------
@@ -108,6 +141,80 @@ def test_the_same_bytes_from_a_second_process_without_a_network(tmp_path):
     assert python("-c", OFFLINE, "--try", **place).returncode == 7
 
 
+# ---- texts and memory, through the command line -------------------------------------------------
+
+ODD = [*TEXTS, "a red circle " * 80_000, "<|image_pad|><image></s>\ud800", "\udcff\ude00", "-" * 9]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("trust")
+    Image.linear_gradient("L").save(place / "a.png")
+    return save_tiny(place)
+
+
+@pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))
+@pytest.mark.parametrize("command", ["understand", "generate", "edit", "chat", "batch"])
+def test_any_text_is_answered_or_refused_in_one_line(
+    folder, tmp_path, monkeypatch, capsys, command, text
+):
+    monkeypatch.chdir(tmp_path)
+    picture, quick = str(folder.parent / "a.png"), ["--max_new_tokens", "2"]
+    draw = [*quick, "--steps", "1"]
+    item = {"task": "edit", "image": picture, "instruction": text, "num_steps": 1}
+    Path("tasks.jsonl").write_text(json.dumps(item | {"fast_preamble": True}))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/draw {text}\n{text}\n"))
+    argv = {
+        "understand": [f"--input_image={picture}", f"--question={text}", *quick],
+        "generate": [f"--prompt={text}", "--fast_preamble", *draw],
+        "edit": [f"--input_image={picture}", f"--instruction={text}", "--fast_preamble", *draw],
+        "chat": draw,
+        "batch": ["tasks.jsonl"],
+    }
+    try:
+        main([command, *argv[command], "--model", str(folder)])
+    except SystemExit as end:
+        err = capsys.readouterr().err
+        assert end.code == 2 and err.startswith("nexus_min: error: ") and err.count("\n") == 1
+        assert len(err) < 1500 and err[:-1].isprintable()
+    else:
+        assert capsys.readouterr().out
+    assert not list(Path().glob(".*"))  # nothing half-written
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+from nexus_min.__main__ import main
+from nexus_min.pipeline import NexusGen
+NexusGen.load("tiny").generate("a red circle", num_steps=1)  # what is imported late is there now
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (60 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_memory_that_really_ends(tmp_path):
+    """60 MB more than a small picture took: a large one fails with advice, the next is drawn."""
+    place = {"cwd": tmp_path, "env": {"PYTHONPATH": str(ROOT)}}
+    large = {"task": "generate", "prompt": "a red circle", "height": 512, "width": 512}
+    items = [large, {"task": "generate", "prompt": "a red circle"}]
+    items = [item | {"num_steps": 1, "fast_preamble": True} for item in items]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, items)))
+    done = python("-c", OUT_OF_MEMORY, "batch", "tasks.jsonl", "-o", "out", **place)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    first, second = (json.loads(row) for row in open(tmp_path / "out/results.jsonl"))
+    assert "the next smaller is staged: --memory staged" in first["error"]
+    assert second["image"] == "0001.png" and (tmp_path / "out/0001.png").exists()
+    options = ["--height", "512", "--width", "512", "--steps", "1", "--fast_preamble"]
+    done = python("-c", OUT_OF_MEMORY, "generate", "a red circle", *options, **place)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("nexus_min: error: out of memory: ")
+    assert "resident needs" in done.stderr and "--memory staged" in done.stderr
+    assert not (tmp_path / "generated.png").exists()
+
+
 # ---- the long attacks, short ---------------------------------------------------------------------
 
 
@@ -115,18 +222,30 @@ def test_fuzz_for_some_seconds(tmp_path):
     done = python(TESTS / "fuzz.py", "--minutes", "0.05", "--keep", tmp_path / "kept", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = re.findall(r"^(\w+): (\d+) cases: .* 0 crashed", done.stdout, re.M)
-    assert [name for name, _ in counts] == ["jsonl", "image", "loader", "tokenizer"]
+    assert [name for name, _ in counts] == [
+        "jsonl",
+        "image",
+        "loader",
+        "tokenizer",
+        "batch",
+        "like",
+        "config",
+    ]
     assert all(int(n) > 0 for _, n in counts) and not list(tmp_path.iterdir())
 
 
-def test_fuzz_would_see_a_crash(tmp_path, monkeypatch):
+@pytest.mark.parametrize("driver", ["0", "hypothesis"])
+def test_fuzz_would_see_a_crash(tmp_path, driver):
     """An error that is not typed is a crash with its case, which is kept."""
+    if driver == "hypothesis":
+        pytest.importorskip("hypothesis", reason="in tests/requirements.txt")
     code = "import fuzz; fuzz.load_image = lambda data: 1 / 0; raise SystemExit(fuzz.main())"
     argv = ["--target", "image", "--minutes", "0.0001", "--keep", tmp_path / "kept"]
+    argv += ["--hypothesis"] if driver == "hypothesis" else []
     done = python("-c", code, *argv, cwd=tmp_path, env={"PYTHONPATH": f"{TESTS}:{ROOT}"})
     assert done.returncode == 1, done.stderr
-    assert "image: crash in case 0: ZeroDivisionError" in done.stdout
-    assert (tmp_path / "kept/image-0-0").exists()
+    assert f"image: crash in case {driver}: ZeroDivisionError" in done.stdout
+    assert (tmp_path / f"kept/image-0-{driver}").exists()
 
 
 def test_kill_and_resume_twice(tmp_path):
