@@ -257,10 +257,10 @@ def vision_stage(visual: QwenViT, config: NexusGenConfig, batch: int) -> Stage:
         "vision",
         modules,
         loss,
-        lr=5e-3,
-        adamw_lr=3e-3,
+        lr=8e-3,
+        adamw_lr=8e-3,
         ema=0.995,
-        adamw_only=("head", "patch_embed", "merger.mlp.0"),
+        adamw_only=("head.query", "head.words"),
     )
 
 
