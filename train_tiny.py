@@ -47,6 +47,7 @@ from nexus_min.config import NexusGenConfig
 from nexus_min.data import MessageDataset, check_file
 from nexus_min.mmdit import MMDiT
 from nexus_min.pipeline import NexusGen
+from nexus_min.placement import is_out_of_memory
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.toy import base
 from nexus_min.toy import stages as toy
@@ -257,7 +258,7 @@ def begin(folder: Folder, plan: Plan) -> None:
     """Copy the model to start from, in fp32, and note the data. ValueError for a run on others."""
     data = hashlib.sha256(plan.data.read_bytes()).hexdigest()
     facts = {"data": data, "model": str(plan.model), "ratio": list(plan.ratio)}
-    file = folder.path / "data.json"
+    file, begun = folder.path / "data.json", folder.path / "data.json.begun"
     if file.exists():
         try:
             same = json.loads(file.read_text("utf-8")) == facts
@@ -266,13 +267,15 @@ def begin(folder: Folder, plan: Plan) -> None:
         if not same:
             raise ValueError(f"{folder.path} is a run on other data; give another --out")
         return
-    if folder.model.exists():
+    if folder.model.exists() and not begun.exists():  # else killed below
         raise ValueError(f"{folder.path} holds a model that was not begun with --data")
+    begun.touch()
     model, source = NexusGen.load(plan.model, dtype=torch.float32), model_folder(plan.model)
     parts = {name: getattr(model, name) for name in (*PARTS, "empty_prompt")}
     parts["tokenizer_file"] = source / loader.AR_FOLDER / "tokenizer.json"
     folder.save(model.config, **parts)
     loader.replace_file(file, lambda p: p.write_text(json.dumps(facts), "utf-8"))
+    begun.unlink()
 
 
 def train_on_data(plan: Plan) -> None:
@@ -371,9 +374,19 @@ def worker(rank: int, plan: Plan, place: str) -> None:
         dist.init_process_group("gloo", rank=rank, **store)
         train(plan)
         dist.destroy_process_group()
-    except ERRORS as error:
-        Path(place, "error").write_text(str(error), "utf-8")
+    except (*ERRORS, RuntimeError, MemoryError) as error:
+        Path(place, f"error-{rank}").write_text(explained(error), "utf-8")
         sys.exit(2)
+
+
+def explained(error: BaseException) -> str:
+    """One line about what a user can mend; any other error is raised."""
+    if isinstance(error, ERRORS):
+        return str(error)
+    if not is_out_of_memory(error):
+        raise error
+    reason = str(error).split("\n")[0]
+    return f"out of memory: {reason}; the same command goes on from the last checkpoint"
 
 
 def launch(plan: Plan) -> None:
@@ -388,9 +401,9 @@ def launch(plan: Plan) -> None:
                 while not context.join(grace_period=5):
                     pass
         except (ProcessExitedException, ProcessRaisedException) as error:
-            note = Path(place, "error")
-            if note.exists():
-                raise ValueError(note.read_text("utf-8")) from None
+            notes = [note.read_text("utf-8") for note in sorted(Path(place).glob("error-*"))]
+            if notes:  # not finite, for instance: every process names its own part of the batch
+                raise ValueError("; ".join(dict.fromkeys(notes))) from None
             if isinstance(error, ProcessRaisedException):
                 raise
             raise ValueError(f"{error}; the same command goes on from the checkpoint") from None
@@ -549,8 +562,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.ship:
             ship(Folder(args.out), args.ship, args.seed)
             print(f"shipped to {args.ship}")
-    except ERRORS as error:
-        print(f"train_tiny: {error}", file=sys.stderr)
+    except (*ERRORS, RuntimeError, MemoryError) as error:
+        print(f"train_tiny: {explained(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train_tiny: stopped; the same command goes on from the last checkpoint")

@@ -241,6 +241,8 @@ def open_shards(index: Path) -> dict[str, Entry]:
             raise TypeError("a shard that is no name")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{index}: not an index with a weight_map; download it again") from None
+    if any(name.endswith(".index.json") for name in shards):
+        raise ValueError(f"{index}: names an index as a shard; download it again")
     if any(Path(name).name != name for name in shards):
         raise ValueError(f"{index}: names shards outside its own folder: {shown(shards)}")
     absent = [name for name in shards if not (index.parent / name).is_file()]

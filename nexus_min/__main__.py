@@ -29,6 +29,7 @@ OPTION = r"--|-[^\d\s]\S*$"  # a word that looks like one: not "-3", not "- make
 RECALLED = {"height": "--height", "width": "--width", "num_steps": "--steps", "seed": "--seed"}
 RECALLED |= {"cfg_scale": "--cfg", "guidance": "--guidance", "negative_prompt": "--negative_prompt"}
 RECALLED |= {"language": "--language", "max_new_tokens": "--max_new_tokens", "dtype": "--dtype"}
+MAX_NAME = 220  # bytes of a file's name: what is written first has a longer one, of at most 255
 MAX_MESSAGE = 600  # characters of an error that are shown
 
 
@@ -296,10 +297,11 @@ def run_batch(args: argparse.Namespace) -> None:
     def save(result, path: Path) -> None:
         item = items[result.index]
         apart = {"task", "id", "image", "instruction", *asdict(result.sampling)}
-        told = {name: value for name, value in item.items() if name not in apart}
+        facts = {k: v for k, v in item.items() if k not in apart and v is not None}
+        facts["fast_preamble"] = bool(item.get("fast_preamble"))
         if item["task"] == "edit":
-            told = {"prompt": item["instruction"], "decoder": "editing"} | told
-        save_image(result.image, path, how_drawn(args, result.sampling, told))
+            facts = {"prompt": item["instruction"], "decoder": "editing"} | facts
+        save_image(result.image, path, how_drawn(args, result.sampling, facts))
 
     rows = batches.to_folder(batches.run(model, items, **options), args.output, save)
     say(sys.stdout, str(args.output / "results.jsonl"))
@@ -440,16 +442,18 @@ def check_output(output: str) -> None:
 
 def check_place(path: Path) -> None:
     """ValueError when no file can be written to `path`."""
+    if len(os.fsencode(path.name)) > MAX_NAME:
+        raise ValueError(f"the name {path.name[:60]!r}... is longer than {MAX_NAME} bytes")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"cannot write {str(path)!r}: no file can be made there")
 
 
-def how_drawn(args: argparse.Namespace, sampling, told: dict) -> dict:
-    """All that a picture depends on but its source: what was told, settings, versions."""
+def how_drawn(args: argparse.Namespace, sampling, facts: dict) -> dict:
+    """All that a picture depends on but its source: its own facts, settings, versions."""
     names = ("language", "fast_preamble", "max_new_tokens", "dtype", "fp8")
     options = {name: getattr(args, name, None) or "" for name in names}
-    facts = {"model": args.model, **asdict(sampling), **options, "versions": versions()}
-    return facts | told
+    known = {"model": args.model, **asdict(sampling), **options, "versions": versions()}
+    return known | facts
 
 
 def save_image(image, path: Path, settings: dict) -> None:

@@ -20,7 +20,7 @@ from .mmdit import MMDiT, context_ids_generation
 from .projector import GenerationAdapter, ImageEmbeddingMerger
 from .sampling import Context
 from .text_encoders import CLIPTextModel, T5Encoder, clip_tokenizer, t5_tokenizer
-from .tokenizer import QwenTokenizer
+from .tokenizer import QwenTokenizer, panics_told
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 PARTS = ("ar", "generation", "editing", "autoencoder")
@@ -94,7 +94,8 @@ def read_tokenizer(folder: Path, config: NexusGenConfig) -> QwenTokenizer:
 def tokenizer_of(path: Path, read: Callable[[Path], Any]) -> Any:
     """What `read` makes of a tokenizer's file or folder. ValueError naming it when it is broken."""
     try:
-        return read(path)
+        with panics_told():
+            return read(path)
     except Exception as error:  # `tokenizers` raises bare Exceptions on a broken file
         raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from error
 

@@ -8,7 +8,6 @@ of black-forest-labs, the `text_encoder*/config.json` of FLUX.1-dev.
 
 from __future__ import annotations
 
-import math
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -19,16 +18,28 @@ def fitting(known: Field, value: Any) -> Any:
     ValueError naming the field.
     """
     if isinstance(known.default, tuple):
-        whole = isinstance(value, list | tuple) and value and all(type(n) is int for n in value)
+        whole = isinstance(value, list | tuple) and value and all(map(is_size, value))
         if not whole:
             raise ValueError(f"{known.name} must be a list of whole numbers, got {value!r:.80}")
         return tuple(value)
-    real = isinstance(known.default, float)
-    if not (type(value) is int or (real and type(value) is float and math.isfinite(value))):
-        raise ValueError(
-            f"{known.name} must be a {'' if real else 'whole '}number, got {value!r:.80}"
-        )
+    if isinstance(known.default, float):
+        if type(value) not in (int, float) or not abs(value) < 1e30:
+            raise ValueError(f"{known.name} must be a number, got {value!r:.80}")
+        return value
+    if not is_size(value):
+        raise ValueError(f"{known.name} must be a whole number, got {value!r:.80}")
+    if known.name in LAYERS and value > MAX_LAYERS:
+        raise ValueError(f"{known.name} must be at most {MAX_LAYERS}, got {value}")
     return value
+
+
+LAYERS = {"depth", "depth_single_blocks", "num_layers", "num_hidden_layers", "num_res_blocks"}
+MAX_LAYERS = 1000
+
+
+def is_size(value: Any) -> bool:
+    """Whether it is a whole number that a model can have of anything."""
+    return type(value) is int and 0 <= value < 2**31
 
 
 class FromDict:

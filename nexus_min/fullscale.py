@@ -41,6 +41,7 @@ from .components import (
 from .config import NexusGenConfig
 from .data import MessageDataset
 from .mmdit import MMDiT
+from .placement import is_out_of_memory
 from .sharding import PRESETS, Preset, fit, gathered
 from .training import Run, world
 
@@ -203,16 +204,26 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Train; 0, or 2 after one clear line on standard error, or 130 after Ctrl-C."""
-    first = os.environ.get("RANK", "0") == "0"
+    rank, begun = os.environ.get("RANK", "0"), False
+    first = rank == "0"
     try:
         args = parse(argv)
+        begun = True
         with processes() as device:
             train(args, device)
         if first:
             print(f"trained {args.preset}: {args.out}/model")
     except ERRORS as error:
-        if first or isinstance(error, OSError):  # the others are the same in every process
-            print(f"fullscale: {error}", file=sys.stderr)
+        if first or begun:  # a bad option is the same to every process
+            who = "" if first else f"process {rank}: "
+            print(f"fullscale: {who}{error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).split("\n")[0]
+        advice = "a smaller --micro, or more cards; the same command goes on"
+        print(f"fullscale: process {rank}: out of memory: {reason}; {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if first:

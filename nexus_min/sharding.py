@@ -170,8 +170,11 @@ class Trainer:
             told = f"stage {self.stage.name}, step {self.step}: not finite ({numbers}; "
             told += f"batches of seed, stage, step, parts {batch})"
             dump = self.run.folder / f"{self.stage.name}.nonfinite"
-            self.write(dump)
-            told += f"; the last checkpoint is kept, what led here is in {dump}"
+            try:
+                self.write(dump)
+                told += f"; the last checkpoint is kept, what led here is in {dump}"
+            except OSError as error:
+                told += f"; {error}"
             raise FloatingPointError(told)
         for group in self.optimizer.param_groups:
             group["lr"] = self.preset.lr * self.preset.lr_scale(self.step)
@@ -202,16 +205,29 @@ class Trainer:
                 shutil.rmtree(old)
 
     def write(self, goal: Path) -> None:
-        """Every process writes and syncs its shards; the folder gets its name when all are in."""
+        """Every process writes and syncs its shards; the folder gets its name when all are in.
+
+        OSError, one line, when they cannot be written.
+        """
         partial_folder = goal.with_suffix(f"{goal.suffix}.partial")
-        if self.rank == 0:  # of a run that was killed, perhaps on more processes
-            shutil.rmtree(partial_folder, ignore_errors=True)
-        dist.barrier()
+        self.drop_partial()  # of a run that was killed, perhaps on more processes
         writer = dcp.HuggingFaceStorageWriter(str(partial_folder), save_distributed=True)
-        dcp.save(self.state(), storage_writer=writer)
+        try:
+            dcp.save(self.state(), storage_writer=writer)
+        except dcp.CheckpointException as error:  # the same on every process
+            self.drop_partial()
+            reason = str(next(iter(error.failures.values()))[0]).split("\n")[0]
+            raise OSError(f"cannot write {goal}: {reason}; the last checkpoint is kept") from None
         if self.rank == 0:
             shutil.rmtree(goal, ignore_errors=True)
             os.replace(partial_folder, goal)
+        dist.barrier()
+
+    def drop_partial(self) -> None:
+        """Remove what was not written to its end."""
+        if self.rank == 0:
+            for folder in self.run.folder.glob(f"{self.stage.name}.*.partial"):
+                shutil.rmtree(folder, ignore_errors=True)
         dist.barrier()
 
     def restore(self) -> None:
@@ -225,7 +241,7 @@ class Trainer:
         reader = dcp.HuggingFaceStorageReader(str(last))
         try:
             stored = reader.read_metadata().state_dict_metadata
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             told = f"{last}: not a checkpoint ({error})"
             raise ValueError(f"{told}; delete it to go on from the one before") from None
         wrong = [

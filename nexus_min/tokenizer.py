@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ IM_END = "<|im_end|>"
 VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
 IMAGE_PAD = "<|image_pad|>"
+MAX_TEXT = 2_000_000  # characters encoded at once; at ten million spaces the library panics
 IMAGE = "<image>"  # how a message says "here is an image"
 
 SYSTEM_PROMPT = "You are a helpful assistant."
@@ -82,6 +84,17 @@ def language(text: str) -> str:
     return "zh" if any("\u4e00" <= c <= "\u9fff" for c in text) else "en"
 
 
+@contextmanager
+def panics_told() -> Iterator[None]:
+    """Within, a panic of the tokenizers' Rust code, which is no Exception, is a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizer gave up: {str(error)[:200]}") from None
+
+
 class QwenTokenizer:
     """Text <-> ids, and conversations -> ids.
 
@@ -115,14 +128,21 @@ class QwenTokenizer:
         ids = self.special_ids
         if wrong := [f"{k} {ids[k]} != {v}" for k, v in pairs.items() if ids[k] != v]:
             raise ValueError(f"tokenizer and config disagree on {', '.join(wrong)}")
+        most = max([*self._text.get_vocab().values(), *ids.values()])
+        if most >= config.text.vocab_size:
+            raise ValueError(f"the tokenizer has the id {most}, the model {config.text.vocab_size}")
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; never a special one, whatever the text spells.
 
-        ValueError for half a character (a lone surrogate), which no encoding of text can hold.
+        ValueError for half a character (a lone surrogate), which no encoding of text can hold, and
+        for more than MAX_TEXT characters.
         """
+        if len(text) > MAX_TEXT:
+            raise ValueError(f"a text of {len(text)} characters; at most {MAX_TEXT} are read")
         try:
-            return self._text.encode(text, add_special_tokens=False).ids
+            with panics_told():
+                return self._text.encode(text, add_special_tokens=False).ids
         except TypeError:
             raise ValueError("not valid Unicode text: it holds half a character") from None
 

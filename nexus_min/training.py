@@ -423,11 +423,14 @@ class Trainer:
         facts = {"batch": batch, "lines": lines, "numbers": numbers, "gradients": broken}
         kept, path = self.checkpoint.kept, self.checkpoint.path
         dump = path.with_stem(f"{path.stem}.nonfinite-{self.rank}")
-        Checkpoint(dump).save(self.state() | {"nonfinite": facts})
+        left = f"what led here is in {dump}"
+        try:
+            Checkpoint(dump).save(self.state() | {"nonfinite": facts})
+        except OSError as error:
+            left = str(error).split(";")[0]
         raise FloatingPointError(
             f"stage {self.stage.name}, step {self.schedule.step}: {what} is not finite ({numbers}; "
-            f"batch of seed, stage, step, rank {batch}{made_of}); {kept}, "
-            f"what led here is in {dump}"
+            f"batch of seed, stage, step, rank {batch}{made_of}); {kept}, {left}"
         )
 
     def seeded(self) -> np.random.Generator:

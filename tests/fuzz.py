@@ -224,15 +224,18 @@ def like_target(folder: Path) -> Target:
 
 
 def config_target(folder: Path) -> Target:
-    model = save_tiny(folder)
+    model, picture = save_tiny(folder), Image.linear_gradient("L").resize((64, 64))
     file = model / "nexus_min.json"
     seeds = [file.read_bytes()]
 
     def read(data: bytes, rng: random.Random) -> None:
         file.write_bytes(data)
-        NexusGen.load(
-            model, parts=rng.choice((["ar"], ["generation"], ["editing"], ["autoencoder"]))
-        )
+        part = rng.choice(("ar", "generation", "editing", "autoencoder"))
+        loaded = NexusGen.load(model, parts=[part])
+        if part == "ar":
+            loaded.understand(picture, "?", max_new_tokens=1)
+        elif part == "autoencoder":
+            loaded.decode(torch.zeros(1, loaded.config.autoencoder.z_channels, 4, 4))
 
     return seeds, read
 
@@ -297,7 +300,9 @@ class Judge:
                 return
             try:
                 self.case(str(number), random.Random(f"{self.args.seed} {self.name} {number}"))
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a panic of Rust code is no Exception
                 self.tell_crash(str(number), error)
 
     def hypothesis(self) -> None:

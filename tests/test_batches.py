@@ -202,8 +202,8 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "data").mkdir()
     photo().save(tmp_path / "data" / "a.png")
     items = [
-        {"task": "generate", "prompt": "圆", **FAST},
-        {"task": "edit", "image": "a.png", "instruction": "white", **FAST},
+        {"task": "generate", "prompt": "圆", "language": None, **FAST},
+        {"task": "edit", "image": "a.png", "instruction": "white", **FAST, "fast_preamble": 1},
         {"task": "understand", "image": ["a.png", "a.png"], "question": "?", "max_new_tokens": 2},
     ]
     file = tmp_path / "data" / "tasks.jsonl"

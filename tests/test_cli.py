@@ -300,6 +300,7 @@ BAD = {
     ),
     "empty prompt": (["generate", "  "], "prompt is empty"),
     "overlong prompt": (["generate", "red " * 3000], "tokens long"),
+    "long name": (["generate", "a", "-o", "n" * 245 + ".png"], "is longer than 220 bytes"),
     "undecodable prompt": (["generate", "a \udcff"], "not valid Unicode"),
     "unknown short option": (["generate", "-v"], "unknown arguments: -v"),
     "eval without cases": (["eval", "--cases", "0"], "--cases must be at least 1"),

@@ -293,6 +293,24 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
     assert len(losses(tmp_path)) == 1
 
 
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with processes():
+        trainer = Trainer(make_stage("generation"), Run(tmp_path), PRESET, MICRO, CPU)
+        trainer.save()
+        (tmp_path / "generation.0000007.partial").mkdir()  # of a run that was killed
+        trainer.step = 1
+        monkeypatch.setattr("safetensors.torch.save", full)
+        monkeypatch.setattr("torch.distributed.checkpoint.filesystem.os.fsync", full)
+        told = "cannot write .*generation.0000001: .*No space left.*; the last checkpoint is kept"
+        with pytest.raises(OSError, match=told) as error:
+            trainer.save()
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["generation.0000000"]
+
+
 def test_an_interrupt_is_saved_and_goes_on(tmp_path):
     stage = make_stage("generation")
     loss = stage.loss

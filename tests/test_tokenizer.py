@@ -13,6 +13,7 @@ from properties import TEXTS, spelled, widened
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from nexus_min import tokenizer as T
+from nexus_min.components import tokenizer_of
 from nexus_min.config import TINY_TOKEN_IDS, ARConfig, NexusGenConfig
 
 FIXTURE = json.loads((GOLDEN / "14_prompts.json").read_text("utf-8"))
@@ -253,3 +254,22 @@ def test_malformed_conversations_are_named(toy, messages, counts, message):
 )
 def test_language(text, want):
     assert T.language(text) == want
+
+
+def test_a_text_that_is_too_long_or_makes_the_library_panic_is_an_error(toy, tmp_path):
+    with pytest.raises(ValueError, match="a text of 2000001 characters; at most 2000000"):
+        toy.encode(" " * 2_000_001)
+    spec = json.loads(byte_tokenizer().to_str())
+    spec["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match="tokenizer.json: cannot be read as a tokenizer: "):
+        tokenizer_of(tmp_path / "tokenizer.json", T.QwenTokenizer)  # else a panic, no Exception
+
+
+def test_an_id_beyond_the_vocabulary_is_refused():
+    large = T.QwenTokenizer(byte_tokenizer())
+    large.check(NexusGenConfig.tiny().ar)
+    vocab = json.loads(byte_tokenizer().to_str())
+    vocab["model"]["vocab"]["Q"] = 5000
+    with pytest.raises(ValueError, match="the tokenizer has the id 5000, the model 768"):
+        T.QwenTokenizer(Tokenizer.from_str(json.dumps(vocab))).check(NexusGenConfig.tiny().ar)

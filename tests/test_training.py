@@ -478,6 +478,20 @@ def test_a_folder_that_becomes_read_only(save_every):
         assert step == (5 if save_every == 0.0 else 3)
 
 
+def test_what_is_not_finite_is_told_also_on_a_full_disk(tmp_path, monkeypatch):
+    stage = make_stage()
+    fine = stage.loss
+    stage.loss = lambda rng, progress: (fine(rng, progress)[0] * float("nan"), {"half": 0.0})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nexus_min.training.torch.save", full)
+    told = r"stage toy, step 0: .*there is no checkpoint yet, cannot save .*No space left"
+    with pytest.raises(FloatingPointError, match=told):
+        fit(stage, run_in(tmp_path, steps=3))
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="there is no checkpoint yet"):

@@ -367,6 +367,9 @@ def test_bad_index(tmp_path, saved):
     index.write_text(json.dumps({"weight_map": moved}))
     with pytest.raises(ValueError, match=r"do not hold what it says: ghost"):
         w.load_ar(tmp_path, TINY)
+    index.write_text(json.dumps({"weight_map": {"a": index.name}}))
+    with pytest.raises(ValueError, match="names an index as a shard"):
+        w.load_ar(tmp_path, TINY)
     index.write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}))
     with pytest.raises(ValueError, match="outside its own folder"):
         w.load_ar(tmp_path, TINY)
