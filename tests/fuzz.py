@@ -227,8 +227,16 @@ def config_target(folder: Path) -> Target:
     model, picture = save_tiny(folder), Image.linear_gradient("L").resize((64, 64))
     file = model / "nexus_min.json"
     seeds = [file.read_bytes()]
+    odd = [-4, 0, 1, 2, 7, 64, 1000, 10**8, 2**31, 10**400, 1e-300, 0.5, True, None, "x", {}, []]
+    odd += [[0], [-4, 18, 18], [1, 2, 3], [2, 15, 15], [99]]
 
     def read(data: bytes, rng: random.Random) -> None:
+        if rng.random() < 0.8:  # else bytes, which are seldom JSON
+            table = whole = json.loads(seeds[0])
+            while isinstance(table[key := rng.choice(list(table))], dict):
+                table = table[key]
+            table[key] = rng.choice(odd)
+            data = json.dumps(whole).encode()
         file.write_bytes(data)
         part = rng.choice(("ar", "generation", "editing", "autoencoder"))
         loaded = NexusGen.load(model, parts=[part])
