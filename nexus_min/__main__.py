@@ -295,12 +295,7 @@ def run_batch(args: argparse.Namespace) -> None:
     options = {"batch_size": args.batch_size, "seed": args.seed, "progress": sys.stderr.isatty()}
 
     def save(result, path: Path) -> None:
-        item = items[result.index]
-        apart = {"task", "id", "image", "instruction", *asdict(result.sampling)}
-        facts = {k: v for k, v in item.items() if k not in apart and v is not None}
-        facts["fast_preamble"] = bool(item.get("fast_preamble"))
-        if item["task"] == "edit":
-            facts = {"prompt": item["instruction"], "decoder": "editing"} | facts
+        facts = item_facts(items[result.index], result.sampling)
         save_image(result.image, path, how_drawn(args, result.sampling, facts))
 
     rows = batches.to_folder(batches.run(model, items, **options), args.output, save)
@@ -308,6 +303,16 @@ def run_batch(args: argparse.Namespace) -> None:
     if failed := [row for row in rows if "error" in row]:
         first = f"item {failed[0]['index']}: {failed[0]['error']}"
         raise ValueError(f"{len(failed)} of {len(items)} items failed; {first}")
+
+
+def item_facts(item: dict, sampling) -> dict:
+    """What a picture's PNG tells of its item in a batch, as `finish` tells it of a single one."""
+    apart = {"task", "id", "image", "instruction", *asdict(sampling)}
+    facts = {k: v for k, v in item.items() if k not in apart and v is not None}
+    facts["fast_preamble"] = bool(item.get("fast_preamble"))
+    if item["task"] == "edit":
+        facts = {"prompt": item["instruction"], "decoder": "editing"} | facts
+    return facts
 
 
 def run_app(args: argparse.Namespace) -> None:

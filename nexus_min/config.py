@@ -11,9 +11,12 @@ from __future__ import annotations
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from typing import Any
 
+LAYERS = {"depth", "depth_single_blocks", "num_layers", "num_hidden_layers", "num_res_blocks"}
+MAX_LAYERS = 1000  # a model of more would be built for hours before its file is found not to fit
+
 
 def fitting(known: Field, value: Any) -> Any:
-    """`value` if it is what the field's default is: a number, or a list of whole ones, as a tuple.
+    """`value` if it is what the field's default is: a number, or a list of sizes, as a tuple.
 
     ValueError naming the field.
     """
@@ -33,12 +36,8 @@ def fitting(known: Field, value: Any) -> Any:
     return value
 
 
-LAYERS = {"depth", "depth_single_blocks", "num_layers", "num_hidden_layers", "num_res_blocks"}
-MAX_LAYERS = 1000
-
-
 def is_size(value: Any) -> bool:
-    """Whether it is a whole number that a model can have of anything."""
+    """Whether it is a whole number from 0 to 2^31 - 1."""
     return type(value) is int and 0 <= value < 2**31
 
 

@@ -4,9 +4,9 @@
 
 msign(M) = U V^T for M = U S V^T, approximated by five Newton-Schulz steps (Keller Jordan, "Muon",
 2024); the factor gives updates the size of AdamW's (Moonshot, arXiv 2502.16982). `torch.optim.Muon`
-computes the same, but always in bf16, one matrix at a time, and over the whole matrix in every
-step, which on a CPU can take longer than the model itself (tests/benchmarks/optimizer.py). Here it
-is fp32, matrices of one shape go through together, and processes share the work.
+computes the same, but always in bf16, which takes a CPU without bf16 units several times as long as
+the model itself (tests/benchmarks/optimizer.py). Here it is fp32, matrices of one shape go through
+together, and processes share the work.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ITERATIONS = 5
 def orthogonalised(matrices: Tensor) -> Tensor:
     """msign of each of [K, m, n], its singular values between about 0.7 and 1.2; fp32.
 
-    Every step multiplies X by p = a + b G + c G^2, where G = X X^T is then p G p: the products stay
-    on the short side, and X itself is touched twice, not in every step.
+    A step is X <- P X with P = a + b G + c G^2 and G = X X^T [K, m, m] of the short side m, so that
+    G <- P G P: only the first G and the product of all P touch X itself.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -38,11 +38,11 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     gram, product = x @ x.mT, None
     for left in reversed(range(ITERATIONS)):
-        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        p.diagonal(dim1=-2, dim2=-1).add_(a)
-        product = p if product is None else p @ product
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = step if product is None else step @ product
         if left:
-            gram = p @ gram @ p
+            gram = step @ gram @ step
     x = product @ x
     return x.mT if tall else x
 
