@@ -93,6 +93,7 @@ def build_parser(with_eval: bool) -> Parser:
         help="what is remembered of a drawn picture",
     )
     chat.add_argument("--decoder", choices=("auto", "generation", "editing"), default="auto")
+    add_limit(chat)
     add_drawing(chat, "chat.png")
     add_model(chat)
     add_tokens(chat)
@@ -104,6 +105,7 @@ def build_parser(with_eval: bool) -> Parser:
     batch.add_argument("--output", "-o", type=Path, default=Path("results"), metavar="DIR")
     batch.add_argument("--batch_size", "--batch-size", type=int, default=8, metavar="N")
     batch.add_argument("--seed", type=int, default=0, metavar="N", help="of the first item")
+    add_limit(batch)
     add_model(batch)
     app = commands.add_parser("app", help="a web page, on this machine only unless told otherwise")
     app.set_defaults(words=[])
@@ -143,7 +145,8 @@ def add_like(parser: argparse.ArgumentParser) -> None:
 def recall(args: argparse.Namespace, more_words: int) -> list[str]:
     """The options that `args.like` was drawn with, and its text unless the user gives one."""
     kept = read_settings(args.like)
-    for name, now in (("model", args.model), ("versions", versions())):
+    device = find_device(args.device, args.model)
+    for name, now in (("model", args.model), ("device", device), ("versions", versions())):
         if kept.get(name, now) != now:
             told = f"drawn with {name} {kept[name][:100]!r}, now it is {now!r}"
             say(sys.stderr, f"{PROGRAM}: warning: {args.like}: {told}")
@@ -163,6 +166,11 @@ def add_image(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="IMAGE TEXT", help="the picture, then the text")
     parser.add_argument("--input_image", "--input-image", metavar="FILE")
     parser.add_argument("--instruction", "--question", metavar="TEXT")
+    add_limit(parser)
+
+
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    """How large a picture from outside may be."""
     told = "refuse a larger picture before decoding it; default 50 million"
     parser.add_argument("--max_image_pixels", type=int, metavar="N", help=told)
 
@@ -280,7 +288,8 @@ def run_chat(args: argparse.Namespace) -> None:
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         write(HELP + "\n")
-    Talk(chat, write, save, complain if at_terminal else None).run(sys.stdin)
+    talk = Talk(chat, write, save, complain if at_terminal else None, args.max_image_pixels)
+    talk.run(sys.stdin)
 
 
 def run_batch(args: argparse.Namespace) -> None:
@@ -293,6 +302,7 @@ def run_batch(args: argparse.Namespace) -> None:
     check_place(args.output / "results.jsonl")
     model = load_model(args)
     options = {"batch_size": args.batch_size, "seed": args.seed, "progress": sys.stderr.isatty()}
+    options["max_pixels"] = args.max_image_pixels
 
     def save(result, path: Path) -> None:
         facts = item_facts(items[result.index], result.sampling)
@@ -366,6 +376,7 @@ def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
     from .placement import choose, needs
 
     parts, device = parts or PARTS, find_device(args.device, args.model)
+    args.device = device  # for what a picture tells of itself
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     model = NexusGen.load(args.model, device, dtype, parts, args.memory or "auto", args.fp8)
     profile, reason = "resident", ""
@@ -455,7 +466,7 @@ def check_place(path: Path) -> None:
 
 def how_drawn(args: argparse.Namespace, sampling, facts: dict) -> dict:
     """All that a picture depends on but its source: its own facts, settings, versions."""
-    names = ("language", "fast_preamble", "max_new_tokens", "dtype", "fp8")
+    names = ("language", "fast_preamble", "max_new_tokens", "device", "dtype", "fp8")
     options = {name: getattr(args, name, None) or "" for name in names}
     known = {"model": args.model, **asdict(sampling), **options, "versions": versions()}
     return known | facts

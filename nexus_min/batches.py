@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .image_processor import load_image
 from .placement import out_of_memory_told
 from .sampling import Drawing, Sampling
 
@@ -45,13 +46,19 @@ class Result(NamedTuple):
 
 
 def run(
-    model: Any, items: Sequence[dict], batch_size: int = 8, seed: int = 0, progress: bool = False
+    model: Any,
+    items: Sequence[dict],
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = False,
+    max_pixels: int | None = None,
 ) -> Iterator[Result]:
     """The result of every item, as they come; `model` is a `pipeline.NexusGen`.
 
     An item holds its `task` (one of `TASKS`), what that takes, and options of the method of that
     name; without a seed its own is `seed` + its index. `batch_size` pictures are drawn at a time,
-    fewer when memory is short. ValueError for a batch size below 1.
+    fewer when memory is short; `max_pixels` bounds their pictures, see `load_image`. ValueError for
+    a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, got {batch_size}")
@@ -59,7 +66,7 @@ def run(
     with tqdm(total=len(items), unit="item", disable=not progress) as bar:
         for i, item in enumerate(items):
             try:
-                said = read(model, item, seed + i)
+                said = read(model, item, seed + i, max_pixels)
             except MISTAKES as error:
                 said = Result(i, error=one_line(error))
             if isinstance(said, Drawing):
@@ -73,7 +80,7 @@ def run(
                 yield result
 
 
-def read(model: Any, item: dict, seed: int) -> str | Drawing:
+def read(model: Any, item: dict, seed: int, max_pixels: int | None = None) -> str | Drawing:
     """The AR model's part of an item: the answer, or the drawing to do."""
     if not isinstance(item, dict) or item.get("task") not in TASKS:
         raise ValueError(f"an item needs a `task` of {', '.join(TASKS)}")
@@ -83,6 +90,8 @@ def read(model: Any, item: dict, seed: int) -> str | Drawing:
     for name in TASKS[item["task"]]:
         if name != "image" and not isinstance(options[name], str):
             raise ValueError(f"{name} must be a text, not {type(options[name]).__name__}")
+    if "image" in TASKS[item["task"]]:
+        options["image"] = opened(options["image"], max_pixels)
     if item["task"] == "understand":
         options.pop("seed", None)
         return model.understand(options.pop("image"), options.pop("question"), **options)
@@ -90,6 +99,13 @@ def read(model: Any, item: dict, seed: int) -> str | Drawing:
     if item["task"] == "generate":
         return model.plan_generation(options.pop("prompt"), **options)
     return model.plan_edit(options.pop("image"), options.pop("instruction"), **options)
+
+
+def opened(image: Any, max_pixels: int | None) -> Any:
+    """The picture, or the list of pictures, decoded."""
+    if isinstance(image, list):
+        return [load_image(one, max_pixels) for one in image]
+    return load_image(image, max_pixels)
 
 
 def groups(drawings: dict[int, Drawing], size: int) -> Iterator[list[int]]:

@@ -27,6 +27,7 @@ class Talk:
 
     write(text): shows a piece of a line. save(image, number, settings, message): stores a picture
     and returns its name. complain(error): tells of a mistake, which then costs its line only.
+    max_pixels: of a picture, see `load_image`.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class Talk:
         write: Callable[[str], None],
         save: Callable[[Any, int, Any, str], str],
         complain: Callable[[BaseException], None] | None = None,
+        max_pixels: int | None = None,
     ):
         self.chat, self.write, self.save, self.complain = chat, write, save, complain
+        self.max_pixels = max_pixels
         self.images: list[Any] = []  # for the next message
         self.saved = 0
 
@@ -60,7 +63,7 @@ class Talk:
             check_text(rest, "prompt")
             self.say(GENERATION_PROMPT[language(rest)].format(rest.strip()))
         elif command == "/image":
-            self.images.append(load_image(rest.strip()))
+            self.images.append(load_image(rest.strip(), self.max_pixels))
         elif line == "/new":
             self.chat.clear()
             self.images = []

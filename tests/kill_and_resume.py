@@ -2,6 +2,7 @@
 
     python tests/kill_and_resume.py                          # 20 kills over all stages
     python tests/kill_and_resume.py --rounds 4 --stages vae,ar --steps 4
+    python tests/kill_and_resume.py --stages data,lora       # fine-tuning on a file of one's own
 
 First every stage is trained without interruption. A round then trains one stage from the same
 beginning in a process that is killed once or more (in a step, while it saves, while it prepares or
@@ -13,6 +14,7 @@ grids are left out, and checkpoints are written at every step. Exit status 1 whe
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -25,15 +27,19 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch._dynamo  # which optimisers import at their first step: here once for all processes
+from PIL import Image
 
 import train_tiny
 from nexus_min import training
 from nexus_min.config import NexusGenConfig
 from nexus_min.toy import base, pictures
 from nexus_min.toy import stages as toy
+from nexus_min.toy.tasks import example
 
+OWN = {"data": [], "lora": ["--lora", "2"]}  # all stages of `--data`, one command
 NOT_COMPARED = ("elapsed", "metrics")  # the clock, and what was logged
 
 
@@ -52,6 +58,26 @@ def shrink() -> None:
     training.Trainer.sample = lambda *_: None
 
 
+def write_data(folder: Path) -> None:
+    """Two lines of every task in `own.jsonl`, and their pictures."""
+    lines, rng = [], np.random.default_rng(0)
+    for task in (toy.UND, toy.GEN, toy.EDIT) * 2:
+        line = toy.toy_line(example(rng, task))
+        names = [f"{len(lines)}-{i}.png" for i in range(len(line["images"]))]
+        for name, pixels in zip(names, line["images"], strict=True):
+            Image.fromarray(pixels).save(folder / name)
+        lines.append(json.dumps(line | {"images": names}) + "\n")
+    (folder / "own.jsonl").write_text("".join(lines), "utf-8")
+
+
+def command(folder: Path, stage: str, steps: int) -> list[str]:
+    """The arguments of `train_tiny.py`."""
+    what = ["--stage", stage]
+    if stage in OWN:
+        what = ["--data", str(folder / "own.jsonl"), *OWN[stage]]
+    return [*what, "--steps", str(steps), "--out", str(folder), "--workers", "1", "--quiet"]
+
+
 def start(folder: Path, stage: str, steps: int) -> tuple[int, int]:
     """A process that trains the stage: (its id, a pipe that gives a byte at every step)."""
     steps_out, steps_in = os.pipe()
@@ -62,8 +88,7 @@ def start(folder: Path, stage: str, steps: int) -> tuple[int, int]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         inner = training.Trainer.take_step
         training.Trainer.take_step = lambda self: os.write(steps_in, b".") and inner(self)
-        argv = ["--stage", stage, "--steps", str(steps), "--out", str(folder)]
-        os._exit(train_tiny.main([*argv, "--workers", "1", "--quiet"]))
+        os._exit(train_tiny.main(command(folder, stage, steps)))
     except BaseException:
         traceback.print_exc()
         os._exit(3)
@@ -105,11 +130,16 @@ def model_files(folder: Path) -> list[Path]:
     return [p for p in files if p.suffix != ".partial"]
 
 
-def differences(folder: Path, reference: Path, stage: str) -> list[str]:
-    """Names of what is not the same, bit for bit, after a stage."""
+def states(folder: Path) -> dict:
+    """What the checkpoints hold, by stage."""
+    files = [p for p in folder.glob("*.ckpt") if ".previous" not in p.suffixes]
+    return {p.stem: training.Checkpoint(p).load() for p in files}
+
+
+def differences(folder: Path, reference: Path) -> list[str]:
+    """Names of what is not the same, bit for bit, in two folders."""
     folders = folder, reference
-    states = [training.Checkpoint(f / f"{stage}.ckpt").load() for f in folders]
-    got, want = (dict(numbers(state)) for state in states)
+    got, want = (dict(numbers(states(f))) for f in folders)
     odd = [k for k in got.keys() | want.keys() if k not in got or k not in want]
     odd += [k for k in got.keys() & want.keys() if not torch.equal(got[k], want[k])]
     pair = [{p.relative_to(f): p.read_bytes() for p in model_files(f)} for f in folders]
@@ -124,12 +154,13 @@ def one_round(before: Path, after: Path, stage: str, steps: int, rng: random.Ran
     with tempfile.TemporaryDirectory(dir=before.parent) as place:
         folder = Path(shutil.copytree(before, Path(place, "run")))
         for _ in range(rng.choice((1, 1, 2, 3))):
-            step = rng.randrange(steps + 1)  # from preparing to the last one, and saving it
+            most = steps * (3 if stage in OWN else 1)
+            step = rng.randrange(most + 1)  # from preparing to the last one, and saving it
             if not kill(*start(folder, stage, steps), step, rng):
                 break
             killed.append(step)
         wait(*start(folder, stage, steps))
-        return killed, differences(folder, after, stage)
+        return killed, differences(folder, after)
 
 
 def main() -> int:
@@ -141,19 +172,24 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     wanted, rng = args.stages.split(","), random.Random(args.seed)
-    last = max(list(train_tiny.SHARES).index(stage) for stage in wanted)
+    chain = list(train_tiny.SHARES)
+    last = max((chain.index(stage) for stage in wanted if stage not in OWN), default=-1)
     shrink()
     with tempfile.TemporaryDirectory() as place:
-        folders = [Path(place, "0")]
-        folders[0].mkdir()
-        for i, stage in enumerate(list(train_tiny.SHARES)[: last + 1]):
-            folders.append(Path(shutil.copytree(folders[-1], Path(place, str(i + 1)))))
-            wait(*start(folders[-1], stage, args.steps))
+        pairs, before = {}, Path(place, "nothing")
+        before.mkdir()
+        for stage in [*chain[: last + 1], *OWN.keys() & wanted]:
+            if stage in OWN:
+                before = Path(place, f"before_{stage}")
+                before.mkdir()
+                write_data(before)
+            after = Path(shutil.copytree(before, Path(place, stage)))
+            wait(*start(after, stage, args.steps))
+            pairs[stage], before = (before, after), after
         rounds, kills, bad = 0, 0, 0
         while rounds < args.rounds:
             stage = wanted[rounds % len(wanted)]
-            i = list(train_tiny.SHARES).index(stage)
-            killed, odd = one_round(folders[i], folders[i + 1], stage, args.steps, rng)
+            killed, odd = one_round(*pairs[stage], stage, args.steps, rng)
             told = f"differs: {', '.join(odd[:5])}" if odd else "equal bit for bit"
             at = f"killed in step {', '.join(map(str, killed))}" if killed else "finished too soon"
             print(f"{stage:10} {at}: {told}", flush=True)

@@ -197,6 +197,22 @@ def test_a_batch_size_of_none(tiny):
         tiny.batch([], batch_size=0)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"task": "understand", "image": "a.png", "question": "?"},
+        {"task": "understand", "image": ["a.png"], "question": "?"},
+        {"task": "edit", "image": "a.png", "instruction": "white"},
+    ],
+)
+def test_a_picture_too_large_costs_its_item_only(tiny, tmp_path, monkeypatch, asked):
+    monkeypatch.chdir(tmp_path)
+    photo().save("a.png")  # 50 x 30
+    other = {"task": "generate", "prompt": "a", **FAST}
+    first, second = tiny.batch([asked, other], max_pixels=1499)
+    assert "50 x 30 is not within 1..1499" in first.error and second.image
+
+
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     folder = str(save_tiny(tmp_path))
     (tmp_path / "data").mkdir()
@@ -225,6 +241,10 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
             assert again.tobytes() == first.tobytes()
             assert again.text | {"max_new_tokens": ""} == first.text
         capsys.readouterr()
+
+    with pytest.raises(SystemExit):
+        main(["batch", str(file), *options, "--max_image_pixels", "1499"])
+    assert "2 of 3 items failed; item 1: cannot read picture" in capsys.readouterr().err
 
     file.write_text("{oops\n" + json.dumps(items[0]) + "\n")
     with pytest.raises(SystemExit) as end:

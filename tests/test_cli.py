@@ -170,6 +170,7 @@ def test_like_draws_the_same_again(here, capsys, folder):
     assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
     with Image.open("b.png") as image:
         assert image.text["prompt"] == text and image.text["dtype"] == "bf16"
+        assert image.text["device"] in ("cpu", "cuda", "mps")
         assert image.text["versions"].startswith("nexus_min ") and "torch" in image.text["versions"]
 
 
@@ -239,9 +240,10 @@ def test_a_picture_from_outside_chooses_neither_model_nor_files(here, capsys, fo
     assert (status, out) == (0, "generated.png\n") and (here / "photo.png").read_bytes() == before
     told = [
         "x.png: drawn with model '/etc', now it is",
+        "x.png: drawn with device 'abacus', now it is",
         "x.png: drawn with versions 'older', now it",
     ]
-    assert err.count("\n") == 2 and all(line in err for line in told)
+    assert err.count("\n") == 3 and all(line in err for line in told)
 
 
 LIKE = {

@@ -339,3 +339,8 @@ def test_a_conversation_through_a_pipe(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert end.value.code == 2 and out == ""
     assert err == "nexus_min: error: cannot read picture 'none.png': no such file\n"
+    photo().save(tmp_path / "a.png")
+    monkeypatch.setattr("sys.stdin", io.StringIO("/image a.png\nhello\n"))
+    with pytest.raises(SystemExit):
+        main(["chat", *options, "--max_image_pixels", "1499"])
+    assert "50 x 30 is not within 1..1499" in capsys.readouterr().err

@@ -241,8 +241,9 @@ def test_fuzz_would_see_a_crash(tmp_path, driver):
     assert (tmp_path / f"kept/image-0-{driver}").exists()
 
 
-def test_kill_and_resume_twice(tmp_path):
-    argv = ["--rounds", "2", "--stages", "vae,vision", "--steps", "3"]
+@pytest.mark.parametrize("stages", ["vae,vision", "data,lora"])
+def test_kill_and_resume_twice(tmp_path, stages):
+    argv = ["--rounds", "2", "--stages", stages, "--steps", "3"]
     done = python(TESTS / "kill_and_resume.py", *argv, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^2 rounds with \d+ kills, 0 of them with a difference$", done.stdout, re.M)
