@@ -137,9 +137,11 @@ def states(folder: Path) -> dict:
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
-    """Names of what is not the same, bit for bit, in two folders."""
+    """Names of what is not the same, bit for bit, in two folders of finished runs."""
     folders = folder, reference
     got, want = (dict(numbers(states(f))) for f in folders)
+    if not want or not model_files(reference):
+        raise SystemExit(f"{reference} holds nothing to compare")
     odd = [k for k in got.keys() | want.keys() if k not in got or k not in want]
     odd += [k for k in got.keys() & want.keys() if not torch.equal(got[k], want[k])]
     pair = [{p.relative_to(f): p.read_bytes() for p in model_files(f)} for f in folders]
