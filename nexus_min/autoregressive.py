@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ARConfig
-from .decoder import KVCache, QwenDecoder
+from .decoder import KVCache, Packed, QwenDecoder
 from .vision import QwenViT
 
 Grid = tuple[int, int, int]
@@ -204,11 +204,6 @@ def ar_loss(
     hidden = _hidden_where(model, learned, x, position_ids, attention_mask)
     ce = _text_loss(model, hidden, labels)
     mse, one_minus_cos = _image_loss(model.vision_head(hidden[:, :-1][slots[:, 1:]]), targets)
-    return weighted(ce, mse, one_minus_cos)
-
-
-def weighted(ce: Tensor, mse: Tensor, one_minus_cos: Tensor) -> ARLoss:
-    """The terms and their sum, equation 3: 3 CE + 1.5 MSE + 1.5 (1 - cos)."""
     return ARLoss(3.0 * ce + 1.5 * mse + 1.5 * one_minus_cos, ce, mse, one_minus_cos)
 
 
@@ -239,13 +234,19 @@ def _hidden_where(
 ) -> Tensor:
     """Hidden states [B, L, C] that are right where learned [B, L] is True.
 
-    What follows the last such place cannot move any; the top layer starts at the first.
+    What follows a row's last such place cannot move any: the rows are laid one behind the other
+    without it, and so without padding. The top layer starts at the first such place of each.
     """
-    places = learned.any(0).nonzero().flatten().tolist() or [0]
-    start, end = places[0], places[-1] + 1
-    mask = None if attention_mask is None else attention_mask[:, :end]
-    part = model.model(x[:, :end], position_ids[:, :, :end], mask, last=end - start)
-    return F.pad(part, (0, 0, start, x.shape[1] - end))
+    if attention_mask is not None:
+        return model.model(x, position_ids, attention_mask)
+    if not learned.any():
+        learned = F.pad(learned[:, 1:], (1, 0), value=True)
+    kept = learned.flip(1).cumsum(1).flip(1) > 0
+    wanted = kept & (learned.cumsum(1) > 0)
+    lengths, last = (rows.sum(1)[kept[:, 0]].tolist() for rows in (kept, wanted))
+    packed = Packed(tuple(lengths), tuple(last))
+    hidden = model.model(x[kept][None], position_ids[:, None, kept], packed=packed)
+    return torch.zeros_like(x).masked_scatter(wanted[..., None], hidden)
 
 
 def _text_loss(model: NexusGenAR, hidden: Tensor, labels: Tensor) -> Tensor:

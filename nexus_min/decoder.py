@@ -11,6 +11,11 @@ never reaches it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -19,6 +24,9 @@ from torch import Tensor, nn
 from .config import TextConfig
 from .layers import RMSNorm, SwiGLU
 from .rope import apply_rope_half, mrope_cos_sin
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values -> as queries
+ALL = slice(None)
 
 
 class KVCache:
@@ -73,6 +81,38 @@ def causal_mask(length: int, past: int, padding: Tensor | None, device=None) -> 
     return (causal & padding.bool()[:, None, None]) | own
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v; q [B, H, L, D], k and v [B, H_kv, S, D] -> [B, H, L, D]."""
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
+
+
+def causal(new: int, total: int, padding: Tensor | None = None, device=None) -> Attend:
+    """`attend` for the last `new` of `total` tokens; padding [B, total] is False at padded ones."""
+    mask = causal_mask(new, total - new, padding, device)
+    return partial(attend, mask=mask, is_causal=mask is None and new == total)
+
+
+class Packed(NamedTuple):
+    """Rows of a batch without their padding, one behind the other, that do not see each other."""
+
+    lengths: tuple[int, ...]  # tokens of each row
+    last: tuple[int, ...]  # how many at its end the top layer computes
+
+    def ends(self, device: torch.device) -> Tensor:
+        """Indices of what the top layer computes: [sum(last)]."""
+        rows = zip(accumulate(self.lengths), self.last, strict=True)
+        return torch.cat([torch.arange(end - n, end, device=device) for end, n in rows])
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention row by row; q [1, H, L, D] of all tokens or of the ends: -> as q."""
+        new, total = self.lengths if q.shape[2] == k.shape[2] else self.last, self.lengths
+        rows = zip(new, total, q.split(new, 2), k.split(total, 2), v.split(total, 2), strict=True)
+        parts = [causal(n, t, device=q.device)(*qkv) for n, t, *qkv in rows]
+        return torch.cat(parts, dim=2)
+
+
 class Attention(nn.Module):
     """Grouped-query attention; q, k, v with bias, o without."""
 
@@ -90,23 +130,21 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
+        attend: Attend = attend,
         cache: KVCache | None = None,
         layer: int = 0,
-        last: int = 0,
+        new: slice | Tensor = ALL,
     ) -> Tensor:
-        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, L, C], or [B, last, C] of the last rows."""
+        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, L, C], of the `new` tokens only."""
         q, k, v = (
-            rearrange(proj(rows), "B L (H D) -> B H L D", D=self.head_dim)
-            for proj, rows in ((self.q_proj, x[:, -last:]), (self.k_proj, x), (self.v_proj, x))
+            rearrange(proj(seen), "B L (H D) -> B H L D", D=self.head_dim)
+            for proj, seen in ((self.q_proj, x[:, new]), (self.k_proj, x), (self.v_proj, x))
         )
-        q = apply_rope_half(q, cos[:, :, -last:], sin[:, :, -last:])
+        q = apply_rope_half(q, cos[:, :, new], sin[:, :, new])
         k = apply_rope_half(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
-        return self.o_proj(rearrange(out, "B H L D -> B L (H D)"))
+        return self.o_proj(rearrange(attend(q, k, v), "B H L D -> B L (H D)"))
 
 
 class DecoderLayer(nn.Module):
@@ -124,18 +162,14 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
+        attend: Attend = attend,
         cache: KVCache | None = None,
         layer: int = 0,
-        last: int = 0,
+        new: slice | Tensor = ALL,
     ) -> Tensor:
-        """x [B, L, C], cos and sin [B, 1, L, D], mask broadcast to [B, H, L, S] -> [B, L, C].
-
-        With `last`, only the last rows are computed: mask [.., last, S] -> [B, last, C].
-        """
+        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, L, C]; of the `new` tokens only."""
         seen = self.input_layernorm(x)
-        x = x[:, -last:] + self.self_attn(seen, cos, sin, mask, is_causal, cache, layer, last)
+        x = x[:, new] + self.self_attn(seen, cos, sin, attend, cache, layer, new)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -157,13 +191,15 @@ class QwenDecoder(nn.Module):
         cache: KVCache | None = None,
         trace: list[Tensor] | None = None,
         last: int = 0,
+        packed: Packed | None = None,
     ) -> Tensor:
         """Hidden states [B, L, C] of L new tokens, after the final norm.
 
         inputs_embeds [B, L, C]; position_ids [3, B, L]; attention_mask [B, cached + L], False or 0
         at padding (needed for left padding only); `cache` is read and extended; `trace`, when a
         list is given, receives the input of each layer and the result; with `last`, the top layer
-        computes the last rows only: [B, last, C]. ValueError when the shapes disagree.
+        computes the last rows only: [B, last, C]. With `packed`, B is 1 and its one row holds many
+        without padding: [1, sum(packed.last), C]. ValueError when the shapes disagree.
         """
         past = cache.length if cache is not None else 0
         self._check(inputs_embeds, position_ids, attention_mask, past)
@@ -174,11 +210,11 @@ class QwenDecoder(nn.Module):
             if trace is not None:
                 trace.append(x)
             top = i == len(self.layers) - 1
-            new = last if last and top else total - past
+            count = last if last and top else total - past
+            new = packed.ends(x.device) if packed and top else slice(-count, None)
             if i == 0 or top:
-                mask = causal_mask(new, total - new, attention_mask, x.device)
-                is_causal = mask is None and new == total
-            x = layer(x, cos, sin, mask, is_causal, cache, i, last if top else 0)
+                look = packed.attend if packed else causal(count, total, attention_mask, x.device)
+            x = layer(x, cos, sin, look, cache, i, new)
         if cache is not None:
             cache.length = total
         x = self.norm(x)

@@ -204,8 +204,10 @@ def test_parity_loss(assert_parity, case):
     t, model, args = loss_case(case)
     positions, _ = rope_index(args[0], args[3], args[2], config=model.config)
     assert_parity("rope_index", f"06 {case}", positions, t[f"out/{case}/position_ids"], 0)
-    for name, value in ar_loss(model, *args)._asdict().items():
-        assert_parity("ar_loss", f"06 {case} {name}", value, t[f"out/{case}/{name}"])
+    for mask in (args[2], None):  # with padding, and without it: the rows one behind the other
+        found = ar_loss(model, *args[:2], mask, *args[3:])
+        for name, value in found._asdict().items():
+            assert_parity("ar_loss", f"06 {case} {name}", value, t[f"out/{case}/{name}"])
 
 
 def test_parity_loss_inputs_and_predictions(assert_parity):
@@ -220,8 +222,10 @@ def test_parity_loss_inputs_and_predictions(assert_parity):
     assert_parity("ar_loss", "06 pred_image_embeddings", got, t["out/all/pred_image_embeddings"])
 
 
-def test_parity_gradients(assert_parity):
+@pytest.mark.parametrize("packed", [False, True])
+def test_parity_gradients(assert_parity, packed):
     t, model, args = loss_case("all")
+    args = (*args[:2], None if packed else args[2], *args[3:])
     wanted = {k.removeprefix("out/all/grad/"): v for k, v in t.items() if "/grad/" in k}
     assert len(wanted) == 6
     parameters = dict(model.named_parameters())
@@ -260,6 +264,8 @@ def test_targets_get_no_gradient_and_absent_terms_are_zero(micro):
     assert only_image.ce == 0 and only_image.mse > 0
     only_image.loss.backward()
     assert embeds.grad is None and model.image_prefill_embeds.weight.grad[:3].abs().min() > 0
+    nothing_learned = ar_loss(model, ids, nothing, None, grid, embeds)
+    assert nothing_learned.loss == 0 and nothing_learned.loss.requires_grad
     only_text = ar_loss(model, ids[:, :3], ids[:, :3])
     assert only_text.mse == 0 and only_text.one_minus_cos == 0 and only_text.ce > 0
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autoencoder import AutoEncoder
-from ..autoregressive import ARLoss, NexusGenAR, ar_loss, prefill_image_slots, weighted
+from ..autoregressive import ARLoss, NexusGenAR, ar_loss, prefill_image_slots
 from ..config import NexusGenConfig
 from ..data import collate
 from ..flow import denoise, rf_loss, sample_t, schedule, time_shift
@@ -23,7 +23,7 @@ from ..image_processor import patchify
 from ..mmdit import MMDiT, context_ids_editing, context_ids_generation
 from ..projector import GenerationAdapter, ImageEmbeddingMerger
 from ..sampling import Context, velocity_field
-from ..tokenizer import IGNORE, IMAGE, QwenTokenizer
+from ..tokenizer import IMAGE, QwenTokenizer
 from ..training import Run, Stage, world
 from ..vision import QwenViT
 from .pictures import (
@@ -70,30 +70,11 @@ def init_ar(ar: NexusGenAR) -> NexusGenAR:
 def ar_batch_loss(
     ar: NexusGenAR, tokenizer: QwenTokenizer, config: NexusGenConfig, batch: list[Example]
 ) -> ARLoss:
-    """`ar_loss` of toy examples, through the reader of the message-like format.
-
-    Questions, which are longer, go apart from pictures, to spare padding; the sum is the same.
-    """
-    questions = [ex for ex in batch if ex.task == "understand"]
-    others = [ex for ex in batch if ex.task != "understand"]
-    found = [_part_loss(ar, tokenizer, config, part) for part in (questions, others) if part]
-    losses, labels, slots = zip(*found, strict=True)
-    ce = sum(x.ce * n for x, n in zip(losses, labels, strict=True)) / max(1, sum(labels))
-    mse, cos = (
-        sum(getattr(x, name) * n for x, n in zip(losses, slots, strict=True)) / max(1, sum(slots))
-        for name in ("mse", "one_minus_cos")
-    )
-    return weighted(ce, mse, cos)
-
-
-def _part_loss(ar, tokenizer, config, part: list[Example]) -> tuple[ARLoss, int, int]:
-    """Loss of some examples, and over how many labels and slots its terms are means."""
-    b = collate([toy_line(ex) for ex in part], tokenizer, config)
+    """`ar_loss` of toy examples, through the reader of the message-like format."""
+    b = collate([toy_line(ex) for ex in batch], tokenizer, config)
     with torch.no_grad():
         embeds = ar.visual(b.pixel_values, tuple(map(tuple, b.image_grid_thw.tolist())))
-    loss = ar_loss(ar, b.input_ids, b.labels, None, b.image_grid_thw, embeds, b.slot_mask)
-    labels = int(((b.labels[:, 1:] != IGNORE) & ~b.slot_mask[:, 1:]).sum())
-    return loss, labels, int(b.slot_mask.sum())
+    return ar_loss(ar, b.input_ids, b.labels, None, b.image_grid_thw, embeds, b.slot_mask)
 
 
 def ar_stage(
