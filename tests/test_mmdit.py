@@ -21,6 +21,7 @@ from nexus_min.mmdit import (
     timestep_frequencies,
     unpatchify,
 )
+from nexus_min.rope import turn_complex, turn_real
 from weights_loader import diffsynth_name, is_swapped, swap_halves
 
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -217,6 +218,21 @@ def test_unpatchify_inverts_patchify():
     assert torch.equal(unpatchify(patchify(x), 6, 10), x)
     # the first token is the upper left 2 x 2 cells, channel by channel
     assert torch.equal(patchify(x)[0, 0], x[0, :, :2, :2].reshape(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_ways_to_turn_pairs_are_one_rotation(dtype):
+    """CPUs take the complex one, and so do the fixtures; GPUs the real one."""
+    torch.manual_seed(0)
+    x, angle = torch.randn(2, 3, 5, 8, dtype=dtype), torch.randn(2, 1, 5, 4, dtype=dtype)
+    cos, sin = angle.cos(), angle.sin()
+    got = turn_real(x, cos, sin)
+    torch.testing.assert_close(got, turn_complex(x, cos, sin))
+    for pair in range(4):
+        c, s = cos[..., pair, None], sin[..., pair, None]
+        a, b = x[..., 2 * pair : 2 * pair + 2].chunk(2, -1)
+        want = torch.cat((a * c - b * s, a * s + b * c), -1)
+        torch.testing.assert_close(got[..., 2 * pair : 2 * pair + 2], want)
 
 
 def test_zero_gates_make_identity_blocks(tiny):
