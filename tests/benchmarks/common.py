@@ -13,6 +13,7 @@ from statistics import median
 from types import ModuleType
 
 import torch
+from torch.profiler import profile
 
 ROUNDS = 5
 # On a busy machine CPU=1 with OMP_NUM_THREADS=1 counts what a process itself has worked.
@@ -31,6 +32,7 @@ class Row:
     bar: float  # the ratio that was asked for
     error: float  # largest difference of the results over the largest of the peer's
     flop: float = 0.0  # of ours, matmuls only; 0 where a share of the ceiling tells nothing
+    core: float | None = None  # share of ours in matmuls and attention: what no rewriting can win
     note: str = ""
 
     @property
@@ -49,17 +51,28 @@ class Row:
 
     def line(self) -> str:
         """For the terminal and the README's table."""
-        share = "" if self.share is None else f"{self.share:.0%}"
+        share, core = ("" if x is None else f"{x:.0%}" for x in (self.share, self.core))
         cells = (
             f"{self.work}, {self.dtype}", self.peer, seconds(self.ours), seconds(self.theirs),
-            f"{self.ratio:.2f}x", f"{self.bar:g}x", share, f"{self.error:.1e}", self.note,
+            f"{self.ratio:.2f}x", f"{self.bar:g}x", share, core, f"{self.error:.1e}", self.note,
         )  # fmt: skip
         return "| " + " | ".join(cells) + " |"
 
 
+def dtypes() -> list[torch.dtype]:
+    """fp32, and bf16 where this machine has units for it: where it multiplies clearly faster."""
+    both = ceiling("bfloat16") > 1.5 * ceiling("float32")
+    return [torch.float32, torch.bfloat16] if both else [torch.float32]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "float32" """
+    return str(dtype).removeprefix("torch.")
+
+
 HEADER = (
-    "| work | peer | ours | peer's | ratio | asked | of the ceiling | difference | |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| work | peer | ours | peer's | ratio | asked | of the ceiling | in matmuls and attention "
+    "| difference | |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -78,6 +91,18 @@ def alternate(ours: Callable, theirs: Callable, rounds: int = ROUNDS) -> tuple[f
             if k:
                 times.append(clock() - start)
     return median(found[0]), median(found[1])
+
+
+CORE = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv_", "aten::mv"}
+CORE |= {"aten::_scaled_dot_product_flash_attention_for_cpu"}
+
+
+def core_share(run: Callable) -> float:
+    """Share of a run's time that torch's profiler finds in matmuls and attention."""
+    with profile() as found:
+        run()
+    times = {e.key: e.self_cpu_time_total for e in found.key_averages()}
+    return sum(times.get(name, 0.0) for name in CORE) / sum(times.values())
 
 
 @cache

@@ -10,6 +10,7 @@ steps, since twenty at 512x512 would take an hour. The peer's loop is that of di
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -20,7 +21,7 @@ from nexus_min.config import MMDiTConfig
 from nexus_min.mmdit import MMDiT, context_ids_generation, image_ids, patchify, unpatchify
 from nexus_min.sampling import Context, guided, velocity_field
 
-from .common import Row, alternate, difference, need
+from .common import Row, alternate, core_share, difference, dtypes, name_of, need
 
 CONFIG = MMDiTConfig(depth=2, depth_single_blocks=4)
 ROUNDS, STEPS, CFG, GUIDANCE = 2, 3, 3.0, 3.5
@@ -165,21 +166,28 @@ def velocity(ours: MMDiT, theirs: nn.Module, side: int, text: int) -> Row:
             return_dict=False,
         )
 
-    times = alternate(run_ours, run_theirs, ROUNDS)
+    times, note = alternate(run_ours, run_theirs, ROUNDS), ""
+    if dtype != torch.float32:
+        exact = copy.deepcopy(ours).float()
+        want = exact(img.float(), ids, txt.float(), told.txt_ids, t, pooled.float(), guidance)
+        off = (f"{difference(found[side], want):.1e}" for side in ("ours", "theirs"))
+        note = "off our fp32: ours {}, the peer's {}".format(*off)
     return Row(
         f"MMDiT velocity, {img.shape[1] + text} tokens",
-        str(dtype).removeprefix("torch."),
+        name_of(dtype),
         "diffusers",
         *times,
         bar=1.1 if dtype == torch.float32 else 1.4,
         error=difference(**found),
         flop=flop(config, img.shape[1], text),
+        core=core_share(run_ours),
+        note=note,
     )
 
 
 def sampling(ours: MMDiT, theirs: nn.Module, side: int, steps: int, rounds: int = 1) -> Row:
     """A picture from noise with CFG, as `pipeline.NexusGen.denoise_steps` draws it."""
-    config = ours.config
+    config, dtype = ours.config, ours.img_in.weight.dtype
     noise = torch.randn(1, config.in_channels // 4, side, side)
     positive, negative = context(81, config), context(512, config)
     sigmas = flow.schedule(steps)
@@ -198,10 +206,10 @@ def sampling(ours: MMDiT, theirs: nn.Module, side: int, steps: int, rounds: int 
     image = (side // 2) ** 2
     return Row(
         f"sampling with CFG, {steps} steps, {image} image tokens, contexts of 81 and 512",
-        "float32",
+        name_of(dtype),
         "diffusers loop",
         *times,
-        bar=1.25,
+        bar=1.25 if dtype == torch.float32 else 1.6,
         error=difference(**found),
         flop=steps * (flop(config, image, 81) + flop(config, image, 512)),
         note="20 steps at 512x512 do not fit the time",
@@ -215,7 +223,8 @@ def their_loop(
     scheduler = need("diffusers").FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
     height, width = noise.shape[-2:]
-    latents, ids = patchify(noise), image_ids(height, width)[0]
+    dtype = model.x_embedder.weight.dtype
+    latents, ids = patchify(noise).to(dtype), image_ids(height, width)[0]
     guidance = torch.tensor([GUIDANCE])
 
     def predict(told: Context, timestep: Tensor) -> Tensor:
@@ -223,8 +232,8 @@ def their_loop(
             hidden_states=latents,
             timestep=timestep / 1000,
             guidance=guidance,
-            pooled_projections=told.pooled,
-            encoder_hidden_states=told.txt,
+            pooled_projections=told.pooled.to(dtype),
+            encoder_hidden_states=told.txt.to(dtype),
             txt_ids=told.txt_ids[0],
             img_ids=ids,
             return_dict=False,
@@ -240,9 +249,10 @@ def their_loop(
 
 @torch.no_grad()
 def rows() -> Iterator[Row]:
-    """Two velocities and a sampling."""
-    ours = random_model(CONFIG)
-    theirs = their_model(ours)
-    yield velocity(ours, theirs, 64, 81)
-    yield velocity(ours, theirs, 64, 405)
-    yield sampling(ours, theirs, 32, STEPS)
+    """Two velocities and a sampling, in each dtype."""
+    for dtype in dtypes():
+        ours = random_model(CONFIG, dtype)
+        theirs = their_model(ours)
+        yield velocity(ours, theirs, 64, 81)
+        yield velocity(ours, theirs, 64, 405)
+        yield sampling(ours, theirs, 32, STEPS)

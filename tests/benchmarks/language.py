@@ -15,11 +15,11 @@ import torch
 
 from nexus_min.autoregressive import NexusGenAR, generate
 
-from .common import Row, alternate, copy_speed
+from .common import Row, alternate, copy_speed, core_share, dtypes, name_of
 from .peers import ar_config, our_ar, their_ar
 
 PROMPT, TOKENS = 512, 128
-ROUNDS = {"150 M": (5, 3), "500 M": (3, 1)}  # of prefill, of decoding
+ROUNDS = {"150 M": (3, 2), "500 M": (2, 1)}  # of prefill, of decoding
 
 
 def decoder_flop(model: NexusGenAR, tokens: int) -> float:
@@ -59,19 +59,25 @@ def unlike(a: list[int], b: list[int]) -> float:
 
 
 def rows() -> Iterator[Row]:
-    for size, (prefills, decodes) in ROUNDS.items():
-        model = our_ar(ar_config(size))
-        peer, name = their_ar(model), f"transformers generate, {size}"
-        torch.manual_seed(1)
-        ids = torch.randint(0, model.config.text.vocab_size - 16, (1, PROMPT))
-        both = partial(ours, model, ids), partial(theirs, peer, ids)
-        error = unlike(*(run(TOKENS) for run in both))
-        first = alternate(*(partial(run, 1) for run in both), prefills)
-        flop = decoder_flop(model, PROMPT)
-        yield Row(f"prefill, {PROMPT} tokens", "float32", name, *first, 1.1, error, flop)
-        whole = alternate(*(partial(run, TOKENS) for run in both), decodes)
-        a, b = (all_ - one for all_, one in zip(whole, first, strict=True))
-        speed = read_bytes(model) * (TOKENS - 1) / a
-        note = f"{speed / 1e9:.0f} GB/s of weights; a copy moves {copy_speed() / 1e9:.0f} GB/s"
-        work = f"greedy decode, {TOKENS} tokens"
-        yield Row(work, "float32", name, a, b, 1.1, error, note=note)
+    for size in ROUNDS:
+        for dtype in dtypes():
+            yield from prefill_and_decode(size, dtype, 1.1 if dtype == torch.float32 else 1.5)
+
+
+def prefill_and_decode(size: str, dtype: torch.dtype, bar: float) -> Iterator[Row]:
+    """A prompt until its first token; then, by difference, the tokens that follow."""
+    model, (prefills, decodes) = our_ar(ar_config(size)).to(dtype), ROUNDS[size]
+    peer, name = their_ar(model), f"transformers generate, {size}"
+    torch.manual_seed(1)
+    ids = torch.randint(0, model.config.text.vocab_size - 16, (1, PROMPT))
+    both = partial(ours, model, ids), partial(theirs, peer, ids)
+    error = unlike(*(run(TOKENS) for run in both))
+    first = alternate(*(partial(run, 1) for run in both), prefills)
+    flop, kind = decoder_flop(model, PROMPT), name_of(dtype)
+    core = core_share(partial(both[0], 1))
+    yield Row(f"prefill, {PROMPT} tokens", kind, name, *first, bar, error, flop, core)
+    whole = alternate(*(partial(run, TOKENS) for run in both), decodes)
+    a, b = (all_ - one for all_, one in zip(whole, first, strict=True))
+    speed = read_bytes(model) * (TOKENS - 1) / a
+    note = f"{speed / 1e9:.0f} GB/s of weights; a copy moves {copy_speed() / 1e9:.0f} GB/s"
+    yield Row(f"greedy decode, {TOKENS} tokens", kind, name, a, b, bar, error, note=note)

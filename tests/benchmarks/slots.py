@@ -17,7 +17,7 @@ from nexus_min.autoregressive import (
     rope_index,
 )
 
-from .common import Row, alternate, difference
+from .common import Row, alternate, core_share, difference, dtypes, name_of
 from .language import decoder_flop
 from .peers import ar_config, our_ar, their_ar
 
@@ -42,18 +42,25 @@ def their_loop(model: NexusGenAR, peer, ids: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def rows() -> Iterator[Row]:
     for size in ("30 M", "150 M"):
-        model = our_ar(ar_config(size))
-        peer, config = their_ar(model), model.config
-        torch.manual_seed(1)
-        ids = torch.randint(0, config.text.vocab_size - 16, (1, PROMPT))
-        ids[0, -1] = config.vision_start_token_id
-        flop = decoder_flop(model, PROMPT + config.num_image_slots - 1)
-        want = prefill_image_slots(model, ids)
-        loops = {
-            f"our loop, {size}": lambda: prefill_image_slots_loop(model, ids),  # noqa: B023
-            f"transformers loop, {size}": lambda: their_loop(model, peer, ids),  # noqa: B023
-        }
-        for name, loop in loops.items():
-            error = difference(want, loop())
-            times = alternate(lambda: prefill_image_slots(model, ids), loop, 3)  # noqa: B023
-            yield Row(f"81 slots, {size}", "float32", name, *times, 10.0, error, flop)
+        for dtype in dtypes():
+            yield from all_slots(size, dtype)
+
+
+def all_slots(size: str, dtype: torch.dtype) -> Iterator[Row]:
+    """One pass, beside both loops."""
+    model = our_ar(ar_config(size)).to(dtype)
+    peer, config = their_ar(model), model.config
+    torch.manual_seed(1)
+    ids = torch.randint(0, config.text.vocab_size - 16, (1, PROMPT))
+    ids[0, -1] = config.vision_start_token_id
+    flop = decoder_flop(model, PROMPT + config.num_image_slots - 1)
+    core = core_share(lambda: prefill_image_slots(model, ids))
+    want = prefill_image_slots(model, ids)
+    loops = {
+        f"our loop, {size}": lambda: prefill_image_slots_loop(model, ids),
+        f"transformers loop, {size}": lambda: their_loop(model, peer, ids),
+    }
+    for name, loop in loops.items():
+        error = difference(want, loop())
+        times = alternate(lambda: prefill_image_slots(model, ids), loop, 2)
+        yield Row(f"81 slots, {size}", name_of(dtype), name, *times, 10.0, error, flop, core)

@@ -133,7 +133,7 @@ def rows() -> Iterator[Row]:
         )
         yield Row(
             f"AR training step, {size}", "float32", "transformers",
-            a["seconds"], b["seconds"], 1.3, error, 0, note,
+            a["seconds"], b["seconds"], 1.3, error, note=note,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from nexus_min.config import VisionConfig
 from nexus_min.vision import QwenViT
 
-from .common import Row, alternate, difference
+from .common import Row, alternate, core_share, difference, dtypes, name_of
 from .peers import their_vision
 
 CONFIG = VisionConfig(depth=8, fullatt_block_indexes=(7,))
@@ -31,14 +31,21 @@ def tower_flop(model: QwenViT, grid: tuple[int, int, int]) -> float:
 
 @torch.inference_mode()
 def rows() -> Iterator[Row]:
+    for dtype in dtypes():
+        yield from towers(dtype, 1.25 if dtype == torch.float32 else 1.6)
+
+
+def towers(dtype: torch.dtype, bar: float) -> Iterator[Row]:
+    """Both sizes in one dtype."""
     torch.manual_seed(0)
-    model = QwenViT(CONFIG)
+    model = QwenViT(CONFIG).to(dtype)
     peer = their_vision(model)
     for name, grid in SIZES.items():
-        pixels = torch.randn(grid[1] * grid[2], 3 * 2 * 14 * 14)
+        pixels = torch.randn(grid[1] * grid[2], 3 * 2 * 14 * 14).to(dtype)
         ours = lambda: model(pixels, (grid,))  # noqa: B023, E731
         theirs = lambda: peer(pixels, torch.tensor([grid])).pooler_output  # noqa: B023, E731
         error = difference(ours(), theirs())
-        times = alternate(ours, theirs, 3)
+        times = alternate(ours, theirs, 2)
         flop = tower_flop(model, grid)
-        yield Row(f"vision tower, {name}", "float32", "transformers", *times, 1.25, error, flop)
+        work = f"vision tower, {name}"
+        yield Row(work, name_of(dtype), "transformers", *times, bar, error, flop, core_share(ours))
