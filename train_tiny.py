@@ -255,7 +255,10 @@ TRAIN = {
 
 
 def begin(folder: Folder, plan: Plan) -> None:
-    """Copy the model to start from, in fp32, and note the data. ValueError for a run on others."""
+    """Copy the model to start from, in fp32, and note the data; for rank 0 alone.
+
+    ValueError for a run on others.
+    """
     data = hashlib.sha256(plan.data.read_bytes()).hexdigest()
     facts = {"data": data, "model": str(plan.model), "ratio": list(plan.ratio)}
     file, begun = folder.path / "data.json", folder.path / "data.json.begun"
@@ -273,7 +276,7 @@ def begin(folder: Folder, plan: Plan) -> None:
     model, source = NexusGen.load(plan.model, dtype=torch.float32), model_folder(plan.model)
     parts = {name: getattr(model, name) for name in (*PARTS, "empty_prompt")}
     parts["tokenizer_file"] = source / loader.AR_FOLDER / "tokenizer.json"
-    folder.save(model.config, **parts)
+    loader.save_checkpoint(folder.model, model.config, dtype=None, **parts)
     loader.replace_file(file, lambda p: p.write_text(json.dumps(facts), "utf-8"))
     begun.unlink()
 

@@ -232,6 +232,23 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(train_tiny, "BATCH", dict.fromkeys(train_tiny.BATCH, 2))
 
 
+def test_two_processes_fine_tune_together(tmp_path, capfd):
+    path, _ = toy_file(tmp_path, ["understand", "generate"])
+    options = [
+        "--data",
+        str(path),
+        "--model",
+        str(save_tiny(tmp_path)),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    options += ["--stage", "generation", "--steps", "1", "--workers", "2", "--quiet"]
+    assert train_tiny.main(options) == 0, capfd.readouterr().err
+    both = [NexusGen.load(tmp_path / name) for name in ("model", "out/model")]
+    pairs = zip(*(m.generation.mmdit.parameters() for m in both), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+
+
 def test_fine_tuning_from_the_command_line(tmp_path, small_batches, capsys):
     start, out = save_tiny(tmp_path), tmp_path / "out"
     path, _ = toy_file(tmp_path, ["understand", "generate", "edit"])
