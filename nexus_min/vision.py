@@ -185,13 +185,15 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(SwiGLU):
-    """SwiGLU of [P, C] with its hidden units as rows of the arrays, tokens as columns.
+    """SwiGLU of [P, C]; in fp32 with its hidden units as rows of the arrays, tokens as columns.
 
-    A token's 3420 hidden units are no multiple of 8 floats, which costs MKL a third of its speed;
-    tokens are easily made one.
+    A token's 3420 hidden units are no multiple of 8 floats, which costs MKL up to a third of its
+    speed; tokens are easily made one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            return super().forward(x)
         columns = F.pad(x, (0, 0, 0, -len(x) % 8)).T
         gate, up = (
             torch.addmm(linear.bias[:, None], linear.weight, columns)

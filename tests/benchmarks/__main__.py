@@ -1,7 +1,8 @@
 """All benchmarks that need no GPU, one process each: a table, and `results.json` beside this file.
 
-    python -m tests.benchmarks                    # all; more than 15 minutes on 2 AVX2 cores
+    python -m tests.benchmarks                    # all
     python -m tests.benchmarks vision language    # some; the others' rows stay in the file
+    python -m tests.benchmarks table              # README's table of what the file holds
 
 Peers come from `tests/requirements.txt`. A module has `rows()`, which yields `common.Row`s.
 """
@@ -12,15 +13,44 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from .common import HEADER, measure
+from .common import HEADER, measure, seconds
 
 MODULES = ("slots", "language", "vision", "training", "diffusion", "autoencoder", "batch")
 RESULTS = Path(__file__).with_name("results.json")
 
 
+TABLE = (
+    "| work | peer | fp32: ours | ratio | asked | bf16: ours | ratio | asked |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def table(rows: list[dict]) -> Iterator[str]:
+    """A line for every work and peer: seconds of ours, and how often the peer needs them.
+
+    In brackets what the ratio would be if all but our matmuls and attention took no time.
+    """
+    yield TABLE
+    works: dict[tuple, dict] = {}
+    for row in rows:
+        works.setdefault((row["work"], row["peer"]), {})[row["dtype"]] = row
+    for (work, peer), found in works.items():
+        cells = [work, peer]
+        for row in (found.get("float32"), found.get("bfloat16")):
+            if row is None:
+                cells += ["", "", ""]
+                continue
+            most = f" ({row['ratio'] / row['core']:.2f}x)" if row["core"] else ""
+            cells += [seconds(row["ours"]), f"{row['ratio']:.2f}x{most}", f"{row['bar']:g}x"]
+        yield "| " + " | ".join(cells) + " |"
+
+
 def main(names: list[str]) -> None:
+    if names == ["table"]:
+        return print("\n".join(table(json.loads(RESULTS.read_text("utf-8")))))
     context, found, failed = multiprocessing.get_context("spawn"), [], False
     if RESULTS.is_file():
         found = [row for row in json.loads(RESULTS.read_text()) if row["module"] not in names]

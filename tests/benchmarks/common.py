@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
-from statistics import median
 from types import ModuleType
 
 import torch
@@ -27,7 +26,7 @@ class Row:
     work: str  # what is done, with its size
     dtype: str
     peer: str
-    ours: float  # seconds, median
+    ours: float  # seconds
     theirs: float
     bar: float  # the ratio that was asked for
     error: float  # largest difference of the results over the largest of the peer's
@@ -82,15 +81,17 @@ def seconds(x: float) -> str:
 
 
 def alternate(ours: Callable, theirs: Callable, rounds: int = ROUNDS) -> tuple[float, float]:
-    """Median seconds of both, run in turn after one round that is not counted."""
+    """Least seconds of both, run in turn; each has run before, so that none warms up here.
+
+    The least, since other work on the machine only ever adds.
+    """
     found: tuple[list[float], list[float]] = ([], [])
-    for k in range(rounds + 1):
+    for _ in range(rounds):
         for run, times in zip((ours, theirs), found, strict=True):
             start = clock()
             run()
-            if k:
-                times.append(clock() - start)
-    return median(found[0]), median(found[1])
+            times.append(clock() - start)
+    return min(found[0]), min(found[1])
 
 
 CORE = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::addmv_", "aten::mv"}

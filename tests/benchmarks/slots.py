@@ -62,5 +62,5 @@ def all_slots(size: str, dtype: torch.dtype) -> Iterator[Row]:
     }
     for name, loop in loops.items():
         error = difference(want, loop())
-        times = alternate(lambda: prefill_image_slots(model, ids), loop, 2)
+        times = alternate(lambda: prefill_image_slots(model, ids), loop, 3)
         yield Row(f"81 slots, {size}", name_of(dtype), name, *times, 10.0, error, flop, core)

@@ -26,7 +26,8 @@ from nexus_min.autoregressive import NexusGenAR, ar_loss, rope_index
 from .common import Row, clock, peak_rss
 from .peers import ar_config, our_ar, their_ar
 
-ROUNDS, STEPS = 2, 3  # processes a side, steps in each after one that is not counted
+ROUNDS = 2  # processes a side
+STEPS = {"tiny": 15, "150 M": 3}  # in each, after one that is not counted
 # (task, tokens of text before, tokens of the reply): questions, pictures, edits as 1 : 2 : 1
 TASKS = {
     "tiny": [("und", 20, 12)] * 4 + [("gen", 30, 12)] * 8 + [("edit", 26, 12)] * 4,
@@ -92,7 +93,7 @@ def run(side: str, size: str) -> dict[str, float]:
     warm_up()
     base = resident() - sum(p.numel() * p.element_size() for p in parameters)
     adam, seconds, found = torch.optim.AdamW(parameters, lr=1e-4, fused=True), [], {}
-    for k in range(STEPS + 1):
+    for k in range(STEPS[size] + 1):
         start = clock()
         loss = their_loss(model, peer, b) if peer else ar_loss(model, **b).loss
         loss.backward()

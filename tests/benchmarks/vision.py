@@ -45,7 +45,7 @@ def towers(dtype: torch.dtype, bar: float) -> Iterator[Row]:
         ours = lambda: model(pixels, (grid,))  # noqa: B023, E731
         theirs = lambda: peer(pixels, torch.tensor([grid])).pooler_output  # noqa: B023, E731
         error = difference(ours(), theirs())
-        times = alternate(ours, theirs, 2)
+        times = alternate(ours, theirs, 3)
         flop = tower_flop(model, grid)
         work = f"vision tower, {name}"
         yield Row(work, name_of(dtype), "transformers", *times, bar, error, flop, core_share(ours))
