@@ -234,8 +234,9 @@ def _hidden_where(
 ) -> Tensor:
     """Hidden states [B, L, C] that are right where learned [B, L] is True.
 
-    What follows a row's last such place cannot move any: the rows are laid one behind the other
-    without it, and so without padding. The top layer starts at the first such place of each.
+    With attention_mask, all of them are. Without, what follows a row's last such place cannot move
+    any: the rows are laid one behind the other without it, and so without padding. The top layer
+    starts at the first such place of each.
     """
     if attention_mask is not None:
         return model.model(x, position_ids, attention_mask)
@@ -246,7 +247,7 @@ def _hidden_where(
     lengths, last = (rows.sum(1)[kept[:, 0]].tolist() for rows in (kept, wanted))
     packed = Packed(tuple(lengths), tuple(last))
     hidden = model.model(x[kept][None], position_ids[:, None, kept], packed=packed)
-    return torch.zeros_like(x).masked_scatter(wanted[..., None], hidden)
+    return hidden.new_zeros(x.shape).masked_scatter(wanted[..., None], hidden)
 
 
 def _text_loss(model: NexusGenAR, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -74,11 +74,11 @@ def causal_mask(length: int, past: int, padding: Tensor | None, device=None) -> 
     """
     if padding is None and (past == 0 or length == 1):
         return None
-    causal = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+    earlier = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
     if padding is None:
-        return causal[None, None]
-    own = causal & ~causal.tril(past - 1)
-    return (causal & padding.bool()[:, None, None]) | own
+        return earlier[None, None]
+    own = earlier & ~earlier.tril(past - 1)
+    return (earlier & padding.bool()[:, None, None]) | own
 
 
 def attend(
@@ -88,10 +88,10 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
 
 
-def causal(new: int, total: int, padding: Tensor | None = None, device=None) -> Attend:
-    """`attend` for the last `new` of `total` tokens; padding [B, total] is False at padded ones."""
-    mask = causal_mask(new, total - new, padding, device)
-    return partial(attend, mask=mask, is_causal=mask is None and new == total)
+def causal(last: int, total: int, padding: Tensor | None = None, device=None) -> Attend:
+    """`attend` for the last of `total` tokens; padding [B, total] is False at padded ones."""
+    mask = causal_mask(last, total - last, padding, device)
+    return partial(attend, mask=mask, is_causal=mask is None and last == total)
 
 
 class Packed(NamedTuple):
@@ -107,8 +107,8 @@ class Packed(NamedTuple):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention row by row; q [1, H, L, D] of all tokens or of the ends: -> as q."""
-        new, total = self.lengths if q.shape[2] == k.shape[2] else self.last, self.lengths
-        rows = zip(new, total, q.split(new, 2), k.split(total, 2), v.split(total, 2), strict=True)
+        last, total = self.lengths if q.shape[2] == k.shape[2] else self.last, self.lengths
+        rows = zip(last, total, q.split(last, 2), k.split(total, 2), v.split(total, 2), strict=True)
         parts = [causal(n, t, device=q.device)(*qkv) for n, t, *qkv in rows]
         return torch.cat(parts, dim=2)
 
@@ -135,7 +135,7 @@ class Attention(nn.Module):
         layer: int = 0,
         new: slice | Tensor = ALL,
     ) -> Tensor:
-        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, L, C], of the `new` tokens only."""
+        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, n, C] of the n `new` tokens."""
         q, k, v = (
             rearrange(proj(seen), "B L (H D) -> B H L D", D=self.head_dim)
             for proj, seen in ((self.q_proj, x[:, new]), (self.k_proj, x), (self.v_proj, x))
@@ -148,7 +148,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP. Without mask and causality it is the editing merger's layer."""
+    """Pre-norm attention and MLP; as it is by default, without a mask, the editing merger's."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -167,7 +167,7 @@ class DecoderLayer(nn.Module):
         layer: int = 0,
         new: slice | Tensor = ALL,
     ) -> Tensor:
-        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, L, C]; of the `new` tokens only."""
+        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, n, C] of the n `new` tokens."""
         seen = self.input_layernorm(x)
         x = x[:, new] + self.self_attn(seen, cos, sin, attend, cache, layer, new)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -203,6 +203,11 @@ class QwenDecoder(nn.Module):
         """
         past = cache.length if cache is not None else 0
         self._check(inputs_embeds, position_ids, attention_mask, past)
+        if packed and (cache is not None or attention_mask is not None or last):
+            raise ValueError("packed rows go without cache, attention_mask and last")
+        if packed and inputs_embeds.shape[:2] != (1, sum(packed.lengths)):
+            rows = tuple(inputs_embeds.shape[:2])
+            raise ValueError(f"packed rows of {packed.lengths} tokens do not fill {rows}")
         cos, sin = self._rotation(position_ids, inputs_embeds.dtype)
         total = past + inputs_embeds.shape[1]
         x = inputs_embeds

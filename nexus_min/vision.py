@@ -185,14 +185,14 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(SwiGLU):
-    """SwiGLU of [P, C]; in fp32 with its hidden units as rows of the arrays, tokens as columns.
+    """SwiGLU of [P, C]; in fp32 on a CPU with hidden units as rows of arrays, tokens as columns.
 
     A token's 3420 hidden units are no multiple of 8 floats, which costs MKL up to a third of its
     speed; tokens are easily made one.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:
+        if x.dtype != torch.float32 or x.device.type != "cpu":
             return super().forward(x)
         columns = F.pad(x, (0, 0, 0, -len(x) % 8)).T
         gate, up = (

@@ -1,10 +1,11 @@
 """The tables of the README that the code itself can fill.
 
-    python tests/readme.py            print the file tour and the parity table
+    python tests/readme.py            print the file tour, the parity table and the speed table
     python tests/readme.py --write    put them into README.md, between their markers
 
 The tour lists each file's lines and the first sentence of its docstring; the parity table each
-tower's largest error against the official code, from a run of the parity tests.
+tower's largest error against the official code, from a run of the parity tests; the speed table
+what `python -m tests.benchmarks` measured last.
 """
 
 from __future__ import annotations
@@ -56,7 +57,13 @@ def parity() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"tour": tour, "parity": parity}
+def speed() -> str:
+    """Markdown table of `tests/benchmarks/results.json`."""
+    command = [sys.executable, "-m", "tests.benchmarks", "table"]
+    return subprocess.check_output(command, cwd=HOME, text=True).strip()
+
+
+TABLES = {"tour": tour, "parity": parity, "speed": speed}
 
 
 def section(name: str, text: str) -> tuple[str, str, str]:

@@ -247,6 +247,20 @@ def test_right_padding_needs_no_mask_and_left_padding_is_the_same_loss():
         assert torch.allclose(a, b, atol=1e-5) and torch.allclose(a, c, atol=1e-5)
 
 
+def test_a_row_without_anything_to_learn_changes_no_gradient():
+    found = []
+    for masked in (True, False):
+        _, model, (ids, labels, mask, grid, embeds, slots) = loss_case("all")
+        labels = labels.clone()
+        labels[0], slots = -100, slots.clone()
+        slots[0] = False
+        model.model.requires_grad_(True)
+        ar_loss(model, ids, labels, mask if masked else None, grid, embeds, slots).loss.backward()
+        found.append([p.grad.clone() for p in model.model.layers.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
 def test_precomputed_positions_give_the_same_loss():
     _, model, args = loss_case("all")
     positions, _ = rope_index(args[0], args[3], args[2], config=model.config)
@@ -265,7 +279,8 @@ def test_targets_get_no_gradient_and_absent_terms_are_zero(micro):
     only_image.loss.backward()
     assert embeds.grad is None and model.image_prefill_embeds.weight.grad[:3].abs().min() > 0
     nothing_learned = ar_loss(model, ids, nothing, None, grid, embeds)
-    assert nothing_learned.loss == 0 and nothing_learned.loss.requires_grad
+    assert nothing_learned.loss == 0
+    nothing_learned.loss.backward()  # every process of several must get this far
     only_text = ar_loss(model, ids[:, :3], ids[:, :3])
     assert only_text.mse == 0 and only_text.one_minus_cos == 0 and only_text.ce > 0
 

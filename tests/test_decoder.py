@@ -143,6 +143,11 @@ def test_packed_rows_do_not_see_each_other(decoder):
     got = decoder(x[keep][None], positions[:, None, keep], packed=packed)
     want = decoder(x[:1], positions[:, :1])[:, 8:], decoder(x[1:, :7], positions[:, 1:, :7])
     torch.testing.assert_close(got, torch.cat(want, 1), atol=1e-5, rtol=1e-5)
+    for wrong in ({"cache": KVCache()}, {"last": 2}, {"attention_mask": keep[:1]}):
+        with pytest.raises(ValueError, match="packed rows go without|attention_mask"):
+            decoder(x[:1], positions[:, :1], packed=Packed((11,), (3,)), **wrong)
+    with pytest.raises(ValueError, match=r"packed rows of \(11, 7\) tokens do not fill \(1, 11\)"):
+        decoder(x[:1], positions[:, :1], packed=packed)
 
 
 def test_left_padded_cached_equals_uncached(decoder):

@@ -226,6 +226,9 @@ def test_both_ways_to_turn_pairs_are_one_rotation(dtype):
     torch.manual_seed(0)
     x, angle = torch.randn(2, 3, 5, 8, dtype=dtype), torch.randn(2, 1, 5, 4, dtype=dtype)
     cos, sin = angle.cos(), angle.sin()
+    fused = x.transpose(1, 2).repeat(1, 1, 3, 1)[:, :, :3].transpose(1, 2)  # as the MMDiT has it
+    assert not fused.is_contiguous()
+    torch.testing.assert_close(turn_complex(fused, cos, sin), turn_complex(x, cos, sin))
     got = turn_real(x, cos, sin)
     torch.testing.assert_close(got, turn_complex(x, cos, sin))
     for pair in range(4):

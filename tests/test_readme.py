@@ -26,6 +26,10 @@ def test_the_tour_is_up_to_date():
     assert readme.section("tour", TEXT)[1] == readme.tour(), "python tests/readme.py --write"
 
 
+def test_the_speed_table_is_what_was_measured():
+    assert readme.section("speed", TEXT)[1] == readme.speed(), "python tests/readme.py --write"
+
+
 def test_the_parity_table_names_the_towers_and_limits_of_the_tests():
     def cells(table: str) -> list[list[str]]:
         return [[c.strip() for c in row.split("|")[1:-1]] for row in table.split("\n")[2:]]

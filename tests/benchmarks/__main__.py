@@ -29,21 +29,25 @@ TABLE = (
 
 
 def table(rows: list[dict]) -> Iterator[str]:
-    """A line for every work and peer: seconds of ours, and how often the peer needs them.
+    """A line for every work and foreign peer: seconds of ours, and how often the peer needs them.
 
-    In brackets what the ratio would be if all but our matmuls and attention took no time.
+    In brackets the most that the ratio could be, at equal work: if all but our matmuls and
+    attention took no time, or these ran as fast as one large matmul, whichever is less.
     """
     yield TABLE
     works: dict[tuple, dict] = {}
     for row in rows:
+        if row["peer"].startswith("our loop"):
+            continue
         works.setdefault((row["work"], row["peer"]), {})[row["dtype"]] = row
     for (work, peer), found in works.items():
-        cells = [work, peer]
+        cells, slots = [work, peer], work.startswith("81 slots")
         for row in (found.get("float32"), found.get("bfloat16")):
             if row is None:
                 cells += ["", "", ""]
                 continue
-            most = f" ({row['ratio'] / row['core']:.2f}x)" if row["core"] else ""
+            shares = [s for s in (row["core"], row["share"]) if s and not slots]
+            most = f" ({row['ratio'] / max(shares):.2f}x)" if shares else ""
             cells += [seconds(row["ours"]), f"{row['ratio']:.2f}x{most}", f"{row['bar']:g}x"]
         yield "| " + " | ".join(cells) + " |"
 

@@ -24,7 +24,7 @@ from nexus_min.sampling import Context, guided, velocity_field
 from .common import Row, alternate, core_share, difference, dtypes, name_of, need
 
 CONFIG = MMDiTConfig(depth=2, depth_single_blocks=4)
-ROUNDS, STEPS, CFG, GUIDANCE = 2, 2, 3.0, 3.5
+ROUNDS, STEPS, CFG, GUIDANCE = 2, 3, 3.0, 3.5
 
 
 # ---- the same weights under both names -----------------------------------------------------------
@@ -187,7 +187,10 @@ def velocity(ours: MMDiT, theirs: nn.Module, side: int, text: int) -> Row:
 
 
 def sampling(ours: MMDiT, theirs: nn.Module, side: int, steps: int, rounds: int = 1) -> Row:
-    """A picture from noise with CFG, as `pipeline.NexusGen.denoise_steps` draws it."""
+    """A picture from noise with CFG, as `pipeline.NexusGen.denoise_steps` draws it.
+
+    Both models have run before, in `velocity`.
+    """
     config, dtype = ours.config, ours.img_in.weight.dtype
     noise = torch.randn(1, config.in_channels // 4, side, side)
     positive, negative = context(81, config), context(512, config)

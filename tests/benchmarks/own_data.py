@@ -1,6 +1,6 @@
 """What fine-tuning on a file of one's own teaches, and what it makes forget.
 
-    python tests/benchmarks/own_data.py DIR --minutes 5
+    python tests/benchmarks/own_data.py DIR --minutes 6
 
 Writes DIR/new_words.jsonl, conversations of the toy world in which a yellow circle is called a sun
 and a pink star a rose, words that the tiny model has never read; fine-tunes the shipped model on it
@@ -27,6 +27,7 @@ from nexus_min.toy.evaluate import batches, draw, predict
 from nexus_min.toy.tasks import Example, example
 from nexus_min.toy.world import render
 
+TRAIN = Path(__file__).parents[2] / "train_tiny.py"
 WORDS = {"yellow circle": "sun", "pink star": "rose"}
 KINDS = {"understand": "describe", "generate": "caption", "edit": None}  # None: any kind
 
@@ -99,17 +100,19 @@ def scores(model: NexusGen, cases: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--lines", type=int, default=200, help="of each task")
     parser.add_argument("--cases", type=int, default=100, help="of each score")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     file, out = args.folder / "new_words.jsonl", args.folder / "run"
+    if out.exists():
+        parser.error(f"{out} exists: give another DIR")
     rows = [json.dumps(line) for line in lines(args.folder, args.lines)]
     file.write_text("\n".join(rows) + "\n", "utf-8")
     print(json.dumps({"model": "tiny"} | scores(NexusGen.load("tiny"), args.cases)), flush=True)
     options = ["--data", file, "--out", out, "--minutes", args.minutes, "--quiet"]
-    subprocess.run([sys.executable, "train_tiny.py", *map(str, options)], check=True)
+    subprocess.run([sys.executable, str(TRAIN), *map(str, options)], check=True)
     tuned = NexusGen.load(str(out / "model"))
     print(json.dumps({"model": f"after {args.minutes:g} minutes"} | scores(tuned, args.cases)))
 
