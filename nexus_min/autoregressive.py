@@ -241,7 +241,7 @@ def _hidden_where(
     if attention_mask is not None:
         return model.model(x, position_ids, attention_mask)
     if not learned.any():
-        learned = F.pad(learned[:, 1:], (1, 0), value=True)
+        learned = F.pad(learned[:, 1:], (1, 0), value=True)  # other ranks wait in every block
     kept = learned.flip(1).cumsum(1).flip(1) > 0
     wanted = kept & (learned.cumsum(1) > 0)
     lengths, last = (rows.sum(1)[kept[:, 0]].tolist() for rows in (kept, wanted))

@@ -154,7 +154,7 @@ def plot(found: Sequence[Curve], path: Path) -> None:
         panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
         panel.legend()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=120)
 
 
 def main(path: Path) -> None:
