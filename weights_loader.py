@@ -621,7 +621,10 @@ def replace_file(file: Path, write: Callable[[Path], object]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # what the umask grants; safetensors' own is for us alone
         write(partial)
+        partial.chmod(mode)
         with open(partial, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(partial, file)

@@ -125,9 +125,12 @@ def numbers(state, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """What a model is read from: not the beginnings that a killed process leaves beside it."""
+    """What a model is read from: not the hidden beginnings that a killed process leaves beside it.
+
+    They are our `.NAME.PID.partial`, and `.tmpXXXXXX` while safetensors still writes that one.
+    """
     files = (p for p in folder.rglob("model/**/*") if p.is_file())
-    return [p for p in files if p.suffix != ".partial"]
+    return [p for p in files if not p.name.startswith(".")]
 
 
 def states(folder: Path) -> dict:

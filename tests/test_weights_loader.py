@@ -225,7 +225,14 @@ def test_saved_files_have_official_names_and_metadata(saved):
     config = json.loads((folder / "Nexus-GenV2/config.json").read_text())
     assert ARConfig.from_dict(config) == TINY.ar
     assert config["rope_scaling"]["mrope_section"] == list(TINY.ar.text.mrope_section)
-    assert not list(folder.rglob("*.partial"))
+    assert not list(folder.rglob(".*"))
+
+
+def test_saved_files_are_as_readable_as_any(saved):
+    folder, _ = saved
+    (folder.parent / "plain").touch()
+    modes = {file.stat().st_mode for file in folder.rglob("*") if file.is_file()}
+    assert modes == {(folder.parent / "plain").stat().st_mode}
 
 
 def test_saving_full_size_needs_no_file_of_sizes():
@@ -509,7 +516,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, heard)
     assert "\n" not in str(error.value)
-    assert (tmp_path / AE).read_bytes() == before and not list(tmp_path.rglob("*.partial"))
+    assert (tmp_path / AE).read_bytes() == before and not list(tmp_path.rglob(".*"))
 
 
 def test_old_torch_opens_no_pickle(tmp_path, monkeypatch):
