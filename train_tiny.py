@@ -55,7 +55,7 @@ from nexus_min.toy.vocabulary import build_tokenizer, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
 # The stages in order: the share of --minutes, and the batch over all workers.
-SHARES = {"vae": 0.04, "vision": 0.14, "generation": 0.28, "ar": 0.40, "editing": 0.14}
+SHARES = {"vae": 0.12, "vision": 0.12, "generation": 0.25, "ar": 0.37, "editing": 0.14}
 BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
 BF16 = ("vision", "generation")  # where bf16 products pay, if the CPU has them
 NEEDS = {

@@ -246,21 +246,22 @@ class NexusGenConfig:
                 **TINY_TOKEN_IDS,
             ),
             mmdit=MMDiTConfig(
-                in_channels=64,
+                in_channels=128,
                 vec_in_dim=32,
                 context_in_dim=96,
                 hidden_size=128,
                 mlp_ratio=3.0,
                 num_heads=4,
-                depth=2,
+                depth=1,
                 depth_single_blocks=4,
                 axes_dim=(4, 14, 14),
-                theta=32,  # 7 frequencies an axis: all of them tell the 8 rows of tokens apart
+                theta=8,  # 7 frequencies an axis: all of them tell the 4 rows of tokens apart
             ),
             autoencoder=AutoEncoderConfig(
                 ch=16,
-                ch_mult=(1, 2, 2),
+                ch_mult=(1, 2, 2, 2),
                 num_res_blocks=1,
+                z_channels=32,
                 num_groups=8,
                 scale_factor=1.0,
                 shift_factor=0.0,

@@ -64,7 +64,7 @@ def test_generate_takes_the_official_options(here, capsys, folder):
     status, out, err = run(capsys, "generate", *options, "--model", folder, "--fast_preamble")
     assert (status, out, err) == (0, "圆.png\n", "")
     with Image.open("圆.png") as image:
-        assert image.size == (40, 64)
+        assert image.size == (48, 64)
         assert image.text["prompt"] == "一个红色的圆" and image.text["seed"] == "7"
         assert image.text["cfg_scale"] == "2.0" and image.text["guidance"] == "3.0"
 

@@ -45,6 +45,8 @@ def test_grounding_targets_name_what_stands_in_each_cell_and_what_phrases_mean()
 def test_phrases_mostly_fit_and_sometimes_do_not():
     found = scenes(np.random.default_rng(0), 40, most=9)
     assert max(len(s.objects) for s in found) > 6
+    full = scenes(np.random.default_rng(0), 3, most=9, least=9)
+    assert [len(s.objects) for s in full] == [9, 9, 9]
     want = grounding_targets(found, random_phrases(np.random.default_rng(1), found, 8))
     none = (want["meant_matches"] == 0).float().mean()
     assert 0.02 < none < 0.4

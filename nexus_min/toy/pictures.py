@@ -42,11 +42,13 @@ def save_grid(path: Path, rows: list[np.ndarray], scale: int = 2) -> None:
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
 
 
-def scenes(rng: np.random.Generator, n: int, detail: float = DETAIL, most: int = 4) -> list[Scene]:
-    """n random scenes of 1 to `most` objects that are not held out."""
+def scenes(
+    rng: np.random.Generator, n: int, detail: float = DETAIL, most: int = 4, least: int = 1
+) -> list[Scene]:
+    """n random scenes of `least` to `most` objects that are not held out."""
     found: list[Scene] = []
     while len(found) < n:
-        scene = random_scene(rng, int(rng.integers(1, most + 1)), detail)
+        scene = random_scene(rng, int(rng.integers(least, most + 1)), detail)
         if not held_out(scene.key):
             found.append(scene)
     return found
