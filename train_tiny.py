@@ -55,9 +55,9 @@ from nexus_min.toy.vocabulary import build_tokenizer, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
 # The stages in order: the share of --minutes, and the batch over all workers.
-SHARES = {"vae": 0.12, "vision": 0.12, "generation": 0.25, "ar": 0.37, "editing": 0.14}
+SHARES = {"vae": 0.15, "vision": 0.11, "generation": 0.24, "ar": 0.36, "editing": 0.14}
 BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
-BF16 = ("vision", "generation")  # where bf16 products pay, if the CPU has them
+BF16 = ("vision",)  # where bf16 products pay, if the CPU has them
 NEEDS = {
     "vae": (),
     "vision": (),
@@ -207,6 +207,8 @@ def train_generation(folder: Folder, run: Run, batch: int) -> dict:
     mmdit, adapter = toy.init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
     if folder.start:
         other = NexusGen.load(folder.start, dtype=torch.float32, parts=("ar", "generation"))
+        if other.config.mmdit != config.mmdit:
+            raise ValueError(f"--start {folder.start}: its MMDiT has other sizes than this run's")
         mmdit.load_state_dict(other.generation.mmdit.state_dict())
         adapter.load_state_dict(other.generation.adapter.state_dict())
         known = other.ar.visual, other.generation.adapter

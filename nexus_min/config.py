@@ -136,7 +136,7 @@ class MMDiTConfig(FromDict):
     depth: int = 19
     depth_single_blocks: int = 38
     axes_dim: tuple[int, int, int] = (16, 56, 56)
-    theta: int = 10_000
+    theta: float = 10_000.0
     time_embed_dim: int = 256
 
 
@@ -255,7 +255,7 @@ class NexusGenConfig:
                 depth=1,
                 depth_single_blocks=4,
                 axes_dim=(4, 14, 14),
-                theta=8,  # 7 frequencies an axis: all of them tell the 4 rows of tokens apart
+                theta=0.1,  # 7 frequencies an axis, from 1 up to 7: half a row must be told apart
             ),
             autoencoder=AutoEncoderConfig(
                 ch=16,
