@@ -101,9 +101,9 @@ def batch_sizes(sizes: Sequence[int] = (1, 2, 4, 8, 16)) -> Curve:
     """One velocity of so many pictures by the tiny MMDiT."""
     config = NexusGenConfig.tiny().mmdit
     model, told, times = random_model(config), context(16, config), []
-    field = velocity_field(model, told, 16, 16, times=(0.5,))
+    field = velocity_field(model, told, 8, 8, times=(0.5,))
     for n in sizes:
-        x, t = torch.randn(n, 16, 16, 16), torch.full((n,), 0.5)
+        x, t = torch.randn(n, config.in_channels // 4, 8, 8), torch.full((n,), 0.5)
         times.append(timed(lambda x=x, t=t: [field(x, t) for _ in range(4)]) / 4)
     return Curve("Tiny MMDiT, one velocity", "pictures a batch", sizes, times)
 
@@ -114,14 +114,14 @@ def step_numbers(sizes: Sequence[int] = (1, 2, 4, 8, 16, 32)) -> Curve:
     model, told, noise, times = (
         random_model(config),
         context(16, config),
-        torch.randn(1, 16, 16, 16),
+        torch.randn(1, config.in_channels // 4, 8, 8),
         [],
     )
     for n in sizes:
         sigmas = flow.schedule(n)
 
         def sample(sigmas=sigmas) -> None:
-            field = velocity_field(model, told, 16, 16, times=sigmas[:-1].tolist())
+            field = velocity_field(model, told, 8, 8, times=sigmas[:-1].tolist())
             for _ in flow.denoise(field, noise, sigmas):
                 pass
 
