@@ -365,7 +365,7 @@ def test_a_checkpoint_of_another_config(here, capsys, folder, tmp_path_factory):
     (other / "nexus_min.json").write_text(json.dumps(sizes))
     status, out, err = run(capsys, "generate", "a", "--model", str(other))
     assert status == 2 and out == "" and err.count("\n") == 1
-    assert "generation_decoder.safetensors: does not fit MMDiT" in err and "blocks.2" in err
+    assert "generation_decoder.safetensors: does not fit MMDiT" in err and "blocks.1" in err
 
 
 def test_a_truncated_checkpoint(here, capsys, folder, tmp_path_factory):
