@@ -207,8 +207,6 @@ def train_generation(folder: Folder, run: Run, batch: int) -> dict:
     mmdit, adapter = toy.init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
     if folder.start:
         other = NexusGen.load(folder.start, dtype=torch.float32, parts=("ar", "generation"))
-        if other.config.mmdit != config.mmdit:
-            raise ValueError(f"--start {folder.start}: its MMDiT has other sizes than this run's")
         mmdit.load_state_dict(other.generation.mmdit.state_dict())
         adapter.load_state_dict(other.generation.adapter.state_dict())
         known = other.ar.visual, other.generation.adapter
@@ -527,8 +525,8 @@ def make_plan(args: argparse.Namespace, started: float, command: str) -> Plan:
         stages = finetune.stages(MessageDataset(args.data).lines, args.stage)
         return Plan(stages=stages, **settings)
     stages = tuple(SHARES) if args.stage == "all" else (args.stage,)
-    if args.start:
-        model_folder(args.start)
+    if args.start and loader.load_config(model_folder(args.start)).mmdit != folder.config.mmdit:
+        raise ValueError(f"--start {args.start}: its MMDiT has other sizes than this run's")
     if args.stage != "all":
         folder.check(args.stage)
     if args.ship:

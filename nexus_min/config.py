@@ -255,7 +255,7 @@ class NexusGenConfig:
                 depth=1,
                 depth_single_blocks=4,
                 axes_dim=(4, 14, 14),
-                theta=0.1,  # 7 frequencies an axis, from 1 up to 7: half a row must be told apart
+                theta=0.1,  # 1 to 7 radians a token: a source's embeddings lie half a token apart
             ),
             autoencoder=AutoEncoderConfig(
                 ch=16,

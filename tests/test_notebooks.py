@@ -165,8 +165,6 @@ def test_runs_from_top_to_bottom(name):
     if missing:
         reason = "pip install -r notebooks/requirements.txt to run the notebooks; missing:"
         pytest.skip(f"{reason} {', '.join(missing)}")
-    book = script("run").execute(
-        FILES[name], timeout=600
-    )  # a cell that fails raises, with its traceback
+    book = script("run").execute(FILES[name])  # a cell that fails raises, with its traceback
     counts = [c.execution_count for c in book.cells if c.cell_type == "code"]
     assert counts == list(range(1, len(counts) + 1))

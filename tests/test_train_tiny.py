@@ -126,6 +126,16 @@ def test_a_known_decoder_is_adapted_to_another_tower(trained, micro, tmp_path):
     assert 0 < far[0] < 0.1 and far[1] > 0, far
 
 
+def test_a_decoder_of_other_sizes_is_refused_before_any_training(capsys, trained, tmp_path):
+    other = shutil.copytree(trained / "model", tmp_path / "other")
+    sizes = json.loads((other / "nexus_min.json").read_text())
+    sizes["mmdit"]["depth"] += 1
+    (other / "nexus_min.json").write_text(json.dumps(sizes))
+    told = refused(capsys, "--start", other, "--out", tmp_path / "run", *MICRO)
+    assert f"--start {other}: its MMDiT has other sizes" in told
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_same_command_gives_the_same_model(trained, micro, tmp_path):
     assert train_tiny.main(["--stage", "vae", "--out", str(tmp_path), *MICRO]) == 0
     name = "model/FLUX/FLUX.1-dev/ae.safetensors"
