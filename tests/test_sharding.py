@@ -213,7 +213,7 @@ def test_units_are_blocks_tables_and_modulations():
     layers = [f"parts.ar.model.layers.{i}" for i in range(6)]
     assert names("ar") == ["parts.ar.model.embed_tokens", *layers, "parts.ar.lm_head"]
     found = names("editing")
-    assert sum(k.endswith(".lin") for k in found) == 2 * 2 + 4 and len(found) == 8 + 2 + 4 + 1
+    assert sum(k.endswith(".lin") for k in found) == 2 * 1 + 4 and len(found) == 6 + 1 + 4 + 1
 
 
 def test_the_presets_are_table_4():
