@@ -48,21 +48,23 @@ BATCH, AR_BATCH = 32, 16
 
 
 class SmallDecoder(nn.Module):
-    """64 queries read a picture's latents out of its embeddings: [B, N, C] -> [B, 16, 16, 16]."""
+    """One query a latent token reads it out of the embeddings: [B, N, C] -> [B, z, h, w]."""
 
-    def __init__(self, tokens: int, width: int, dim: int = 128, depth: int = 2):
+    def __init__(self, tokens: int, width: int, latents: Tensor, dim: int = 128, depth: int = 2):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(64, dim) * 0.5)
+        self.side = latents.shape[-2:]
+        _, queries, channels = patchify(latents).shape
+        self.query = nn.Parameter(torch.randn(queries, dim) * 0.5)
         self.place = nn.Parameter(torch.randn(tokens, dim) * 0.5)
         self.into = nn.Linear(width, dim)
         layer = nn.TransformerDecoderLayer(dim, 4, 3 * dim, 0.0, batch_first=True, norm_first=True)
         self.layers = nn.TransformerDecoder(layer, depth, nn.LayerNorm(dim))
-        self.out = nn.Linear(dim, 64)
+        self.out = nn.Linear(dim, channels)
 
     def forward(self, embeds: Tensor) -> Tensor:
         memory = self.into(embeds) + self.place
         query = self.query.expand(len(embeds), -1, -1)
-        return unpatchify(self.out(self.layers(query, memory)), 16, 16)
+        return unpatchify(self.out(self.layers(query, memory)), *self.side)
 
 
 def at_count(model: NexusGen, tokens: int):
@@ -119,7 +121,7 @@ def reconstruction(model: NexusGen, visual, tokens: int, pool: dict, steps: int,
     """Figure 3: the small decoder, trained; its scores and pictures on held-out scenes."""
     size = UNIT * round(tokens**0.5)
     embeds, latents = embed(visual, pool["pictures"], size), pool["latents"]
-    decoder = SmallDecoder(tokens, embeds.shape[-1])
+    decoder = SmallDecoder(tokens, embeds.shape[-1], latents[:1])
 
     def loss(rng, progress):
         rows = torch.from_numpy(rng.integers(len(embeds), size=BATCH))
@@ -197,7 +199,6 @@ def make_pool(model: NexusGen, n: int) -> dict:
     pictures = [render(s) for s in scenes(np.random.default_rng(0), n, 0.5)]
     parts = [pictures[i : i + 64] for i in range(0, n, 64)]
     latents = torch.cat([model.autoencoder.encode(to_unit(p) * 2 - 1) for p in parts])
-    assert patchify(latents).shape[1:] == (64, 64)
     return {"pictures": pictures, "latents": latents}
 
 

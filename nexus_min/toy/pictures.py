@@ -43,12 +43,17 @@ def save_grid(path: Path, rows: list[np.ndarray], scale: int = 2) -> None:
 
 
 def scenes(
-    rng: np.random.Generator, n: int, detail: float = DETAIL, most: int = 4, least: int = 1
+    rng: np.random.Generator,
+    n: int,
+    detail: float = DETAIL,
+    most: int = 4,
+    least: int = 1,
+    outline: float = 0.25,
 ) -> list[Scene]:
     """n random scenes of `least` to `most` objects that are not held out."""
     found: list[Scene] = []
     while len(found) < n:
-        scene = random_scene(rng, int(rng.integers(least, most + 1)), detail)
+        scene = random_scene(rng, int(rng.integers(least, most + 1)), detail, outline)
         if not held_out(scene.key):
             found.append(scene)
     return found

@@ -223,7 +223,7 @@ def reconstruction_pool(
     run: Run,
     known: tuple[QwenViT, GenerationAdapter] | None = None,
 ) -> dict[str, Tensor]:
-    """Pictures as `embeds` [n, N, C] and `latents` [n, z, h, w].
+    """Pictures as `embeds` [n, N, C] and `latents` [n, z, h, w]; half are outlines, the harder.
 
     With the tower and the adapter of another model, also what that adapter `said` of its own
     tower's embeddings: the words that its MMDiT knows.
@@ -231,7 +231,7 @@ def reconstruction_pool(
 
     @torch.no_grad()
     def make(rng):
-        x = to_unit([render(s) for s in scenes(rng, 64, 0.15)])
+        x = to_unit([render(s) for s in scenes(rng, 64, 0.15, outline=0.5)])
         embeds = embed_views(visual, x, config.target_size)
         found = {"embeds": embeds, "latents": vae.encode(x * 2 - 1)}
         if known:

@@ -117,14 +117,19 @@ def random_object(rng: np.random.Generator, cell: int) -> Object:
     return jittered(rng, Object(str(shape), str(colour), str(size), cell))
 
 
-def random_scene(rng: np.random.Generator, count: int | None = None, detail: float = 0.0) -> Scene:
-    """A random scene of `count` (default 1 to 4) objects, textured with probability `detail`."""
+def random_scene(
+    rng: np.random.Generator, count: int | None = None, detail: float = 0.0, outline: float = 0.25
+) -> Scene:
+    """A random scene of `count` (default 1 to 4) objects.
+
+    Textured with probability `detail`, an outline drawing with probability `outline`.
+    """
     count = count or int(rng.integers(1, 5))
     cells = rng.choice(9, count, replace=False)
     return Scene(
         objects=tuple(random_object(rng, int(c)) for c in cells),
         background=str(rng.choice(list(BACKGROUNDS))),
-        style=STYLES[int(rng.random() < 0.25)],
+        style=STYLES[int(rng.random() < outline)],
         texture=random_texture(rng) if rng.random() < detail else None,
     )
 
