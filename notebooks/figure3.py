@@ -48,7 +48,10 @@ BATCH, AR_BATCH = 32, 16
 
 
 class SmallDecoder(nn.Module):
-    """One query a latent token reads it out of the embeddings: [B, N, C] -> [B, z, h, w]."""
+    """One query a latent token reads it out of the embeddings: [B, N, C] -> [B, z, h, w].
+
+    `latents` [1, z, h, w] is an example: its shape alone counts.
+    """
 
     def __init__(self, tokens: int, width: int, latents: Tensor, dim: int = 128, depth: int = 2):
         super().__init__()

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..image_processor import patchify
 from ..vision import QwenViT
 from . import score
-from .world import Scene, held_out, random_scene
+from .world import OUTLINES, Scene, held_out, random_scene
 
 DETAIL = 0.4  # share of textured pictures in the base stages
 
@@ -48,9 +48,12 @@ def scenes(
     detail: float = DETAIL,
     most: int = 4,
     least: int = 1,
-    outline: float = 0.25,
+    outline: float = OUTLINES,
 ) -> list[Scene]:
-    """n random scenes of `least` to `most` objects that are not held out."""
+    """n random scenes of `least` to `most` objects that are not held out.
+
+    `detail` is the share of textured ones, `outline` that of outline drawings.
+    """
     found: list[Scene] = []
     while len(found) < n:
         scene = random_scene(rng, int(rng.integers(least, most + 1)), detail, outline)

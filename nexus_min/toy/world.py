@@ -37,6 +37,7 @@ BACKGROUNDS = {
 }
 RADIUS = {"small": 6.0, "large": 9.0}  # canvas pixels
 STYLES = ("filled", "outline")
+OUTLINES = 0.25  # share of scenes that are outline drawings
 STROKE = 1.65  # width of an outline, canvas pixels: never so thin that the checker drops it
 CENTRES = (11, 32, 53)  # of the 3x3 cells, along one axis
 CROP = 22  # side of the square around a cell's centre that holds any object in it
@@ -118,7 +119,10 @@ def random_object(rng: np.random.Generator, cell: int) -> Object:
 
 
 def random_scene(
-    rng: np.random.Generator, count: int | None = None, detail: float = 0.0, outline: float = 0.25
+    rng: np.random.Generator,
+    count: int | None = None,
+    detail: float = 0.0,
+    outline: float = OUTLINES,
 ) -> Scene:
     """A random scene of `count` (default 1 to 4) objects.
 
