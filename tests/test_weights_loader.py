@@ -315,6 +315,23 @@ def test_loader_maps_instead_of_copying(tmp_path, saved):
     assert same(w.load_autoencoder(folder / AE, TINY), components["autoencoder"])
 
 
+def resident(file: Path) -> int:
+    """kB of the file's pages that are mapped into this process and were touched."""
+    parts = Path("/proc/self/smaps").read_text().split(str(file))[1:]
+    return sum(int(part.split("Rss:")[1].split()[0]) for part in parts)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+def test_no_weight_is_read_before_it_is_used(tmp_path):
+    file = tmp_path / "many.safetensors"
+    save_file({f"{k}": torch.full((1024, 512), float(k)) for k in range(8)}, file)
+    tensors = {key: entry.read() for key, entry in w.open_weights(file).items()}
+    assert resident(file) == 0
+    for key, tensor in tensors.items():
+        assert tensor.shape == (1024, 512) and (tensor == float(key)).all()
+    assert resident(file) >= 8 * 2048
+
+
 def test_nothing_is_read_before_the_check(saved, monkeypatch):
     folder, _ = saved
     read = []
