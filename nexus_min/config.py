@@ -271,7 +271,7 @@ class NexusGenConfig:
             min_pixels=112 * 112,
             max_pixels=112 * 112,
             cfg_scale=1.0,
-            num_steps=8,
+            num_steps=4,
             repetition_penalty=1.0,  # "a red circle and a red star" repeats itself for good reason
         )
 

@@ -2,7 +2,8 @@
 
     python notebooks/overview.py        writes notebooks/overview.png
 
-Needs notebooks/requirements.txt. Everything at the right is drawn and said by the shipped model.
+Needs notebooks/requirements.txt. Everything at the right is drawn and said by the shipped model; what it
+sees, which it says first, is left out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from common import BLACK, BLUE, GREEN, ORANGE, PINK, setup
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from nexus_min.pipeline import NexusGen
+from nexus_min.toy.tasks import final
 from nexus_min.toy.world import Object, Scene, render
 
 OUTPUT = Path(__file__).with_name("overview.png")
@@ -88,9 +90,9 @@ def results() -> list[tuple[str, list]]:
     source = render(Scene((*objects, Object("triangle", "pink", "large", 7)), "gray"))
     order = "Change the triangle to yellow."
     question = "What color is the triangle?"
-    said = model.understand(source, question)
+    said = final(model.understand(source, question))
     edited = dict(model.edit_steps(source, order))
-    told = fill(f"→ “{edited['text'].partition('. ')[0]}.”", 44)
+    told = fill(f"→ “{edited['text'].split('. ')[1]}.”", 44)
     return [
         (f"generate\n“{prompt}”", [model.generate(prompt)]),
         (f"edit\n“{order}”\n{told}", [source, edited["image"]]),

@@ -81,6 +81,23 @@ def test_two_processes_by_torchrun_then_one(home, tmp_path, capsys):
     assert capsys.readouterr().err == told
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("preset", ["ar_pretrain", "generation_decoder", "editing_decoder"])
+def test_a_gpu_has_the_losses_of_the_cpu(home, tmp_path, preset):
+    """Three steps of one process: fp32 closely, bf16 roughly."""
+    losses = {}
+    for where, more in {"cpu": [], "fp32": ["--fp32"], "bf16": []}.items():
+        env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if where == "cpu" else {})
+        given = [*options(home, preset, tmp_path / where), *more]
+        run = [sys.executable, "-m", "nexus_min.fullscale", *given]
+        subprocess.run(run, check=True, env=env, timeout=400)
+        rows = (tmp_path / where / "metrics.jsonl").read_text().splitlines()
+        losses[where] = torch.tensor([json.loads(row)["loss"] for row in rows])
+    assert len(losses["cpu"]) == 3
+    torch.testing.assert_close(losses["fp32"], losses["cpu"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(losses["bf16"], losses["cpu"], atol=1e-2, rtol=1e-2)
+
+
 def test_a_decoder_begins_from_flux(home, tmp_path):
     """Without its file: FLUX.1-dev's MMDiT, and a new adapter or a merger of the AR's layer."""
     model = make_tiny()

@@ -17,7 +17,7 @@ from nexus_min.components import TINY
 from nexus_min.pipeline import NexusGen
 from nexus_min.toy import evaluate
 from nexus_min.toy.score import read
-from nexus_min.toy.tasks import CATEGORIES, QUESTIONS
+from nexus_min.toy.tasks import CATEGORIES, QUESTIONS, final
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -124,7 +124,7 @@ def test_readme_commands_draw_edit_and_answer(tmp_path):
     edit = command("edit", output, "Change the background to gray.", "-o", "n.png", cwd=tmp_path)
     assert edit.returncode == 0, edit.stderr
     answer = command("understand", "n.png", "What color is the background?", cwd=tmp_path)
-    assert answer.stdout.strip() == "gray"
+    assert final(answer.stdout) == "gray"
 
 
 def test_readme_python_block_runs(tmp_path, monkeypatch):
@@ -132,4 +132,4 @@ def test_readme_python_block_runs(tmp_path, monkeypatch):
     (block,) = re.findall(r"```python\n(.+?)```", README.read_text("utf-8"), re.S)
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
-    assert names["answer"] == "white"
+    assert final(names["answer"]) == "white"

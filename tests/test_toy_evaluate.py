@@ -173,15 +173,15 @@ def test_an_edit_left_undone_is_wrong(artist, monkeypatch):
 
 
 class Answers:
-    """Knows every answer by heart; `pad` is said around it."""
+    """Knows every answer by heart; `pad` is said around it, `sees` before it."""
 
-    def __init__(self, cases: list, pad: str = " ", wrong: bool = False):
+    def __init__(self, cases: list, pad: str = " ", sees: str = "", wrong: bool = False):
         self.known = {(ex.text, render(ex.scenes[0]).tobytes()): ex.answer for ex in cases}
-        self.pad, self.wrong = pad, wrong
+        self.pad, self.sees, self.wrong = pad, sees, wrong
 
     def understand(self, image, question: str, max_new_tokens: int) -> str:
         answer = self.known[question, np.asarray(image).tobytes()]
-        return self.pad + ("not " + answer if self.wrong else answer) + self.pad
+        return self.pad + self.sees + ("not " + answer if self.wrong else answer) + self.pad
 
 
 @pytest.mark.parametrize("kind", [*QUESTIONS, "describe"])
@@ -191,6 +191,8 @@ def test_question_scores(kind):
     (tally,) = score(Answers(cases))
     assert tally.right == tally.n == len(cases) > 1
     assert score(Answers(cases, wrong=True))[0].right == 0
+    assert score(Answers(cases, pad=" a red star: "))[0].right == 0  # the last word counts
+    assert score(Answers(cases, sees="a star in the center: "))[0].right == tally.n
 
 
 def test_reconstruction_is_of_held_out_scenes(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,21 @@ def test_loss_of_a_batch_is_the_mean_over_its_tasks():
     assert alone[0].mse == 0 and all(x.ce > 0 for x in alone)
     drawn = torch.stack([x.mse for x in alone[1:]]).mean()  # of as many slots each
     torch.testing.assert_close(whole.mse, drawn, atol=1e-5, rtol=1e-5)
+
+
+def test_earlier_pictures_of_a_conversation_are_predicted_or_read(monkeypatch):
+    """Half of the time each; the last reply's picture is always predicted."""
+    model, found = make_tiny(), []
+    monkeypatch.setattr(stages, "ar_loss", lambda *args: found.append(args[-1].sum(1).tolist()))
+    rng, n = np.random.default_rng(0), model.config.ar.num_image_slots
+    batch = [example(rng, "generate"), *(example(rng, "talk") for _ in range(20))]
+    pictures = [[m["content"].count("<image>") for m in ex.messages[1::2]] for ex in batch]
+    assert {len(p) for p in pictures} >= {1, 3} and any(p[-1] and p[0] for p in pictures[1:])
+    for value in (0.8, 0.2):
+        coin = SimpleNamespace(random=lambda value=value: value)
+        stages.ar_batch_loss(model.ar, model.tokenizer, model.config, batch, coin)
+    assert found[0] == [n * sum(p) for p in pictures]
+    assert found[1] == [n * p[-1] for p in pictures]
 
 
 def test_scenes_of_the_base_stages_are_never_held_out():

@@ -28,7 +28,7 @@ from nexus_min.toy.tasks import (
     canonical_scene,
     caption,
     example,
-    question_example,
+    final,
 )
 from nexus_min.toy.world import (
     BACKGROUNDS,
@@ -294,13 +294,19 @@ def test_yes_and_no_are_both_common(kind, zh):
     assert 0.3 < np.mean(said) < 0.7
 
 
-def read_caption(text: str) -> tuple[set, str, str]:
-    """(objects, background, style) that a caption tells, from its words."""
+def read_objects(text: str) -> set:
+    """Keys of the objects that a text names with their places."""
     objects = set()
     for part in re.split(", |，", text):
         for said in mentions(part):
             cell = cell_in(part if part[0] < "\u4e00" else part.split("有")[0])
             objects.add((said["shape"], said["colour"], said["size"], cell))
+    return objects
+
+
+def read_caption(text: str) -> tuple[set, str, str]:
+    """(objects, background, style) that a caption tells, from its words."""
+    objects = read_objects(text)
     (background,) = re.findall(r"(\w+) background", text) or re.findall(r"(\w\w)背景", text)
     style = "outline" if re.search("outline|线条画", text) else "filled"
     return objects, english(background), style
@@ -387,10 +393,13 @@ def test_a_reply_to_an_edit_says_first_what_will_change(kind, zh):
         reply = ex.messages[1]["content"]
         usual = EDITING_REPLY["zh" if zh else "en"]
         silent += reply == usual
-        assert reply in (usual, f"{ex.answer}{'' if zh else ' '}{usual}")
+        if reply != usual:
+            sees, told = reply.removesuffix(usual).split("。" if zh else ". ", 1)
+            assert read_caption(sees)[0] == {o.key for o in ex.scenes[0].objects}
+            assert told.strip() == ex.answer
         _, gone, new = difference(*ex.scenes)
         if kind == "add" or not gone:
-            assert ex.answer == "" and reply == usual
+            assert ex.answer == ""
             continue
         word = GOES.get(kind, (" becomes ", "变成"))[zh]
         before, after = ex.answer.split(word)
@@ -401,8 +410,7 @@ def test_a_reply_to_an_edit_says_first_what_will_change(kind, zh):
             assert cell_in(after[:-1]) == new.cell
         elif kind != "remove":
             assert said[1] == {"shape": new.shape, "colour": new.colour, "size": new.size}
-    if kind not in ("add", "background", "style"):
-        assert silent > 0  # the usual sentence alone is learnt too
+    assert silent > 0  # the usual sentence alone is learnt too
 
 
 @pytest.mark.parametrize("kind", EDITS)
@@ -432,22 +440,103 @@ def test_both_ways_of_an_edit_are_asked_for_alike():
 def test_messages_follow_the_official_format(task):
     for ex in draw(task, None, 60):
         turns = len(ex.messages) // 2  # questions come several about one picture
-        assert 1 <= turns <= (TURNS if task == "understand" else 1)
+        assert 1 <= turns <= {"understand": TURNS, "talk": 3}.get(task, 1)
         assert [m["role"] for m in ex.messages] == ["user", "assistant"] * turns
         joined = "".join(m["content"] for m in ex.messages)
         assert joined.count("<image>") == len(ex.scenes)
         assert ex.text in ex.messages[0]["content"]
         if task == "understand":
-            assert ex.messages[1]["content"] == ex.answer
+            assert final(ex.messages[1]["content"]) == ex.answer
 
 
-def test_no_object_is_told_of_twice():
-    """Else an answer could be read off the text before it."""
-    rng = np.random.default_rng(0)
-    for kinds, turns in {"colour+shape": 1, "colour+where": 1, "shape+count_all": 2}.items():
-        for _ in range(20):
-            ex = question_example(rng, kinds, False, most=1)
-            assert len(ex.messages) == 2 * turns and len(ex.scenes[0].objects) == 1
-    crowd = [question_example(rng, "where+where+where", False, most=8) for _ in range(60)]
-    places = [[m["content"] for m in ex.messages[1::2]] for ex in crowd]
-    assert all(len(set(p)) == len(p) for p in places) and max(map(len, places)) == 3
+NAMED_FIRST = {"colour": 1, "shape": 1, "where": 1, "background": 0, "count_all": 0, "relation": 2}
+
+
+def check_reply(scene: Scene, text: str, said: str) -> None:
+    """The answer behind a question of any kind follows from what is thought before it."""
+    *thought, answer = re.split(": |：", said)
+    assert final(said) == answer
+    kind = asked_kind(text)
+    assert is_right(scene, kind, text, answer)
+    parts = re.split(", |，", thought[0]) if thought else []
+    if kind in ("count", "exist"):
+        (asked,) = mentions(text)
+        assert [mentions(part) for part in parts] == [
+            [{name: getattr(o, name) for name in asked}]
+            for o in sorted(scene.objects, key=lambda o: o.cell)
+        ]
+        verdicts = [not re.search(" no$|不是$", part) for part in parts]
+        assert verdicts == [mentions(part) == [asked] for part in parts]
+        return
+    about = parts[: NAMED_FIRST[kind]]
+    assert len(about) == NAMED_FIRST[kind]
+    keys = [read_objects(part) for part in about]
+    assert all(len(k) == 1 and k <= {o.key for o in scene.objects} for k in keys)
+    if kind == "relation":
+        assert keys[0] != keys[1]
+        places = [divmod(cell_in(part), 3) for part in parts[2:]]
+        axis = 0 if re.search("above|below|上方|下方", text) else 1
+        (one,), (two,) = keys
+        assert [p[axis] for p in places] == [divmod(k[-1], 3)[axis] for k in (one, two)]
+
+
+ASKS = {
+    "count": "How many (?!obj)|有几个(?!图)",
+    "count_all": "How many objects|几个图形",
+    "background": "background|背景",
+    "exist": "Is there|^有.*吗",
+    "shape": "What shape|什么形状",
+    "where": "Where|在哪里",
+    "relation": "^Is the |在.*的.*吗",
+    "colour": "What color is the (?!back)|(?<!背景)是什么颜色",
+}
+
+
+def asked_kind(text: str) -> str:
+    """The kind of a question, from its words."""
+    (kind,) = [kind for kind, words in ASKS.items() if re.search(words, text)]
+    return kind
+
+
+@pytest.mark.parametrize("zh", [False, True])
+@pytest.mark.parametrize("kind", QUESTIONS)
+def test_an_answer_comes_behind_what_is_seen_and_what_decides_it(kind, zh):
+    for ex in both_sides("understand", f"{kind}+where+relation", zh):
+        scene = ex.scenes[0]
+        first, *others = (m["content"] for m in ex.messages[1::2])
+        sees, first = first.split("。" if zh else ". ")  # said once
+        assert read_caption(sees)[0] == {o.key for o in scene.objects}
+        assert final(first) == ex.answer
+        questions = [m["content"].removeprefix("<image>") for m in ex.messages[::2]]
+        assert asked_kind(questions[0]) == kind
+        assert len(set(questions)) == len(questions)
+        for text, said in zip(questions, (first, *others), strict=True):
+            check_reply(scene, text, said)
+
+
+@pytest.mark.parametrize("zh", [False, True])
+def test_a_conversation_goes_on_about_the_latest_picture(zh):
+    turns, edits, unseen = [], 0, draw("talk", None, 30, unseen=True, zh=zh)
+    for ex in draw("talk", None, 200, zh=zh) + unseen:
+        scenes, seen = list(ex.scenes), ex.kind == "understand"
+        at = 0 if ex.kind == "generate" else 1  # of the first picture that is made
+        turns.append(len(ex.messages) // 2)
+        for user, reply in zip(ex.messages[::2], ex.messages[1::2], strict=True):
+            text, said = user["content"], reply["content"]
+            if user is ex.messages[0]:
+                at += ex.kind != "understand"
+                continue
+            assert "<image>" not in text
+            scene = scenes[at - 1]
+            if not seen:  # said once of each picture, from a second look
+                sees, said = said.split("。" if zh else ". ", 1)
+                assert read_caption(sees)[0] == {o.key for o in scene.objects}
+            seen = True
+            if not said.endswith("<image>"):
+                check_reply(scene, text, said)
+                continue
+            difference(scene, scenes[at])  # one change
+            at, seen, edits = at + 1, False, edits + 1
+        assert at == len(scenes)
+    assert edits > 50 and turns.count(3) > turns.count(2) > 0
+    assert all(any(held_out(s.key) for s in ex.scenes) for ex in unseen)

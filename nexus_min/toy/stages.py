@@ -40,11 +40,10 @@ from .tasks import Example, example
 from .world import render
 
 POOL = 24_576  # most pictures embedded once for a decoder stage, over all workers
-UND, GEN, EDIT = "understand", "generate", "edit"
+UND, GEN, EDIT, TALK = "understand", "generate", "edit", "talk"
 MIXTURE = (UND, GEN, GEN, EDIT)  # 1:2:1, pre-training
-FINE_TUNING = (UND, EDIT, UND, UND, EDIT, UND, GEN, UND)  # 5:1:2, what takes longest
+FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, EDIT, EDIT, TALK)  # what takes longest
 PRETRAINED = 0.4  # of the stage
-CROWD = 8  # most objects asked about, once the curriculum is over
 COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
 
 
@@ -68,10 +67,22 @@ def init_ar(ar: NexusGenAR) -> NexusGenAR:
 
 
 def ar_batch_loss(
-    ar: NexusGenAR, tokenizer: QwenTokenizer, config: NexusGenConfig, batch: list[Example]
+    ar: NexusGenAR,
+    tokenizer: QwenTokenizer,
+    config: NexusGenConfig,
+    batch: list[Example],
+    rng: np.random.Generator | None = None,
 ) -> ARLoss:
-    """`ar_loss` of toy examples, through the reader of the message-like format."""
+    """`ar_loss` of toy examples, through the reader of the message-like format.
+
+    With `rng`, pictures behind which a conversation goes on are, half of the time, not predicted
+    but read, as a `Chat` reads them.
+    """
     b = collate([toy_line(ex) for ex in batch], tokenizer, config)
+    for slots, ex in zip(b.slot_mask, batch, strict=True):
+        earlier = [m["content"].count(IMAGE) for m in ex.messages[1:-1:2]]
+        if rng and any(earlier) and rng.random() < 0.5:
+            slots[slots.nonzero()[: sum(earlier) * config.ar.num_image_slots]] = False
     with torch.no_grad():
         embeds = ar.visual(b.pixel_values, tuple(map(tuple, b.image_grid_thw.tolist())))
     return ar_loss(ar, b.input_ids, b.labels, None, b.image_grid_thw, embeds, b.slot_mask)
@@ -87,19 +98,14 @@ def ar_stage(
     """Multi-task training with the vision tower frozen; scenes grow from one object to four.
 
     Pre-training is followed by fine-tuning on other shares of the tasks, as in the paper.
-
-    Questions are about up to CROWD objects: where many might be meant, only looking up what the
-    words mean helps, which editing needs as well.
     """
     ar.visual.requires_grad_(False)
 
     def loss(rng, progress):
         most = 1 if progress < 0.03 else 2 if progress < 0.1 else 4
-        objects = {"understand": CROWD if most == 4 else most}
         mixture = MIXTURE if progress < PRETRAINED else FINE_TUNING
-        tasks = [mixture[i % len(mixture)] for i in range(batch)]
-        found = [example(rng, task, most=objects.get(task, most)) for task in tasks]
-        out = ar_batch_loss(ar, tokenizer, config, found)
+        found = [example(rng, mixture[i % len(mixture)], most=most) for i in range(batch)]
+        out = ar_batch_loss(ar, tokenizer, config, found, rng)
         return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
 
     def sample(path):
@@ -135,7 +141,7 @@ def predict_after_reply(
 ) -> Tensor:
     """Embeddings [B, N, C] of the pictures asked for, in one pass behind each example's own reply.
 
-    That reply tells rightly what an edit will change, where it tells it (teacher forcing);
+    That reply tells rightly what is seen and what will change (teacher forcing);
     `evaluate.predict` lets the model speak for itself.
     """
     merge, start = config.ar.vision.spatial_merge_size, config.ar.vision_start_token_id

@@ -9,6 +9,7 @@ any task, wording or language. The six prompt categories are GenEval's.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -61,13 +62,13 @@ ZH_PREFIXES = ("", "一张图片：", "一张照片：")
 class Example:
     """One conversation with its pictures (as scenes), and what it takes to score the reply."""
 
-    task: str  # "understand", "generate" or "edit"
+    task: str  # "understand", "generate", "edit", or "talk": several of these
     kind: str  # of CATEGORIES, "caption", QUESTIONS (several joined by "+"), "describe", EDITS
     language: str
     scenes: tuple[Scene, ...]  # the pictures, in the order of their <image> placeholders
     messages: tuple[dict, ...]
     text: str  # the bare prompt, question or instruction
-    answer: str = ""  # the reply to the first question; what an edit's reply tells, or ""
+    answer: str = ""  # to the first question, or what an edit's reply says will change, or ""
     wanted: dict = field(default_factory=dict)  # what a short prompt names, for `satisfies`
 
     @property
@@ -186,16 +187,26 @@ def _word_prompt(rng: np.random.Generator, wanted: dict, zh: bool) -> str:
     return prefix + body
 
 
+def in_order(scene: Scene) -> list[Object]:
+    """Its objects as one reads, cell by cell."""
+    return sorted(scene.objects, key=lambda o: o.cell)
+
+
+def _word_placed(obj: Object, zh: bool) -> str:
+    """All that can be named about an object: "a small red star in the center"."""
+    name = noun(obj.shape, obj.colour, obj.size, zh)
+    return f"{place(obj.cell, True)}有{name}" if zh else f"{a(name)} {place(obj.cell)}"
+
+
 def caption(rng: np.random.Generator | None, scene: Scene, zh: bool) -> str:
     """All that can be named about a scene; objects shuffled, or in reading order without rng."""
-    objects = sorted(scene.objects, key=lambda o: o.cell)
+    objects = in_order(scene)
     if rng is not None:
         objects = [objects[i] for i in rng.permutation(len(objects))]
+    parts = [_word_placed(o, zh) for o in objects]
     if zh:
-        parts = [f"{place(o.cell, True)}有{noun(o.shape, o.colour, o.size, True)}" for o in objects]
         style = "，线条画" if scene.style == "outline" else ""
         return "，".join(parts) + f"，{ZH[scene.background]}背景{style}"
-    parts = [f"{a(noun(o.shape, o.colour, o.size, False))} {place(o.cell)}" for o in objects]
     style = ", outline drawing" if scene.style == "outline" else ""
     return ", ".join(parts) + f", on {a(scene.background)} background{style}"
 
@@ -267,51 +278,59 @@ def reference(rng: np.random.Generator, scene: Scene, obj: Object) -> tuple | No
 # ---------------------------------------------------------------- questions
 
 
-Asked = tuple[str, str, tuple[Object, ...]]  # question, answer, the objects that they tell of
+Asked = tuple[str, str, str]  # question, what is thought before the answer or "", answer
 
 
-def _ask(
-    rng: np.random.Generator, kind: str, scene: Scene, free: list[Object], zh: bool
-) -> Asked | None:
-    """A question of one kind about a scene, or None when the scene does not admit one.
+def final(said: str) -> str:
+    """The answer behind what was thought: "a star at the top, ... a star at the top: star"."""
+    return re.split("[:.] |[：。]", said)[-1].strip()
 
-    Colour, shape, exist, where and relation are about `free` objects, of which nothing was told.
-    """
+
+def _verdicts(names: list[str], asked: str, zh: bool) -> str:
+    """One object after the other, whether it is what is `asked`: "star yes, circle no"."""
+    yes, no, gap = ("是", "不是", "，") if zh else (" yes", " no", ", ")
+    return gap.join(name + (yes if name == asked else no) for name in names)
+
+
+def _reply(thought: str, answer: str, zh: bool) -> str:
+    return thought + ("：" if zh else ": ") + answer if thought else answer
+
+
+def _sees(scene: Scene, zh: bool) -> str:
+    """What is said first of a picture that nothing has been said of."""
+    return caption(None, scene, zh) + ("。" if zh else ". ")
+
+
+def _ask(rng: np.random.Generator, kind: str, scene: Scene, zh: bool) -> Asked | None:
+    """A question of one kind about a scene, or None when the scene does not admit one."""
     if kind == "describe":
         question = "请描述这张图片。" if zh else "Please describe the image."
-        return question, caption(None, scene, zh), scene.objects
+        return question, "", caption(None, scene, zh)
     if kind in ("background", "count_all"):
         return _ask_whole(kind, scene, zh)
     if kind == "count":
         return _ask_count(rng, scene, zh)
-    if not free:
-        return None
-    obj = _choice(rng, free)
+    if kind == "relation":
+        return _ask_relation(rng, scene, zh)
+    obj = _choice(rng, scene.objects)
     if kind in ("shape", "colour"):
         return _ask_attribute(kind, scene, obj, zh)
     if kind == "exist":
         return _ask_existence(rng, scene, obj, zh)
-    if kind == "relation":
-        return _ask_relation(rng, scene, free, zh)
     if (ref := reference(rng, scene, obj)) is None:
         return None
     if zh:
-        return f"{noun(*ref, True)}在哪里？", place(obj.cell, True), (obj,)
-    return f"Where is the {noun(*ref, False)}?", place(obj.cell), (obj,)
+        return f"{noun(*ref, True)}在哪里？", _word_placed(obj, True), place(obj.cell, True)
+    return f"Where is the {noun(*ref, False)}?", _word_placed(obj, False), place(obj.cell)
 
 
-def _ask_whole(kind: str, scene: Scene, zh: bool) -> Asked | None:
+def _ask_whole(kind: str, scene: Scene, zh: bool) -> Asked:
     if kind == "background":
         if zh:
-            return "背景是什么颜色？", ZH[scene.background], ()
-        return "What color is the background?", scene.background, ()
+            return "背景是什么颜色？", "", ZH[scene.background]
+        return "What color is the background?", "", scene.background
     question = "一共有几个图形？" if zh else "How many objects are there?"
-    return _number(question, len(scene.objects), zh)
-
-
-def _number(question: str, n: int, zh: bool) -> Asked | None:
-    """A question and its number, if there is a word for it."""
-    return (question, (ZH_NUMBERS if zh else NUMBERS)[n], ()) if n < len(NUMBERS) else None
+    return question, "", (ZH_NUMBERS if zh else NUMBERS)[len(scene.objects)]
 
 
 def _ask_attribute(kind: str, scene: Scene, obj: Object, zh: bool) -> Asked | None:
@@ -319,20 +338,23 @@ def _ask_attribute(kind: str, scene: Scene, obj: Object, zh: bool) -> Asked | No
     known = {"colour": "shape", "shape": "colour"}[kind]
     if sum(getattr(o, known) == getattr(obj, known) for o in scene.objects) > 1:
         return None
+    thought = _word_placed(obj, zh)
     if kind == "shape":
         if zh:
-            return f"{ZH[obj.colour]}的图形是什么形状？", ZH[obj.shape], (obj,)
-        return f"What shape is the {obj.colour} object?", obj.shape, (obj,)
+            return f"{ZH[obj.colour]}的图形是什么形状？", thought, ZH[obj.shape]
+        return f"What shape is the {obj.colour} object?", thought, obj.shape
     if zh:
-        return f"{ZH[obj.shape]}是什么颜色？", ZH[obj.colour], (obj,)
-    return f"What color is the {obj.shape}?", obj.colour, (obj,)
+        return f"{ZH[obj.shape]}是什么颜色？", thought, ZH[obj.colour]
+    return f"What color is the {obj.shape}?", thought, obj.colour
 
 
-def _ask_count(rng: np.random.Generator, scene: Scene, zh: bool) -> Asked | None:
+def _ask_count(rng: np.random.Generator, scene: Scene, zh: bool) -> Asked:
     shape = _choice(rng, scene.objects).shape if rng.random() < 0.7 else _choice(rng, SHAPES)
-    n = sum(o.shape == shape for o in scene.objects)
-    question = f"有几个{ZH[shape]}？" if zh else f"How many {plural(shape)} are there?"
-    return _number(question, n, zh)
+    names = [noun(o.shape, None, None, zh) for o in in_order(scene)]
+    asked = noun(shape, None, None, zh)
+    question = f"有几个{asked}？" if zh else f"How many {plural(shape)} are there?"
+    number = (ZH_NUMBERS if zh else NUMBERS)[names.count(asked)]
+    return question, _verdicts(names, asked, zh), number
 
 
 def _ask_existence(rng: np.random.Generator, scene: Scene, obj: Object, zh: bool) -> Asked:
@@ -342,19 +364,19 @@ def _ask_existence(rng: np.random.Generator, scene: Scene, obj: Object, zh: bool
             shape = _choice(rng, SHAPES)
         else:
             colour = _choice(rng, list(COLOURS))
-    fits = tuple(o for o in scene.objects if (o.shape, o.colour) == (shape, colour))
-    name = noun(shape, colour, None, zh)
+    names = [noun(o.shape, o.colour, None, zh) for o in in_order(scene)]
+    asked = noun(shape, colour, None, zh)
+    thought, found = _verdicts(names, asked, zh), asked in names
     if zh:
-        return f"有{name}吗？", "有" if fits else "没有", fits
-    return f"Is there {a(name)}?", "yes" if fits else "no", fits
+        return f"有{asked}吗？", thought, "有" if found else "没有"
+    return f"Is there {a(asked)}?", thought, "yes" if found else "no"
 
 
-def _ask_relation(
-    rng: np.random.Generator, scene: Scene, free: list[Object], zh: bool
-) -> Asked | None:
-    if len(free) < 2:
+def _ask_relation(rng: np.random.Generator, scene: Scene, zh: bool) -> Asked | None:
+    if len(scene.objects) < 2:
         return None
-    first, second = (free[i] for i in rng.choice(len(free), 2, replace=False))
+    chosen = rng.choice(len(scene.objects), 2, replace=False)
+    first, second = (scene.objects[i] for i in chosen)
     refs = reference(rng, scene, first), reference(rng, scene, second)
     if None in refs:
         return None
@@ -365,38 +387,50 @@ def _ask_relation(
     relation = list(RELATIONS)[(0, 2)[axis == 0] + int(rng.integers(2))]
     yes = related(first, second, relation)
     one, two = (noun(*r, zh) for r in refs)
+    gap = "，" if zh else ", "
+    rows_or_columns = [_along(o.cell, axis, zh) for o in (first, second)]
+    thought = gap.join([_word_placed(first, zh), _word_placed(second, zh), *rows_or_columns])
     if zh:
         question = f"{one}在{two}的{ZH_RELATIONS[relation]}吗？"
-        return question, "是" if yes else "不是", (first, second)
-    return f"Is the {one} {relation} the {two}?", "yes" if yes else "no", (first, second)
+        return question, thought, "是" if yes else "不是"
+    return f"Is the {one} {relation} the {two}?", thought, "yes" if yes else "no"
+
+
+def _along(cell: int, axis: int, zh: bool) -> str:
+    """A cell's row (axis 0) or column, called as the one that crosses the center there."""
+    crossing = cell // 3 * 3 + 1 if axis == 0 else 3 + cell % 3
+    return (ZH_CELLS if zh else CELL_NAMES)[crossing]
 
 
 def question_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 4) -> Example:
     """A question of one of QUESTIONS, or "describe", about a random scene (a quarter textured).
 
-    `kind` may name several, joined by "+": asked one after the other about one picture, as far as
-    there are objects of which nothing has been told yet. Else answers could be read off the text.
+    `kind` may name several, joined by "+": asked one after the other about one picture. Before the
+    first answer the model says what it sees, and before each what decides it: the object, a verdict
+    on each object, two rows or columns. So what a question means is looked up in words: that is
+    learnt far sooner than finding in a picture what a word means.
     """
     kinds = kind.split("+")
     least = 2 if kinds[0] == "relation" else 1
-    asked: list[tuple[str, str]] = []
+    asked: list[Asked] = []
     while not asked:
         scene = random_scene(rng, int(rng.integers(least, max(least, most) + 1)), detail=0.25)
-        free = list(scene.objects)
         for k in kinds:
-            found = _ask(rng, k, scene, free, zh)
-            if found and found[:2] not in asked:
-                asked.append(found[:2])
-                free = [o for o in free if o not in found[2]]
+            found = _ask(rng, k, scene, zh)
+            if found and found not in asked:
+                asked.append(found)
             elif not asked:
                 break
+    sees = "" if kinds[0] == "describe" else _sees(scene, zh)
     messages = []
-    for question, answer in asked:
+    for question, thought, answer in asked:
+        said = _reply(thought, answer, zh)
         messages += [
             {"role": "user", "content": question if messages else IMAGE + question},
-            {"role": "assistant", "content": answer},
+            {"role": "assistant", "content": said if messages else sees + said},
         ]
-    return Example("understand", kind, "zh" if zh else "en", (scene,), tuple(messages), *asked[0])
+    language, (text, _, answer) = "zh" if zh else "en", asked[0]
+    return Example("understand", kind, language, (scene,), tuple(messages), text, answer)
 
 
 # ---------------------------------------------------------------- edits
@@ -474,11 +508,11 @@ def edit_example(
             break
     target, text = pair
     language = "zh" if zh else "en"
-    told = plan(scene, target, zh)
-    reply = EDITING_REPLY[language]
+    told, reply = plan(scene, target, zh), EDITING_REPLY[language]
+    thought = _sees(scene, zh) + told if rng.random() < TELLS else ""
     messages = (
         {"role": "user", "content": EDITING_PROMPT.format(text)},
-        {"role": "assistant", "content": told + reply if rng.random() < TELLS else reply},
+        {"role": "assistant", "content": thought + reply},
     )
     return Example("edit", kind, language, (scene, target), messages, text, told.strip())
 
@@ -486,8 +520,9 @@ def edit_example(
 def plan(scene: Scene, target: Scene, zh: bool) -> str:
     """What happens to the one object that an edit changes, and where; "" for any other edit.
 
-    Said before the picture, it is a question answered: cross entropy teaches what a phrase means
-    far sooner than the squared error of a few slots does, and the slots read the words.
+    Said before the picture, behind what the model sees, it is a question answered: cross entropy
+    teaches what a phrase means far sooner than the squared error of a few slots does, and the slots
+    read the words.
     """
     gone = [o for o in scene.objects if o not in target.objects]
     come = [o for o in target.objects if o not in scene.objects]
@@ -506,13 +541,46 @@ def plan(scene: Scene, target: Scene, zh: bool) -> str:
     return f"{subject}变成{name}。" if zh else f"{subject} becomes {a(name)}. "
 
 
+# ---------------------------------------------------------------- conversations
+
+
+def talk_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 4) -> Example:
+    """A task of one `kind` ("understand", "generate", "edit") and two turns about what came of it.
+
+    These are questions and edits of the latest picture, which is not shown again.
+    """
+    first = MAKERS[kind](rng, _random_kind(rng, kind).split("+")[0], zh, most)
+    scenes, messages, said_of = list(first.scenes), list(first.messages), kind == "understand"
+    for _ in range(2):
+        scene, sees = scenes[-1], "" if said_of else _sees(scenes[-1], zh)
+        if rng.random() < 0.5:
+            if not (pair := _edit_pair(rng, _random_kind(rng, "edit"), scene, zh)):
+                continue
+            target, text = pair
+            reply = plan(scene, target, zh) + EDITING_REPLY[first.language]
+            scenes.append(target)
+        else:
+            if not (asked := _ask(rng, rng.choice(QUESTIONS, p=QUESTION_SHARES), scene, zh)):
+                continue
+            text, reply = asked[0], _reply(*asked[1:], zh)
+        said_of = scene is scenes[-1]
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": sees + reply})
+    return replace(first, task="talk", kind=kind, scenes=tuple(scenes), messages=tuple(messages))
+
+
 # ---------------------------------------------------------------- the mixture
 
-MAKERS = {"understand": question_example, "generate": generation_example, "edit": edit_example}
-ZH_SHARE = 0.2
-TURNS = 4  # most questions in a conversation, or as many as there may be objects
+MAKERS = {
+    "understand": question_example,
+    "generate": generation_example,
+    "edit": edit_example,
+    "talk": talk_example,
+}
+ZH_SHARE = 0.3
+TURNS = 4  # most questions in a conversation
 QUESTION_SHARES = np.array([3, 5, 4, 1, 4, 4, 1, 5]) / 27  # what is hard is asked often
-TELLS = 0.8  # of the replies to an edit say what will change before the picture
+TELLS = 0.9  # of the replies to an edit say what is seen, and what will change, before the picture
 # what refers to an object takes longest to learn
 EDIT_SHARES = np.array([5, 3, 3, 4, 1, 3, 1]) / 20
 
@@ -532,16 +600,18 @@ def example(
     """
     while True:
         zh_now = rng.random() < ZH_SHARE if zh is None else zh
-        found = MAKERS[task](rng, kind or _random_kind(rng, task, most), zh_now, most)
+        found = MAKERS[task](rng, kind or _random_kind(rng, task), zh_now, most)
         if found.unseen == unseen:
             return found
 
 
-def _random_kind(rng: np.random.Generator, task: str, most: int) -> str:
+def _random_kind(rng: np.random.Generator, task: str) -> str:
     if task == "generate":
         return _choice(rng, CATEGORIES) if rng.random() < 0.4 else "caption"
     if task == "understand":  # several turns about one picture: more answers for the same work
         if rng.random() < 0.2:
             return "describe"
-        return "+".join(rng.choice(QUESTIONS, max(TURNS, most), p=QUESTION_SHARES))
+        return "+".join(rng.choice(QUESTIONS, TURNS, p=QUESTION_SHARES))
+    if task == "talk":
+        return _choice(rng, ("understand", "generate", "generate", "edit"))
     return str(rng.choice(EDITS, p=EDIT_SHARES))

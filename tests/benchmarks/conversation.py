@@ -20,7 +20,7 @@ from nexus_min.conversation import KEEP
 from nexus_min.pipeline import NexusGen
 from nexus_min.tokenizer import EDITING_PROMPT, GENERATION_PROMPT
 from nexus_min.toy import score
-from nexus_min.toy.tasks import NUMBERS, example
+from nexus_min.toy.tasks import NUMBERS, example, final
 from nexus_min.toy.world import BACKGROUNDS
 
 ASK = ("What color is the background?", "How many objects are there?")
@@ -49,7 +49,7 @@ def case(model: NexusGen, keep: str, caption: str, goal: str) -> dict | None:
     def say(text: str):
         return ask(model.chat() if keep == "fresh" else chat, text, images)
 
-    told = [say(text)[0].strip() for text in ASK]
+    told = [final(say(text)[0]) for text in ASK]
     instruction = f"Change the background to {goal}."
     edited = say(EDITING_PROMPT.format(instruction) if images else instruction)[1]
     wanted = replace(seen.scene, background=goal)

@@ -143,10 +143,13 @@ def work(model: NexusGen, task: str, photo: Image.Image, steps: int) -> tuple:
         events = model.generate_steps("a cat in the snow", **options)
     else:
         events = model.edit_steps(photo, "Make the cat black.", **options)
+    image = None
     for kind, value in events:
         if kind == "step":
             times.append(wait(place))
-    return np.asarray(value), times
+        elif kind == "image":
+            image = np.asarray(value)
+    return image, times
 
 
 def measure(name: str, task: str, model: NexusGen, place: Place, steps: int) -> Found:
