@@ -51,7 +51,7 @@ from nexus_min.placement import is_out_of_memory
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.toy import base
 from nexus_min.toy import stages as toy
-from nexus_min.toy.vocabulary import build_tokenizer, words
+from nexus_min.toy.vocabulary import build_tokenizer, translations, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
 # The stages in order: the share of --minutes, and the batch over all workers.
@@ -194,8 +194,9 @@ def train_vision(folder: Folder, run: Run, batch: int) -> dict:
     summary = fit(base.vision_stage(ar.visual, config, batch), run)
     base.standardise(ar.visual, config)
     with tempfile.TemporaryDirectory() as place:
-        file = Path(place, "tokenizer.json")
-        build_tokenizer(config).save(str(file))
+        file, tokenizer = Path(place, "tokenizer.json"), build_tokenizer(config)
+        tokenizer.save(str(file))
+        toy.translate(ar.model.embed_tokens, translations(tokenizer))
         folder.save(config, ar=ar, empty_prompt=toy.empty_prompt(config), tokenizer_file=file)
     return summary
 

@@ -17,7 +17,7 @@ from common import BLACK, BLUE, GREEN, ORANGE, PINK, setup
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from nexus_min.pipeline import NexusGen
-from nexus_min.toy.tasks import final
+from nexus_min.toy.questions import final
 from nexus_min.toy.world import Object, Scene, render
 
 OUTPUT = Path(__file__).with_name("overview.png")

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from nexus_min import __main__ as command_line
 from nexus_min.pipeline import NexusGen
-from nexus_min.toy.tasks import final
+from nexus_min.toy.questions import final
 
 AT_HOME = {"flux_rope", "timestep_frequencies"}  # their tensors are made on the CPU
 

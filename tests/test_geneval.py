@@ -12,7 +12,8 @@ from tiny_model import make_tiny
 
 from nexus_min.__main__ import main
 from nexus_min.toy import geneval
-from nexus_min.toy.tasks import CATEGORIES, canonical_scene, example, satisfies
+from nexus_min.toy.prompts import CATEGORIES, canonical_scene, satisfies
+from nexus_min.toy.tasks import example
 from nexus_min.toy.world import Object, Scene, render
 
 

@@ -9,14 +9,8 @@ import numpy as np
 import pytest
 
 from nexus_min.toy import score
-from nexus_min.toy.tasks import (
-    CATEGORIES,
-    LAYOUTS,
-    Example,
-    canonical_scene,
-    generation_example,
-    satisfies,
-)
+from nexus_min.toy.prompts import CATEGORIES, LAYOUTS, canonical_scene, satisfies
+from nexus_min.toy.tasks import Example, generation_example
 from nexus_min.toy.world import (
     BACKGROUNDS,
     CENTRES,

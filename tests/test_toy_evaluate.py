@@ -20,8 +20,13 @@ from PIL import Image
 from nexus_min.config import TINY_TOKEN_IDS, NexusGenConfig
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.toy import evaluate as ev
-from nexus_min.toy.tasks import CATEGORIES, EDITS, MAKERS, QUESTIONS, ZH, example
-from nexus_min.toy.vocabulary import SPECIAL, build_tokenizer, words
+from nexus_min.toy.edits import EDITS
+from nexus_min.toy.language import ZH
+from nexus_min.toy.prompts import CATEGORIES
+from nexus_min.toy.questions import QUESTIONS
+from nexus_min.toy.stages import LIKENESS, translate
+from nexus_min.toy.tasks import MAKERS, example
+from nexus_min.toy.vocabulary import SPECIAL, build_tokenizer, translations, words
 from nexus_min.toy.world import Scene, held_out, render
 
 # ---- tallies -----------------------------------------------------------------------------------
@@ -289,6 +294,23 @@ def test_special_ids_are_the_configurations(tokenizer):
     ids = [tokenizer.token_to_id(name) for name in SPECIAL]
     assert ids == list(range(746, 768))  # Qwen's order, after everything else
     QwenTokenizer(tokenizer).check(config.ar)
+
+
+def test_a_word_begins_much_as_its_translation_does(tokenizer):
+    pairs = translations(tokenizer)
+    said = {tokenizer.decode([k]): tokenizer.decode(v) for k, v in pairs.items()}
+    assert len(said) == len(ZH) + 9 + 5  # and nine cells, five numbers
+    assert said["红色"] == " red" and said["左上角"] == " top left corner" and said["两"] == " two"
+    words = torch.nn.Embedding(768, 128)
+    before = words.weight.detach().clone()
+    translate(words, pairs)
+    after = words.weight.detach()
+    english = torch.stack([before[meaning].sum(0) for meaning in pairs.values()])
+    alike = torch.cosine_similarity(after[list(pairs)], english)
+    assert alike.mean().item() == pytest.approx(LIKENESS, abs=0.05)
+    assert after[list(pairs)].std().item() == pytest.approx(1, abs=0.05)  # the scale stays
+    others = [k for k in range(768) if k not in pairs]
+    assert torch.equal(after[others], before[others])
 
 
 TEXTS = (

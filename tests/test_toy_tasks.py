@@ -14,22 +14,12 @@ import numpy as np
 import pytest
 
 from nexus_min.tokenizer import EDITING_REPLY
+from nexus_min.toy.edits import EDITS
+from nexus_min.toy.language import RELATIONS, ZH, ZH_CELLS, caption
 from nexus_min.toy.pictures import scenes as training_scenes
-from nexus_min.toy.tasks import (
-    CATEGORIES,
-    EDITS,
-    MAKERS,
-    QUESTIONS,
-    RELATIONS,
-    TURNS,
-    ZH,
-    ZH_CELLS,
-    Example,
-    canonical_scene,
-    caption,
-    example,
-    final,
-)
+from nexus_min.toy.prompts import CATEGORIES, canonical_scene
+from nexus_min.toy.questions import QUESTIONS, final
+from nexus_min.toy.tasks import MAKERS, TURNS, Example, example
 from nexus_min.toy.world import (
     BACKGROUNDS,
     CENTRES,
@@ -461,12 +451,14 @@ def check_reply(scene: Scene, text: str, said: str) -> None:
     parts = re.split(", |，", thought[0]) if thought else []
     if kind in ("count", "exist"):
         (asked,) = mentions(text)
-        assert [mentions(part) for part in parts] == [
-            [{name: getattr(o, name) for name in asked}]
-            for o in sorted(scene.objects, key=lambda o: o.cell)
-        ]
+        objects = sorted(scene.objects, key=lambda o: o.cell)
         verdicts = [not re.search(" no$|不是$", part) for part in parts]
-        assert verdicts == [mentions(part) == [asked] for part in parts]
+        assert verdicts == [all(getattr(o, k) == v for k, v in asked.items()) for o in objects]
+        for o, part in zip(objects, parts, strict=True):
+            if asked.get("colour") in (None, o.colour):
+                assert mentions(part) == [{name: getattr(o, name) for name in asked}]
+            else:
+                assert part in (f"{o.colour} no", f"{ZH[o.colour]}不是")
         return
     about = parts[: NAMED_FIRST[kind]]
     assert len(about) == NAMED_FIRST[kind]
@@ -474,10 +466,14 @@ def check_reply(scene: Scene, text: str, said: str) -> None:
     assert all(len(k) == 1 and k <= {o.key for o in scene.objects} for k in keys)
     if kind == "relation":
         assert keys[0] != keys[1]
-        places = [divmod(cell_in(part), 3) for part in parts[2:]]
+        places = [divmod(cell_in(part), 3) for part in parts[2:4]]
+        *_, relation = parts
         axis = 0 if re.search("above|below|上方|下方", text) else 1
         (one,), (two,) = keys
-        assert [p[axis] for p in places] == [divmod(k[-1], 3)[axis] for k in (one, two)]
+        first, second = [divmod(k[-1], 3)[axis] for k in (one, two)]
+        assert [p[axis] for p in places] == [first, second]
+        words = (("above|上方", "below|下方"), ("left of|左边", "right of|右边"))[axis]
+        assert re.fullmatch(words[first > second], relation)
 
 
 ASKS = {

@@ -24,8 +24,11 @@ from ..pipeline import NexusGen
 from ..sampling import Sampling
 from ..tokenizer import EDITING_REPLY, GENERATION_REPLY, IMAGE
 from . import geneval, score
+from .edits import EDITS
 from .pictures import save_grid
-from .tasks import CATEGORIES, EDITS, QUESTIONS, Example, example, final, satisfies
+from .prompts import CATEGORIES, satisfies
+from .questions import QUESTIONS, final
+from .tasks import Example, example
 from .world import render
 
 BATCH = 50

@@ -19,7 +19,9 @@ import numpy as np
 
 from ..pipeline import NexusGen
 from . import score
-from .tasks import CATEGORIES, RELATIONS, Example, related
+from .language import RELATIONS, related
+from .prompts import CATEGORIES
+from .tasks import Example
 from .world import CANVAS, COLOURS, SHAPES, Object, Scene
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

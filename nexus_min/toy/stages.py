@@ -44,6 +44,7 @@ UND, GEN, EDIT, TALK = "understand", "generate", "edit", "talk"
 MIXTURE = (UND, GEN, GEN, EDIT)  # 1:2:1, pre-training
 FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, EDIT, EDIT, TALK)  # what takes longest
 PRETRAINED = 0.4  # of the stage
+LIKENESS = 0.8  # of a word and its translation before training, a cosine
 COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
 
 
@@ -64,6 +65,18 @@ def init_ar(ar: NexusGenAR) -> NexusGenAR:
     nn.init.normal_(ar.model.embed_tokens.weight, std=0.5)
     nn.init.normal_(ar.image_prefill_embeds.weight, std=0.5)
     return ar
+
+
+@torch.no_grad()
+def translate(words: nn.Embedding, translations: dict[int, list[int]]) -> None:
+    """Let each word begin much as its translation does: what Qwen knows of two languages.
+
+    cos = LIKENESS; all rows keep their scale. What is learnt in one language then serves the other:
+    words are found by what they mean long before a tiny model would find that two mean the same.
+    """
+    for word, meaning in translations.items():
+        same = words.weight[meaning].sum(0) / len(meaning) ** 0.5
+        words.weight[word] = LIKENESS * same + (1 - LIKENESS**2) ** 0.5 * words.weight[word]
 
 
 def ar_batch_loss(

@@ -15,7 +15,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from ..config import NexusGenConfig
 from ..tokenizer import SYSTEM_PROMPT
-from .tasks import CATEGORIES, EDITS, QUESTIONS, ZH, ZH_CELLS, ZH_NUMBERS, example
+from .edits import EDITS
+from .language import CELL_NAMES, NUMBERS, ZH, ZH_CELLS, ZH_NUMBERS
+from .prompts import CATEGORIES
+from .questions import QUESTIONS
+from .tasks import example
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -88,3 +92,14 @@ def build_tokenizer(config: NexusGenConfig | None = None) -> Tokenizer:
         for k, name in enumerate(SPECIAL)
     ]
     return Tokenizer.from_str(json.dumps(spec))
+
+
+def translations(tokenizer: Tokenizer) -> dict[int, list[int]]:
+    """Token of every Chinese word for a thing, quality, place or number -> its English tokens."""
+    pairs = [*((zh, en) for en, zh in ZH.items()), *zip(ZH_CELLS, CELL_NAMES, strict=True)]
+    pairs += zip(ZH_NUMBERS, NUMBERS, strict=True)
+    found = {}
+    for zh, en in pairs:
+        (token,) = tokenizer.encode(zh, add_special_tokens=False).ids
+        found[token] = tokenizer.encode(f" {en}", add_special_tokens=False).ids
+    return found

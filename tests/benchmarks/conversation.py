@@ -20,7 +20,9 @@ from nexus_min.conversation import KEEP
 from nexus_min.pipeline import NexusGen
 from nexus_min.tokenizer import EDITING_PROMPT, GENERATION_PROMPT
 from nexus_min.toy import score
-from nexus_min.toy.tasks import NUMBERS, example, final
+from nexus_min.toy.language import NUMBERS
+from nexus_min.toy.questions import final
+from nexus_min.toy.tasks import example
 from nexus_min.toy.world import BACKGROUNDS
 
 ASK = ("What color is the background?", "How many objects are there?")
