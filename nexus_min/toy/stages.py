@@ -26,6 +26,7 @@ from ..sampling import Context, velocity_field
 from ..tokenizer import IMAGE, QwenTokenizer
 from ..training import Run, Stage, world
 from ..vision import QwenViT
+from .edits import EDITS
 from .pictures import (
     agreement,
     embed_views,
@@ -45,6 +46,8 @@ MIXTURE = (UND, GEN, GEN, EDIT)  # 1:2:1, pre-training
 FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, EDIT, EDIT, TALK)  # what takes longest
 PRETRAINED = 0.4  # of the stage
 LIKENESS = 0.8  # of a word and its translation before training, a cosine
+# of EDITS for the editing decoder: what has to be drawn anew is harder than what is only changed
+DRAWING_SHARES = np.array([3, 4, 2, 5, 1, 4, 1]) / 20
 COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
 
 
@@ -267,7 +270,8 @@ def editing_pool(
 
     @torch.no_grad()
     def make(rng):
-        batch = [example(rng, "edit") for _ in range(64)]
+        kinds = rng.choice(EDITS, 64, p=DRAWING_SHARES)
+        batch = [example(rng, "edit", str(kind)) for kind in kinds]
         source, target = (to_unit([render(ex.scenes[i]) for ex in batch]) for i in (0, 1))
         return {
             "embeds": predict_after_reply(ar, tokenizer, config, batch),
