@@ -152,8 +152,10 @@ def _ask_relation(rng: np.random.Generator, scene: Scene, zh: bool) -> Asked | N
     rows_or_columns = [row_or_column(o.cell, axis, zh) for o in (first, second)]
     true = next(r for r in RELATIONS if related(first, second, r) and RELATIONS[r][axis])
     placed = word_placed(first, zh), word_placed(second, zh)
-    thought = gap.join([*placed, *rows_or_columns, ZH_RELATIONS[true] if zh else true])
+    answer = ("是" if yes else "不是") if zh else "yes" if yes else "no"
+    verdict = ZH_RELATIONS[true] + answer if zh else f"{true.split()[0]} {answer}"
+    thought = gap.join([*placed, *rows_or_columns, verdict])
     if zh:
         question = f"{one}在{two}的{ZH_RELATIONS[relation]}吗？"
-        return question, thought, "是" if yes else "不是"
-    return f"Is the {one} {relation} the {two}?", thought, "yes" if yes else "no"
+        return question, thought, answer
+    return f"Is the {one} {relation} the {two}?", thought, answer
