@@ -472,9 +472,8 @@ def check_reply(scene: Scene, text: str, said: str) -> None:
         (one,), (two,) = keys
         first, second = [divmod(k[-1], 3)[axis] for k in (one, two)]
         assert [p[axis] for p in places] == [first, second]
-        word = (("above|上方", "below|下方"), ("left of|左边", "right of|右边"))[axis][
-            first > second
-        ]
+        words = (("above|上方", "below|下方"), ("left of|左边", "right of|右边"))[axis]
+        word = words[first > second]
         assert re.fullmatch(f"(?:{word}) ?{answer}", verdict)
         assert (answer in ("yes", "是")) == bool(re.search(f"({word}) the|的({word})吗", text))
 
