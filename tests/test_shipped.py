@@ -53,23 +53,25 @@ def test_it_draws_unseen_prompts(model, kind):
     assert tally.n == 10 and tally.right >= 6, tally.line()
 
 
-def test_it_answers_unseen_questions(model):
-    tallies = [evaluate.score_questions(model, kind, False, 4, 123)[0] for kind in QUESTIONS]
-    assert sum(t.right for t in tallies) >= 14, [t.line() for t in tallies]
-    described = evaluate.score_questions(model, "describe", False, 10, 123)[0]
-    assert described.right >= 6, described.line()
+@pytest.mark.parametrize("zh", [False, True])
+def test_it_answers_unseen_questions(model, zh):
+    tallies = [evaluate.score_questions(model, kind, zh, 4, 123)[0] for kind in QUESTIONS]
+    assert sum(t.right for t in tallies) >= 26, [t.line() for t in tallies]
+    described = evaluate.score_questions(model, "describe", zh, 10, 123)[0]
+    assert described.right >= 8, described.line()
 
 
-def test_it_edits_unseen_pictures(model):
-    """Far below the measured scores; what refers to an object is the tiny model's weaker side."""
-    tally = evaluate.score_edits(model, "background", False, 10, 123)[0]
-    assert tally.right >= 4, tally.line()
+@pytest.mark.parametrize("zh", [False, True])
+def test_it_edits_unseen_pictures(model, zh):
+    """Below the measured scores, as rounding differs between machines."""
+    tally = evaluate.score_edits(model, "background", zh, 10, 123)[0]
+    assert tally.right >= 7, tally.line()
     kinds = ("recolour", "add", "remove", "move")
-    tallies = [evaluate.score_edits(model, kind, False, 10, 123)[0] for kind in kinds]
-    assert sum(t.right for t in tallies) >= 10, [t.line() for t in tallies]
+    tallies = [evaluate.score_edits(model, kind, zh, 10, 123)[0] for kind in kinds]
+    assert sum(t.right for t in tallies) >= 24, [t.line() for t in tallies]
     told = {kind: t.notes.get("told") for kind, t in zip(kinds, tallies, strict=True)}
     assert told.pop("add") is None  # refers to no object
-    assert all(share > 0 for share in told.values()), told
+    assert all(share > 0.7 for share in told.values()), told
 
 
 def test_chinese(model):
