@@ -188,7 +188,7 @@ def train_vae(folder: Folder, run: Run, batch: int) -> dict:
 
 
 def train_vision(folder: Folder, run: Run, batch: int) -> dict:
-    """Ground the tower, standardise its output, and save it in a fresh AR model, with the rest."""
+    """Ground the tower, standardise its output, and save it in a fresh, bilingual AR model."""
     config = folder.config
     ar = toy.init_ar(NexusGenAR(config.ar))
     summary = fit(base.vision_stage(ar.visual, config, batch), run)

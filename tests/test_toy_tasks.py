@@ -1,7 +1,7 @@
 """What is asked in the toy world: nothing held out leaks into training, and every answer is right.
 
 Answers, references and edits are derived here a second time, from the words alone, by code that
-shares nothing with `tasks.py` but the names of things.
+shares nothing with what makes them but the names of things.
 """
 
 from __future__ import annotations

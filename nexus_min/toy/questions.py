@@ -112,11 +112,9 @@ def _ask_attribute(kind: str, scene: Scene, obj: Object, zh: bool) -> Asked | No
 
 def _ask_count(rng: np.random.Generator, scene: Scene, zh: bool) -> Asked:
     shape = choice(rng, scene.objects).shape if rng.random() < 0.7 else choice(rng, SHAPES)
-    names = [noun(o.shape, None, None, zh) for o in in_order(scene)]
-    asked = noun(shape, None, None, zh)
-    question = f"有几个{asked}？" if zh else f"How many {plural(shape)} are there?"
-    number = (ZH_NUMBERS if zh else NUMBERS)[names.count(asked)]
-    return question, _verdicts(scene, shape, None, zh), number
+    question = f"有几个{ZH[shape]}？" if zh else f"How many {plural(shape)} are there?"
+    number = sum(o.shape == shape for o in scene.objects)
+    return question, _verdicts(scene, shape, None, zh), (ZH_NUMBERS if zh else NUMBERS)[number]
 
 
 def _ask_existence(rng: np.random.Generator, scene: Scene, obj: Object, zh: bool) -> Asked:
