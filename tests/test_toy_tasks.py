@@ -467,15 +467,16 @@ def check_reply(scene: Scene, text: str, said: str) -> None:
     if kind == "relation":
         assert keys[0] != keys[1]
         places = [divmod(cell_in(part), 3) for part in parts[2:4]]
-        *_, verdict = parts
+        *_, true, verdict = parts
         axis = 0 if re.search("above|below|上方|下方", text) else 1
         (one,), (two,) = keys
         first, second = [divmod(k[-1], 3)[axis] for k in (one, two)]
         assert [p[axis] for p in places] == [first, second]
         words = (("above|上方", "below|下方"), ("left of|左边", "right of|右边"))[axis]
-        word = words[first > second]
-        assert re.fullmatch(f"(?:{word}) ?{answer}", verdict)
-        assert (answer in ("yes", "是")) == bool(re.search(f"({word}) the|的({word})吗", text))
+        assert re.fullmatch(words[first > second], true)
+        asked = verdict.removesuffix(answer).strip()
+        assert re.search(f"({asked}) the|的({asked})吗", text)
+        assert (asked == true) == (answer in ("yes", "是"))
 
 
 ASKS = {

@@ -151,8 +151,9 @@ def _ask_relation(rng: np.random.Generator, scene: Scene, zh: bool) -> Asked | N
     true = next(r for r in RELATIONS if related(first, second, r) and RELATIONS[r][axis])
     placed = word_placed(first, zh), word_placed(second, zh)
     answer = ("是" if yes else "不是") if zh else "yes" if yes else "no"
-    verdict = ZH_RELATIONS[true] + answer if zh else f"{true} {answer}"
-    thought = gap.join([*placed, *rows_or_columns, verdict])
+    said = [ZH_RELATIONS[r] if zh else r for r in (true, relation)]
+    verdict = said[1] + answer if zh else f"{said[1]} {answer}"
+    thought = gap.join([*placed, *rows_or_columns, said[0], verdict])
     if zh:
         question = f"{one}在{two}的{ZH_RELATIONS[relation]}吗？"
         return question, thought, answer

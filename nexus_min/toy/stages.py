@@ -38,7 +38,7 @@ from .pictures import (
     to_unit,
 )
 from .tasks import Example, example
-from .world import render
+from .world import STYLES, render
 
 POOL = 24_576  # most pictures embedded once for a decoder stage, over all workers
 UND, GEN, EDIT, TALK = "understand", "generate", "edit", "talk"
@@ -245,7 +245,7 @@ def reconstruction_pool(
     run: Run,
     known: tuple[QwenViT, GenerationAdapter] | None = None,
 ) -> dict[str, Tensor]:
-    """Pictures as `embeds` [n, N, C] and `latents` [n, z, h, w]; half are outlines, the harder.
+    """Pictures as `embeds` [n, N, C] and `latents` [n, z, h, w]; most are outlines, the harder.
 
     With the tower and the adapter of another model, also what that adapter `said` of its own
     tower's embeddings: the words that its MMDiT knows.
@@ -253,7 +253,7 @@ def reconstruction_pool(
 
     @torch.no_grad()
     def make(rng):
-        x = to_unit([render(s) for s in scenes(rng, 64, 0.15, outline=0.5)])
+        x = to_unit([render(s) for s in scenes(rng, 64, 0.15, outline=0.7)])
         embeds = embed_views(visual, x, config.target_size)
         found = {"embeds": embeds, "latents": vae.encode(x * 2 - 1)}
         if known:
@@ -263,6 +263,14 @@ def reconstruction_pool(
     return build_pool(pool_size(run, 20), run, make)
 
 
+def drawn_edit(rng: np.random.Generator) -> Example:
+    """An edit for the editing decoder: what is hard to draw is drawn often, half are outlines."""
+    kind, style = str(rng.choice(EDITS, p=DRAWING_SHARES)), str(rng.choice(STYLES))
+    while (ex := example(rng, "edit", kind)).scenes[1].style != style:
+        pass
+    return ex
+
+
 def editing_pool(
     ar: NexusGenAR, vae: AutoEncoder, tokenizer: QwenTokenizer, config: NexusGenConfig, run: Run
 ) -> dict:
@@ -270,8 +278,7 @@ def editing_pool(
 
     @torch.no_grad()
     def make(rng):
-        kinds = rng.choice(EDITS, 64, p=DRAWING_SHARES)
-        batch = [example(rng, "edit", str(kind)) for kind in kinds]
+        batch = [drawn_edit(rng) for _ in range(64)]
         source, target = (to_unit([render(ex.scenes[i]) for ex in batch]) for i in (0, 1))
         return {
             "embeds": predict_after_reply(ar, tokenizer, config, batch),

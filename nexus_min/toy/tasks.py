@@ -64,8 +64,8 @@ def question_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 
 
     `kind` may name several, joined by "+": asked one after the other about one picture. Before the
     first answer the model says what it sees, and before each what decides it: the object, a verdict
-    on each object, two rows or columns and how they lie. So what a question means is looked up in
-    words: that is learnt far sooner than finding in a picture what a word means.
+    on each object, two rows or columns, how they lie and what was asked. So what a question means
+    is looked up in words: that is learnt far sooner than finding in a picture what a word means.
     """
     kinds = kind.split("+")
     least = 2 if kinds[0] == "relation" else 1
