@@ -145,7 +145,7 @@ MAKERS = {
 }
 ZH_SHARE = 0.4
 TURNS = 4  # most questions in a conversation
-QUESTION_SHARES = np.array([3, 4, 4, 1, 4, 4, 1, 9]) / 30  # what is hard is asked often
+QUESTION_SHARES = np.array([3, 4, 4, 1, 4, 4, 1, 5]) / 26  # what is hard is asked often
 TELLS = 0.9  # of the replies to an edit say what is seen, and what will change, before the picture
 # what refers to an object takes longest to learn
 EDIT_SHARES = np.array([5, 3, 3, 4, 1, 3, 1]) / 20
