@@ -46,11 +46,12 @@ def test_it_is_small_and_says_how_it_was_made():
         assert float(told["minutes"]) > 0 and int(told["seed"]) >= 0
 
 
+@pytest.mark.parametrize("zh", [False, True])
 @pytest.mark.parametrize("kind", [*CATEGORIES, "caption"])
-def test_it_draws_unseen_prompts(model, kind):
-    """Far below the measured score, as rounding differs between machines, far above chance."""
-    tally = evaluate.score_generation(model, kind, False, 10, 123)[0]
-    assert tally.n == 10 and tally.right >= 6, tally.line()
+def test_it_draws_unseen_prompts(model, kind, zh):
+    """Below the measured score, as rounding differs between machines, far above chance."""
+    tally = evaluate.score_generation(model, kind, zh, 10, 123)[0]
+    assert tally.n == 10 and tally.right >= 8, tally.line()
 
 
 @pytest.mark.parametrize("zh", [False, True])
