@@ -151,10 +151,9 @@ def _ask_relation(rng: np.random.Generator, scene: Scene, zh: bool) -> Asked | N
     true = next(r for r in RELATIONS if related(first, second, r) and RELATIONS[r][axis])
     placed = word_placed(first, zh), word_placed(second, zh)
     answer = ("是" if yes else "不是") if zh else "yes" if yes else "no"
-    said = [ZH_RELATIONS[r] if zh else r for r in (true, relation)]
-    verdict = said[1] + answer if zh else f"{said[1]} {answer}"
-    thought = gap.join([*placed, *rows_or_columns, said[0], verdict])
+    told, asked = (ZH_RELATIONS[r] if zh else r for r in (true, relation))
+    verdict = asked + answer if zh else f"{asked} {answer}"
+    thought = gap.join([*placed, *rows_or_columns, told, verdict])
     if zh:
-        question = f"{one}在{two}的{ZH_RELATIONS[relation]}吗？"
-        return question, thought, answer
-    return f"Is the {one} {relation} the {two}?", thought, answer
+        return f"{one}在{two}的{asked}吗？", thought, answer
+    return f"Is the {one} {asked} the {two}?", thought, answer
