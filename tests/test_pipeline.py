@@ -249,7 +249,7 @@ def test_defaults_and_rounding():
     full = Sampling(height=500, width=1).resolve(NexusGenConfig.v2(), 3.0)
     assert (full.height, full.width, full.num_steps, full.cfg_scale) == (512, 16, 50, 3.0)
     tiny = Sampling(height=57).resolve(NexusGenConfig.tiny(), 1.0)
-    assert (tiny.height, tiny.width, tiny.num_steps) == (64, 64, 4)
+    assert (tiny.height, tiny.width, tiny.num_steps) == (64, 64, 3)
     assert tiny.latent_shape(NexusGenConfig.tiny()) == (1, 32, 8, 8)
 
 
