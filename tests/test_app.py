@@ -279,7 +279,7 @@ def test_draw_edit_and_ask_in_a_browser(browse, tmp_path):
     first = browse()
     first.fill("Prompt", "a small blue star on a gray background")
     first.press("Draw")
-    assert first.made("4 steps").startswith("seed 0, 4 steps")
+    assert first.made("3 steps").startswith("seed 0, 3 steps")
     first.shoot("draw")
 
     second = browse()  # both at once: one waits for the other
@@ -287,8 +287,8 @@ def test_draw_edit_and_ask_in_a_browser(browse, tmp_path):
     first.press("Draw")
     second.fill("Prompt", "two red circles")
     second.press("Draw")
-    first.made("seed 7, 4 steps")
-    second.made("seed 0, 4 steps")
+    first.made("seed 7, 3 steps")
+    second.made("seed 0, 3 steps")
     second.shoot("second")
 
     toy = Scene((Object("circle", "red", "large", 4),), "gray")
