@@ -55,9 +55,9 @@ from nexus_min.toy.vocabulary import build_tokenizer, translations, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
 # The stages in order: the share of --minutes, and the batch over all workers.
-SHARES = {"vae": 0.10, "vision": 0.20, "generation": 0.24, "ar": 0.34, "editing": 0.12}
+SHARES = {"vae": 0.08, "vision": 0.16, "generation": 0.22, "ar": 0.43, "editing": 0.11}
 BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
-BF16 = ("vision", "editing")  # where bf16 products pay, if the CPU has them
+BF16 = ("vision", "generation", "ar", "editing")  # where bf16 products pay, if the CPU has them
 NEEDS = {
     "vae": (),
     "vision": (),
@@ -361,7 +361,7 @@ def train(plan: Plan) -> None:
         torch.manual_seed(plan.seed)
         bf16 = plan.bf16 and name in BF16
         limits = {"seconds": plan.seconds(name), "steps": plan.steps}
-        limits["sample_every"] = max(60.0, (limits["seconds"] or 0.0) / 15)
+        limits["sample_every"] = max(60.0, (limits["seconds"] or 0.0) / 8)
         run = Run(folder.path, plan.seed, **limits, quiet=plan.quiet, bf16=bf16)
         summary = TRAIN[name](folder, run, max(1, BATCH[name] // plan.workers))
         if rank == 0:

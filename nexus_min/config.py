@@ -246,7 +246,7 @@ class NexusGenConfig:
                 **TINY_TOKEN_IDS,
             ),
             mmdit=MMDiTConfig(
-                in_channels=128,
+                in_channels=64,
                 vec_in_dim=32,
                 context_in_dim=96,
                 hidden_size=128,
@@ -261,7 +261,7 @@ class NexusGenConfig:
                 ch=16,
                 ch_mult=(1, 2, 2, 2),
                 num_res_blocks=1,
-                z_channels=32,
+                z_channels=16,
                 num_groups=8,
                 scale_factor=1.0,
                 shift_factor=0.0,

@@ -12,6 +12,7 @@ together, and processes share the work.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -63,33 +64,42 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         """One update of every matrix."""
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for shape, parameters in shapes.items():
-                directions = self._shared(self._momenta(parameters, group["momentum"]))
-                size = group["lr"] * 0.2 * max(shape) ** 0.5
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(parameters, list(directions), alpha=-size)
+            parameters = sorted(group["params"], key=lambda p: p.shape)  # those of a shape together
+            if not parameters:
+                continue
+            directions = self._directions(parameters, self._momenta(parameters, group["momentum"]))
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for p, direction in zip(parameters, directions, strict=True):
+                p.sub_(direction, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
-    def _momenta(self, parameters: list[nn.Parameter], beta: float) -> Tensor:
-        """Nesterov's momentum of parameters of one shape: [K, m, n]."""
+    def _momenta(self, parameters: list[nn.Parameter], beta: float) -> list[Tensor]:
+        """Nesterov's momentum of each parameter."""
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         kept = [self.state[p]["momentum_buffer"] for p in parameters]
         grads = [p.grad for p in parameters]
         torch._foreach_lerp_(kept, grads, 1 - beta)
-        return torch.stack(torch._foreach_lerp(grads, kept, beta))
+        return torch._foreach_lerp(grads, kept, beta)
 
-    def _shared(self, matrices: Tensor) -> Tensor:
-        """`orthogonalised`, each process doing its part of [K, m, n]."""
-        size = dist.get_world_size() if dist.is_initialized() else 1
+    def _directions(self, parameters: list[nn.Parameter], momenta: list[Tensor]) -> list[Tensor]:
+        """`orthogonalised` of each; a process does every nth, and one exchange hands all round."""
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = [
+            direction
+            for _, alike in groupby(momenta[rank::size], key=lambda m: m.shape)
+            for direction in orthogonalised(torch.stack(list(alike)))
+        ]
         if size == 1:
-            return orthogonalised(matrices)
-        each = -(-len(matrices) // size)
-        padded = torch.cat([matrices, matrices[:1].expand(each * size - len(matrices), -1, -1)])
-        mine = orthogonalised(padded.chunk(size)[dist.get_rank()].contiguous())
-        parts = [torch.empty_like(mine) for _ in range(size)]
-        dist.all_gather(parts, mine.contiguous())
-        return torch.cat(parts)[: len(matrices)]
+            return mine
+        shares = [parameters[k::size] for k in range(size)]
+        lengths = [sum(p.numel() for p in share) for share in shares]
+        flat = momenta[0].new_zeros(max(lengths))
+        torch.cat([d.reshape(-1) for d in mine] or [flat[:0]], out=flat[: lengths[rank]])
+        parts = [torch.empty_like(flat) for _ in range(size)]
+        dist.all_gather(parts, flat)
+        directions = [flat] * len(parameters)
+        for k, share in enumerate(shares):
+            pieces = parts[k][: lengths[k]].split([p.numel() for p in share])
+            directions[k::size] = [d.view(p.shape) for d, p in zip(pieces, share, strict=True)]
+        return directions

@@ -30,14 +30,16 @@ from typing import NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from .muon import Muon
 
 DECAY = 0.4  # the last part of every stage, over which the learning rate falls to zero
 WARMUP = 50  # steps
+BLOCK = 128  # rows of a large matrix that Muon orthogonalises together
 REPORT = 50  # steps whose metrics are averaged into one line
 BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 
@@ -205,18 +207,13 @@ def agreed(*values: float) -> list[float]:
     return numbers.tolist()
 
 
-def average_over_ranks(parameters: list[nn.Parameter], numbers: Tensor) -> Tensor:
-    """Average gradients in place over processes, and `numbers` [n], which is returned averaged."""
+def average_over_ranks(*numbers: Tensor) -> None:
+    """Average tensors in place over processes."""
     _, size = world()
-    if size == 1:
-        return numbers
-    grads = [p.grad for p in parameters]
-    flat = torch.cat([numbers, *[g.reshape(-1) for g in grads]])
-    dist.all_reduce(flat)
-    flat /= size
-    numbers, *means = flat.split([len(numbers), *[g.numel() for g in grads]])
-    torch._foreach_copy_(grads, [m.view(g.shape) for m, g in zip(means, grads, strict=True)])
-    return numbers
+    if size > 1:
+        for x in numbers:
+            dist.all_reduce(x)
+            x /= size
 
 
 def seeded(seed: int, stage: str, step: int, part: int) -> np.random.Generator:
@@ -243,17 +240,28 @@ def deferred_interrupt() -> Iterator[threading.Event]:
 # --------------------------------------------------------------------------------------- optimisers
 
 
+def flat_gradient(parameters: list[nn.Parameter]) -> Tensor:
+    """One buffer [n] that holds the gradients of all for good, each laid out as its parameter."""
+    sizes = [p.numel() for p in parameters]
+    flat = torch.zeros(sum(sizes))
+    for p, part in zip(parameters, flat.split(sizes), strict=True):
+        p.grad = part.as_strided(p.shape, p.stride())
+    return flat
+
+
 def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices (and convolutions, as such); AdamW for all the rest."""
+    """Muon for hidden matrices (and convolutions, as such); AdamW for all the rest.
+
+    The gradients must be there already, see `flat_gradient`: blocks and matrices share them.
+    """
     matrices, others = [], []
     for name, p in stage.modules.named_parameters():
         if not p.requires_grad:
             continue
-        p.grad = torch.zeros_like(p)  # kept for good: `as_matrix` shares it
         if p.ndim < 2 or any(word in name for word in stage.adamw_only):
             others.append(p)
         else:
-            matrices.append(p if p.ndim == 2 else as_matrix(p))
+            matrices += row_blocks(p if p.ndim == 2 else as_matrix(p))
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(Muon(matrices, stage.lr))
@@ -283,6 +291,18 @@ def as_matrix(kernel: nn.Parameter) -> nn.Parameter:
     return matrix
 
 
+def row_blocks(matrix: nn.Parameter) -> list[nn.Parameter]:
+    """A matrix [m, n] as blocks of BLOCK rows that share memory and gradient, if both sides are
+    longer than twice that: Muon's work grows with the cube of the shorter one."""
+    if min(matrix.shape) <= 2 * BLOCK:
+        return [matrix]
+    blocks = []
+    for rows, grad in zip(matrix.data.split(BLOCK), matrix.grad.split(BLOCK), strict=True):
+        blocks.append(nn.Parameter(rows))
+        blocks[-1].grad = grad
+    return blocks
+
+
 # ---------------------------------------------------------------------------------------- precision
 
 
@@ -300,14 +320,25 @@ def bf16_pays() -> bool:
     return seconds[0] > 2 * seconds[1]
 
 
+class _FullAttention(TorchFunctionMode):
+    """Within, attention takes and gives fp32 under autocast too."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return function(*(x.float() for x in args[:3]), *args[3:], **kwargs)
+
+
 @contextmanager
 def mixed_precision(enabled: bool) -> Iterator[None]:
-    """bf16 matrix products over fp32 weights on the CPU; attention as plain products, whose bf16
-    backward is several times faster there than the fused one's."""
+    """bf16 matrix products over fp32 weights on the CPU, whose fused attention is faster in fp32:
+    the backward of bf16 takes it several times as long."""
     if not enabled:
         yield
         return
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with torch.autocast("cpu", torch.bfloat16), _FullAttention():
         yield
 
 
@@ -343,6 +374,7 @@ class Trainer:
         self.rank, self.size = world()
         self.parameters = [p for p in stage.modules.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
+        self.gradient = flat_gradient(self.parameters)
         self.optimizers = make_optimizers(stage)
         seconds = None if run.seconds is None else agreed(max(1.0, run.seconds - run.spent))[0]
         self.schedule = Schedule(seconds, run.steps)
@@ -396,17 +428,16 @@ class Trainer:
         rng = self.seeded()
         with mixed_precision(self.run.bf16):
             loss, metrics = self.stage.loss(rng, self.schedule.progress)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=False)
+        self.gradient.zero_()
         loss.backward()
         metrics = {"loss": loss, **metrics}
         values = torch.tensor([float(torch.as_tensor(v).detach()) for v in metrics.values()])
-        values = average_over_ranks(self.parameters, values).tolist()
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters], foreach=True)
-        numbers = dict(zip(metrics, values, strict=True)) | {"grad_norm": float(norm)}
+        average_over_ranks(self.gradient, values)
+        norm = self.gradient.norm()
+        numbers = dict(zip(metrics, values.tolist(), strict=True)) | {"grad_norm": float(norm)}
         if not (math.isfinite(numbers["loss"]) and norm.isfinite()):
             self.stop_at_nonfinite("the loss or its gradient", numbers)
-        nn.utils.clip_grads_with_norm_(self.parameters, 1.0, norm, foreach=True)
+        self.gradient *= (1.0 / (norm + 1e-6)).clamp_max(1.0)
         return numbers
 
     def stop_at_nonfinite(self, what: str, numbers: dict[str, float]) -> NoReturn:

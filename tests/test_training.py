@@ -24,7 +24,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nexus_min import training
-from nexus_min.training import Checkpoint, Run, Schedule, Stage, as_matrix, fit, frozen_copy, world
+from nexus_min.training import (
+    BLOCK,
+    Checkpoint,
+    Run,
+    Schedule,
+    Stage,
+    as_matrix,
+    fit,
+    frozen_copy,
+    mixed_precision,
+    row_blocks,
+    world,
+)
 
 # ---- a stage with everything: convolution, matrix, vectors, an embedding, torch's own noise ------
 
@@ -183,6 +195,47 @@ def test_as_matrix_refuses_what_it_cannot_share():
     kernel.grad = torch.zeros_like(kernel)
     with pytest.raises(ValueError, match=r"\(6, 3, 3, 3\)"):
         as_matrix(kernel)
+
+
+@pytest.mark.parametrize("rows", [2 * BLOCK + 1, 4 * BLOCK])
+def test_row_blocks_share_memory_and_gradient(rows):
+    matrix = nn.Parameter(torch.randn(rows, 3 * BLOCK))
+    matrix.grad = torch.zeros_like(matrix)
+    blocks = row_blocks(matrix)
+    assert [len(b) for b in blocks] == [len(b) for b in matrix.data.split(BLOCK)]
+    with torch.no_grad():
+        for i, block in enumerate(blocks):
+            block.fill_(i)
+    assert torch.equal(matrix[:, 0], torch.arange(len(blocks)).repeat_interleave(BLOCK)[:rows])
+    matrix.square().sum().backward()
+    assert torch.equal(torch.cat([b.grad for b in blocks]), 2 * matrix.data)
+
+
+@pytest.mark.parametrize("shape", [(2 * BLOCK, 5 * BLOCK), (5 * BLOCK, 2 * BLOCK), (3, 4)])
+def test_what_has_a_short_side_stays_whole(shape):
+    matrix = nn.Parameter(torch.zeros(shape))
+    assert row_blocks(matrix) == [matrix]
+
+
+# ---- precision -----------------------------------------------------------------------------------
+
+
+def test_mixed_precision_multiplies_in_bf16_and_attends_in_fp32():
+    x = torch.randn(1, 2, 5, 8, requires_grad=True)
+    weight = torch.randn(8, 8)
+    exact = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+    with mixed_precision(True):
+        product = F.linear(x, weight)
+        seen = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        low = F.scaled_dot_product_attention(product, product, product, is_causal=True)
+        again = F.linear(seen, weight)
+    assert product.dtype == again.dtype == torch.bfloat16
+    assert torch.equal(seen, exact)
+    assert low.dtype == torch.float32
+    again.sum().backward()
+    assert x.grad.dtype == torch.float32 and x.grad.isfinite().all()
+    with mixed_precision(False):
+        assert F.linear(x, weight).dtype == torch.float32
 
 
 def test_fit_learns_and_writes(tmp_path):

@@ -43,7 +43,7 @@ from .world import STYLES, render
 POOL = 24_576  # most pictures embedded once for a decoder stage, over all workers
 UND, GEN, EDIT, TALK = "understand", "generate", "edit", "talk"
 MIXTURE = (UND, GEN, GEN, EDIT)  # 1:2:1, pre-training
-FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, EDIT, EDIT, TALK)  # what takes longest
+FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, GEN, EDIT, TALK)  # more of what takes longest
 PRETRAINED = 0.4  # of the stage
 LIKENESS = 0.8  # of a word and its translation before training, a cosine
 # of EDITS for the editing decoder: what has to be drawn anew is harder than what is only changed
