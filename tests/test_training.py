@@ -32,6 +32,7 @@ from nexus_min.training import (
     Stage,
     as_matrix,
     fit,
+    flat_gradient,
     frozen_copy,
     mixed_precision,
     row_blocks,
@@ -195,6 +196,25 @@ def test_as_matrix_refuses_what_it_cannot_share():
     kernel.grad = torch.zeros_like(kernel)
     with pytest.raises(ValueError, match=r"\(6, 3, 3, 3\)"):
         as_matrix(kernel)
+
+
+def test_flat_gradient_holds_what_backward_finds():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten(), nn.Linear(20, 2))
+    net.to(memory_format=torch.channels_last)
+    parameters, x = list(net.parameters()), torch.randn(4, 3, 4, 4)
+    want = torch.autograd.grad(net(x).square().sum(), parameters)
+    flat = flat_gradient(parameters)
+    for times in (1, 2):  # it adds up, in place
+        net(x).square().sum().backward()
+        for p, g in zip(parameters, want, strict=True):
+            torch.testing.assert_close(p.grad, times * g)
+            assert p.grad.stride() == p.stride()
+        torch.testing.assert_close(
+            flat.norm(), times * torch.cat([g.flatten() for g in want]).norm()
+        )
+    flat.zero_()
+    assert all(not p.grad.any() for p in parameters)
 
 
 @pytest.mark.parametrize("rows", [2 * BLOCK + 1, 4 * BLOCK])
