@@ -24,7 +24,7 @@ from ..mmdit import MMDiT, context_ids_editing, context_ids_generation
 from ..projector import GenerationAdapter, ImageEmbeddingMerger
 from ..sampling import Context, velocity_field
 from ..tokenizer import IMAGE, QwenTokenizer
-from ..training import Run, Stage, world
+from ..training import Run, Stage, mixed_precision, world
 from ..vision import QwenViT
 from .edits import EDITS
 from .pictures import (
@@ -233,7 +233,9 @@ def build_pool(n: int, run: Run, make: Callable[[np.random.Generator], dict[str,
     rank, size = world()
     parts: dict[str, list[Tensor]] = {}
     for k in range(-(-n // (64 * size))):
-        for name, x in make(np.random.default_rng([run.seed, 99, rank, k])).items():
+        with mixed_precision(run.bf16):
+            found = make(np.random.default_rng([run.seed, 99, rank, k]))
+        for name, x in found.items():
             parts.setdefault(name, []).append(x.half())
     return {name: torch.cat(x) for name, x in parts.items()}
 
@@ -260,7 +262,7 @@ def reconstruction_pool(
             found["said"] = known[1](embed_views(known[0], x, config.target_size))
         return found
 
-    return build_pool(pool_size(run, 20), run, make)
+    return build_pool(pool_size(run, 50), run, make)
 
 
 def drawn_edit(rng: np.random.Generator) -> Example:
@@ -286,7 +288,7 @@ def editing_pool(
             "latents": vae.encode(target * 2 - 1),
         }
 
-    return build_pool(pool_size(run, 8), run, make)
+    return build_pool(pool_size(run, 16), run, make)
 
 
 def draw_rows(
