@@ -94,5 +94,5 @@ def test_bad_sizes_are_named():
         vae.encode(torch.zeros(1, 3, 20, 16))
     with pytest.raises(ValueError, match=r"\(3, 16, 16\)"):
         vae.encode(torch.zeros(3, 16, 16))
-    with pytest.raises(ValueError, match=r"\[B, 32, h, w\].*\(1, 4, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"\[B, 16, h, w\].*\(1, 4, 2, 2\)"):
         vae.decode(torch.zeros(1, 4, 2, 2))

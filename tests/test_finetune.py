@@ -218,7 +218,7 @@ def test_samples_of_the_decoders(tmp_path, tiny):
     torch.testing.assert_close(sample["refs"], tiny.reference_embeds(source)[0])
     own = finetune.generation_sample(tiny.ar, tiny.autoencoder, config, line["images"][1])
     torch.testing.assert_close(own["latents"], sample["latents"])
-    assert own["latents"].shape == (32, 8, 8) and own["embeds"].shape == (16, 128)
+    assert own["latents"].shape == (16, 8, 8) and own["embeds"].shape == (16, 128)
     view = target.convert("RGB").resize((config.target_size,) * 2, Image.Resampling.BICUBIC)
     with torch.no_grad():
         torch.testing.assert_close(own["embeds"], tiny.embed_images([view])[0])
@@ -305,7 +305,7 @@ def test_a_loss_that_is_not_finite_names_the_lines(
 
     def latents_tell(ar, vae, config, image):  # from which line they are
         n = int(image.name[0])
-        return {"embeds": torch.zeros(16, 128), "latents": torch.full((32, 8, 8), n)}
+        return {"embeds": torch.zeros(16, 128), "latents": torch.full((16, 8, 8), n)}
 
     monkeypatch.setattr(*spied, spy)
     monkeypatch.setattr(finetune, "generation_sample", latents_tell)

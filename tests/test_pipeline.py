@@ -250,7 +250,7 @@ def test_defaults_and_rounding():
     assert (full.height, full.width, full.num_steps, full.cfg_scale) == (512, 16, 50, 3.0)
     tiny = Sampling(height=57).resolve(NexusGenConfig.tiny(), 1.0)
     assert (tiny.height, tiny.width, tiny.num_steps) == (64, 64, 3)
-    assert tiny.latent_shape(NexusGenConfig.tiny()) == (1, 32, 8, 8)
+    assert tiny.latent_shape(NexusGenConfig.tiny()) == (1, 16, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_steps_yield_every_intermediate(tiny):
     assert names == ["text", "embeddings", "sampling", "context", *["step"] * 3, "image"]
     seen = dict(events)
     assert seen["context"].txt.shape == (1, 16, 96)
-    assert seen["step"].x.shape == (1, 32, 8, 10) and seen["step"].t == 0
+    assert seen["step"].x.shape == (1, 16, 8, 10) and seen["step"].t == 0
     assert seen["image"].size == (80, 64)
     torch.testing.assert_close(seen["step"].x, seen["step"].x0)
 
@@ -396,7 +396,7 @@ def test_edit_reads_the_source_with_the_editing_decoder_only(tiny, photo):
 def test_a_batch_of_noise_shares_one_context(tiny):
     context = tiny.generation_context(torch.randn(1, 16, 128))
     sampling = Sampling(num_steps=2, cfg_scale=2.0).resolve(tiny.config, 1.0)
-    noise = torch.randn(3, 32, 8, 8)
+    noise = torch.randn(3, 16, 8, 8)
     mmdit = tiny.generation.mmdit
     *_, batch = tiny.denoise_steps(mmdit, context, noise, sampling)
     *_, single = tiny.denoise_steps(mmdit, context, noise[1:2], sampling)

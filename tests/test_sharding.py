@@ -40,7 +40,7 @@ class Rows:
         return 5
 
     def rows(self, indices):
-        sizes = {"embeds": (16, 128), "refs": (64, 128), "latents": (32, 8, 8)}
+        sizes = {"embeds": (16, 128), "refs": (64, 128), "latents": (16, 8, 8)}
         drawn = torch.Generator().manual_seed(0)
         rows = {k: torch.randn(5, *size, generator=drawn) for k, size in sizes.items()}
         return {k: x[torch.as_tensor(indices)] for k, x in rows.items()}
