@@ -333,8 +333,8 @@ class _FullAttention(TorchFunctionMode):
 
 @contextmanager
 def mixed_precision(enabled: bool) -> Iterator[None]:
-    """bf16 matrix products over fp32 weights on the CPU, whose fused attention is faster in fp32:
-    the backward of bf16 takes it several times as long."""
+    """bf16 matrix products over fp32 weights on the CPU; attention in fp32, where the backward of
+    the fused kernel is several times faster than in bf16."""
     if not enabled:
         yield
         return
