@@ -197,6 +197,7 @@ def train_vision(folder: Folder, run: Run, batch: int) -> dict:
         file, tokenizer = Path(place, "tokenizer.json"), build_tokenizer(config)
         tokenizer.save(str(file))
         toy.translate(ar.model.embed_tokens, translations(tokenizer))
+        toy.ready_to_copy(ar)
         folder.save(config, ar=ar, empty_prompt=toy.empty_prompt(config), tokenizer_file=file)
     return summary
 

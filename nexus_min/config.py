@@ -225,7 +225,7 @@ class NexusGenConfig:
                 text=TextConfig(
                     hidden_size=128,
                     intermediate_size=384,
-                    num_hidden_layers=6,
+                    num_hidden_layers=4,
                     num_attention_heads=4,
                     num_key_value_heads=2,
                     vocab_size=768,

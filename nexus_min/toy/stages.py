@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from ..autoencoder import AutoEncoder
@@ -47,7 +48,8 @@ FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, GEN, EDIT, TALK)  # more of what takes
 PRETRAINED = 0.4  # of the stage
 LIKENESS = 0.8  # of a word and its translation before training, a cosine
 # of EDITS for the editing decoder: what has to be drawn anew is harder than what is only changed
-DRAWING_SHARES = np.array([3, 4, 2, 5, 1, 4, 1]) / 20
+DRAWING_SHARES = np.array([3, 4, 2, 4, 2, 3, 2]) / 20
+TRAINING_SHIFT = 9.0  # of a decoder's times; half of them then lie above 0.9
 COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
 
 
@@ -80,6 +82,23 @@ def translate(words: nn.Embedding, translations: dict[int, list[int]]) -> None:
     for word, meaning in translations.items():
         same = words.weight[meaning].sum(0) / len(meaning) ** 0.5
         words.weight[word] = LIKENESS * same + (1 - LIKENESS**2) ** 0.5 * words.weight[word]
+
+
+@torch.no_grad()
+def ready_to_copy(ar: NexusGenAR) -> None:
+    """Let attention begin by handing on what it looks at, and the head by saying what is there.
+
+    W_O is a small W_V^T ("mimetic initialization", arXiv 2305.09828), the head a small copy of the
+    words (which small Qwen2.5 models share for good): most of what is said is looked up somewhere.
+    """
+    for layer in ar.model.layers:
+        attn = layer.self_attn
+        nn.init.orthogonal_(attn.v_proj.weight)
+        nn.init.zeros_(attn.v_proj.bias)
+        groups = attn.o_proj.in_features // attn.v_proj.out_features
+        seen = rearrange(attn.v_proj.weight, "(H D) C -> H D C", D=attn.head_dim)
+        attn.o_proj.weight.copy_(0.25 * repeat(seen, "H D C -> C (H G D)", G=groups))
+    ar.lm_head.weight.copy_(0.04 * ar.model.embed_tokens.weight)
 
 
 def ar_batch_loss(
@@ -304,12 +323,13 @@ def draw_rows(
 
 
 def flow_loss(mmdit: MMDiT, context: Context, x0: Tensor, generator: torch.Generator) -> Tensor:
-    """`rf_loss` at logit-normal times, shifted to noise as the sampler's are.
+    """`rf_loss` at logit-normal times, shifted to noise further than the sampler's are.
 
     Unshifted, one time in twelve lies above 0.8, where the context decides what is drawn: below,
     the picture shows through the noise, and a decoder learns to read that instead of the context.
     """
-    noise, t = torch.randn(x0.shape, generator=generator), time_shift(sample_t(len(x0), generator))
+    noise = torch.randn(x0.shape, generator=generator)
+    t = time_shift(sample_t(len(x0), generator), TRAINING_SHIFT)
     return rf_loss(velocity_field(mmdit, context, *x0.shape[-2:]), x0, noise, t)
 
 
