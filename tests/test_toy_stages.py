@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_model import make_tiny
 
+from nexus_min.autoregressive import NexusGenAR
+from nexus_min.config import NexusGenConfig
 from nexus_min.toy import stages
 from nexus_min.toy.base import (
     CLASSES,
@@ -101,6 +104,22 @@ def test_earlier_pictures_of_a_conversation_are_predicted_or_read(monkeypatch):
         stages.ar_batch_loss(model.ar, model.tokenizer, model.config, batch, coin)
     assert found[0] == [n * sum(p) for p in pictures]
     assert found[1] == [n * p[-1] for p in pictures]
+
+
+def test_a_fresh_model_hands_on_what_it_looks_at_and_says_what_is_there():
+    config = NexusGenConfig.tiny().ar
+    torch.manual_seed(0)
+    ar = stages.init_ar(NexusGenAR(config)).requires_grad_(False)
+    stages.ready_to_copy(ar)
+    words = ar.model.embed_tokens.weight
+    said = ar.lm_head(F.rms_norm(words, words.shape[1:])).argmax(-1)
+    assert torch.equal(said, torch.arange(config.text.vocab_size))
+    one = torch.ones(1, 1, 1, config.text.head_dim)
+    for layer in ar.model.layers:
+        x = torch.randn(1, 1, config.text.hidden_size)  # a single token can only look at itself
+        handed_on = layer.self_attn(x, one, 0 * one)
+        assert torch.cosine_similarity(handed_on, x, dim=-1).item() > 0.6  # 64 of 128: 0.7
+        assert handed_on.norm() < 0.5 * x.norm()
 
 
 def test_scenes_of_the_base_stages_are_never_held_out():
