@@ -88,8 +88,9 @@ def translate(words: nn.Embedding, translations: dict[int, list[int]]) -> None:
 def ready_to_copy(ar: NexusGenAR) -> None:
     """Let attention begin by handing on what it looks at, and the head by saying what is there.
 
-    W_O is a small W_V^T ("mimetic initialization", arXiv 2305.09828), the head a small copy of the
-    words (which small Qwen2.5 models share for good): most of what is said is looked up somewhere.
+    W_O is a small W_V^T, the head a small copy of the words (which small Qwen2.5 models share for
+    good): most of what is said is looked up somewhere. After "mimetic initialization" (arXiv
+    2305.09828), whose W_O W_V is -1, for vision, and whose queries equal keys: here that is worse.
     """
     for layer in ar.model.layers:
         attn = layer.self_attn
