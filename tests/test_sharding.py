@@ -210,7 +210,7 @@ def test_units_are_blocks_tables_and_modulations():
         found = {id(u) for u in units(root)}
         return [k for k, m in root.named_modules() if id(m) in found]
 
-    layers = [f"parts.ar.model.layers.{i}" for i in range(6)]
+    layers = [f"parts.ar.model.layers.{i}" for i in range(4)]
     assert names("ar") == ["parts.ar.model.embed_tokens", *layers, "parts.ar.lm_head"]
     found = names("editing")
     assert sum(k.endswith(".lin") for k in found) == 2 * 1 + 4 and len(found) == 6 + 1 + 4 + 1
