@@ -90,7 +90,7 @@ def ready_to_copy(ar: NexusGenAR) -> None:
 
     W_O is a small W_V^T, the head a small copy of the words (which small Qwen2.5 models share for
     good): most of what is said is looked up somewhere. After "mimetic initialization" (arXiv
-    2305.09828), whose W_O W_V is -1, for vision, and whose queries equal keys: here that is worse.
+    2305.09828), where W_O W_V is near -1, for vision; its W_Q = W_K was measured to be worse here.
     """
     for layer in ar.model.layers:
         attn = layer.self_attn
