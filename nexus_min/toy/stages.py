@@ -267,15 +267,16 @@ def reconstruction_pool(
     run: Run,
     known: tuple[QwenViT, GenerationAdapter] | None = None,
 ) -> dict[str, Tensor]:
-    """Pictures as `embeds` [n, N, C] and `latents` [n, z, h, w]; most are outlines, the harder.
+    """Pictures as `embeds` [n, N, C] and `latents` [n, z, h, w].
 
+    Most are outlines, the harder; with two to six objects each teaches more than one of a prompt.
     With the tower and the adapter of another model, also what that adapter `said` of its own
     tower's embeddings: the words that its MMDiT knows.
     """
 
     @torch.no_grad()
     def make(rng):
-        x = to_unit([render(s) for s in scenes(rng, 64, 0.15, outline=0.7)])
+        x = to_unit([render(s) for s in scenes(rng, 64, 0.15, most=6, least=2, outline=0.7)])
         embeds = embed_views(visual, x, config.target_size)
         found = {"embeds": embeds, "latents": vae.encode(x * 2 - 1)}
         if known:
