@@ -38,18 +38,20 @@ def final(said: str) -> str:
 
 
 def _verdicts(scene: Scene, shape: str, colour: str | None, zh: bool) -> str:
-    """One object after the other, whether it is what is asked for: "star yes, circle no".
+    """Each object beside what is asked for, and whether it is that: "star circle no, star star yes".
 
-    With a colour, that is looked at first: "red no, blue star yes, blue circle no". Each verdict
-    compares one word with one: two at once are not learnt in a run of this size.
+    With a colour, that comes first: "red blue no, blue blue star circle no". So each verdict is on
+    the words before it. Where what was asked for had to be found far back while it was compared,
+    verdicts were at chance for a thousand steps longer.
     """
-    yes, no, gap = ("是", "不是", "，") if zh else (" yes", " no", ", ")
+    yes, no, gap, space = ("是", "不是", "，", "") if zh else (" yes", " no", ", ", " ")
     said = []
     for o in in_order(scene):
-        if colour not in (None, o.colour):
-            said.append((ZH[o.colour] if zh else o.colour) + no)
-        else:
-            said.append(noun(o.shape, colour, None, zh) + (yes if o.shape == shape else no))
+        words = [o.colour, colour] if colour else []
+        if colour in (None, o.colour):
+            words += [o.shape, shape]
+        same = words[::2] == words[1::2]
+        said.append(space.join(ZH[w] if zh else w for w in words) + (yes if same else no))
     return gap.join(said)
 
 
