@@ -455,10 +455,12 @@ def check_reply(scene: Scene, text: str, said: str) -> None:
         verdicts = [not re.search(" no$|不是$", part) for part in parts]
         assert verdicts == [all(getattr(o, k) == v for k, v in asked.items()) for o in objects]
         for o, part in zip(objects, parts, strict=True):
-            if asked.get("colour") in (None, o.colour):
-                assert mentions(part) == [{name: getattr(o, name) for name in asked}]
-            else:
-                assert part in (f"{o.colour} no", f"{ZH[o.colour]}不是")
+            compared = ["shape"] if "colour" not in asked else ["colour", "shape"]
+            if asked.get("colour", o.colour) != o.colour:
+                compared = ["colour"]
+            words = [word for name in compared for word in (getattr(o, name), asked[name])]
+            told = re.sub(" (yes|no)$|不?是$", "", part)
+            assert told in (" ".join(words), "".join(ZH[word] for word in words))
         return
     about = parts[: NAMED_FIRST[kind]]
     assert len(about) == NAMED_FIRST[kind]

@@ -38,11 +38,11 @@ def final(said: str) -> str:
 
 
 def _verdicts(scene: Scene, shape: str, colour: str | None, zh: bool) -> str:
-    """Each object beside what is asked for, and whether it is that: "star circle no, star star yes".
+    """Each object beside what is asked for, then whether it is that: "star circle no".
 
-    With a colour, that comes first: "red blue no, blue blue star circle no". So each verdict is on
-    the words before it. Where what was asked for had to be found far back while it was compared,
-    verdicts were at chance for a thousand steps longer.
+    With a colour, that comes first: "red blue no, blue blue star circle no". So a verdict is on the
+    words right before it. When what was asked for had to be found far back as well, counting was
+    at chance after twice the steps that it takes now.
     """
     yes, no, gap, space = ("是", "不是", "，", "") if zh else (" yes", " no", ", ", " ")
     said = []
