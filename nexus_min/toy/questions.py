@@ -41,8 +41,8 @@ def _verdicts(scene: Scene, shape: str, colour: str | None, zh: bool) -> str:
     """Each object beside what is asked for, then whether it is that: "star circle no".
 
     With a colour, that comes first: "red blue no, blue blue star circle no". So a verdict is on the
-    words right before it. When what was asked for had to be found far back as well, counting was
-    at chance after twice the steps that it takes now.
+    words right before it. When what was asked for had to be found far back as well, `count` was
+    right half of the time after 2000 steps; now it nearly always is.
     """
     yes, no, gap, space = ("是", "不是", "，", "") if zh else (" yes", " no", ", ", " ")
     said = []
