@@ -190,14 +190,14 @@ def train_vae(folder: Folder, run: Run, batch: int) -> dict:
 def train_vision(folder: Folder, run: Run, batch: int) -> dict:
     """Ground the tower, standardise its output, and save it in a fresh, bilingual AR model."""
     config = folder.config
-    ar = toy.init_ar(NexusGenAR(config.ar))
+    ar, tokenizer = toy.init_ar(NexusGenAR(config.ar)), build_tokenizer(config)
+    toy.translate(ar.model.embed_tokens, translations(tokenizer))
+    toy.ready_to_copy(ar)  # draws numbers: before the steps, of which a resumed run takes fewer
     summary = fit(base.vision_stage(ar.visual, config, batch), run)
     base.standardise(ar.visual, config)
     with tempfile.TemporaryDirectory() as place:
-        file, tokenizer = Path(place, "tokenizer.json"), build_tokenizer(config)
+        file = Path(place, "tokenizer.json")
         tokenizer.save(str(file))
-        toy.translate(ar.model.embed_tokens, translations(tokenizer))
-        toy.ready_to_copy(ar)
         folder.save(config, ar=ar, empty_prompt=toy.empty_prompt(config), tokenizer_file=file)
     return summary
 
