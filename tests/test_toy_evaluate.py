@@ -159,6 +159,9 @@ def test_edit_scores(artist, kind):
     else:
         assert tally.notes.get("told") == (None if kind == "add" else 1)
         assert tally.notes["l1_outside_editing"] == 0 < tally.notes["l1_outside_generation"]
+        artist(truth, lambda scene: replace(scene, texture=None))
+        notes = ev.score_edits(None, kind, False, 12, 0)[0].notes
+        assert 0 < notes["l1_outside_generation"] == notes["l1_outside_no_texture"] < 0.1
     artist(other_background)
     assert ev.score_edits(None, kind, False, 12, 0)[0].right == 0
 

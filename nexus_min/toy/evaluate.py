@@ -12,7 +12,7 @@ import math
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -182,9 +182,10 @@ def score_questions(model, kind, zh, n, seed, name="") -> list[Tally]:
 def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list[Tally]:
     """Edits of one kind by the editing decoder; both decoders' L1 outside, where textured.
 
-    `told`, where one object changes, is the share whose reply says rightly what will.
+    `told`, where one object changes, is the share whose reply says rightly what will. Outside the
+    edit, a faultless picture with `no_texture` is the best that can be drawn without the source.
     """
-    tally, distances = Tally(name), {"editing": [], "generation": []}
+    tally, distances = Tally(name), {"editing": [], "generation": [], "no_texture": []}
     told = Tally(name)
     for number, batch in enumerate(batches(examples("edit", kind, zh, n, seed))):
         sources = _pictures([ex.scenes[0] for ex in batch])
@@ -192,7 +193,11 @@ def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list
         for ex, text in zip(batch, texts, strict=True):
             if ex.answer:  # it changes one object
                 told.add(text.endswith(ex.answer))
-        drawn = {d: draw(model, d, embeds, sources, seed + number, **options) for d in distances}
+        drawn = {
+            decoder: draw(model, decoder, embeds, sources, seed + number, **options)
+            for decoder in ("editing", "generation")
+        }
+        drawn["no_texture"] = [render(replace(ex.scenes[1], texture=None)) for ex in batch]
         for i, (ex, reading) in enumerate(zip(batch, score.read(drawn["editing"]), strict=True)):
             tally.add(reading.is_exactly(ex.scenes[1]))
             if ex.scenes[0].texture and kind not in ("background", "style"):
@@ -294,7 +299,7 @@ def evaluate(
         book.add(score_reconstruction(model, cases, seed, save, **options))
     outside = [t.notes for t in book.rows if "l1_outside_editing" in t.notes]
     if outside:
-        names = ("l1_outside_editing", "l1_outside_generation")
+        names = [k for k in outside[0] if k.startswith("l1_outside_")]
         mean = {k: float(np.mean([o[k] for o in outside])) for k in names}
         ratio = mean["l1_outside_editing"] / mean["l1_outside_generation"]
         book.add([Tally("L1 outside, editing / generation", 0, 0, {**mean, "ratio": ratio})])
