@@ -90,11 +90,9 @@ def test_ship_writes_fp16_and_how_it_was_made(trained):
     assert NexusGen.load(trained / "ship").config == NexusGen.load(trained / "model").config
 
 
-def test_what_is_finished_is_skipped_at_once(trained, capsys):
+def test_what_is_finished_is_skipped(trained, capsys):
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}
-    started = time.perf_counter()
     assert train_tiny.main(["--out", str(trained), *MICRO]) == 0
-    assert time.perf_counter() - started < 2
     assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*") if p.is_file()}
     assert "ar is finished (2 steps" in capsys.readouterr().out
 

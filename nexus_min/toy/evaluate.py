@@ -183,7 +183,7 @@ def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list
     """Edits of one kind by the editing decoder; both decoders' L1 outside, where textured.
 
     `told`, where one object changes, is the share whose reply says rightly what will. Outside the
-    edit, a faultless picture with `no_texture` is the best that can be drawn without the source.
+    edit, `no_texture` is a faultless picture but for the texture, which the source alone shows.
     """
     tally, distances = Tally(name), {"editing": [], "generation": [], "no_texture": []}
     told = Tally(name)
