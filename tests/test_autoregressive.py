@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import golden, weights
 
 from nexus_min.autoregressive import (
@@ -288,11 +289,30 @@ def test_targets_get_no_gradient_and_absent_terms_are_zero(micro):
 def test_lm_head_runs_only_where_there_is_a_label(micro):
     rows = []
     hook = micro.lm_head.register_forward_hook(lambda m, args, out: rows.append(len(out)))
-    labels = torch.full((2, 9), -100)
+    labels, hidden = torch.full((2, 200), -100), torch.randn(2, 200, 32)
     labels[0, 5:8] = 7
-    _text_loss(micro, torch.randn(2, 9, 32), labels)
+    loss = _text_loss(micro, hidden, labels)
     hook.remove()
-    assert rows == [3]
+    assert rows == [64]  # the 3, and zeros up to a size that comes again
+    assert torch.equal(loss, F.cross_entropy(micro.lm_head(hidden[0, 4:7]), labels[0, 5:8]))
+
+
+def test_packed_sizes_come_again(micro):
+    """On a CPU each new number of rows costs a compiled kernel, so they are multiples of 64."""
+    seen = set()
+    linears = [m for m in micro.model.modules() if isinstance(m, torch.nn.Linear)]
+    hooks = [
+        m.register_forward_hook(lambda m, args, out: seen.add(out.numel() // out.shape[-1]))
+        for m in (*linears, micro.lm_head)
+    ]
+    for length in (90, 97, 113):
+        ids = torch.randint(9, (3, length))
+        labels = ids.clone()
+        labels[:, : length // 2] = -100
+        ar_loss(micro, ids, labels)
+    for hook in hooks:
+        hook.remove()
+    assert seen and all(rows % 64 == 0 for rows in seen)
 
 
 def test_wrong_loss_arguments_are_named(micro):

@@ -251,13 +251,16 @@ def pool_size(run: Run, per_second: int) -> int:
 def build_pool(n: int, run: Run, make: Callable[[np.random.Generator], dict[str, Tensor]]) -> dict:
     """Tensors of this worker's share of n examples, 64 at a time, in fp16; used many times."""
     rank, size = world()
-    parts: dict[str, list[Tensor]] = {}
-    for k in range(-(-n // (64 * size))):
+    count = -(-n // (64 * size))
+    pool: dict[str, Tensor] = {}
+    for k in range(count):
         with mixed_precision(run.bf16):
             found = make(np.random.default_rng([run.seed, 99, rank, k]))
         for name, x in found.items():
-            parts.setdefault(name, []).append(x.half())
-    return {name: torch.cat(x) for name, x in parts.items()}
+            if k == 0:
+                pool[name] = torch.empty(count, *x.shape, dtype=torch.float16)
+            pool[name][k] = x
+    return {name: x.flatten(0, 1) for name, x in pool.items()}
 
 
 def reconstruction_pool(
