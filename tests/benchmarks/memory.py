@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.memory python train_tiny.py --minutes 30
 
-Prints the resident bytes summed over the processes, which counts what they share once for each
-(PSS, on Linux, counts it once), and those of the largest. The status is the command's.
+Prints the resident bytes (RSS) summed over the processes, in which what they share counts once for
+each, and those of the largest. The status is the command's.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import sys
 from .common import need
 
 
-def resident(pid: int) -> list[tuple[int, int]]:
-    """(RSS, PSS) in bytes of a process and of all that it has started; PSS 0 where unknown."""
-    psutil, found = need("psutil"), [(0, 0)]
+def resident(pid: int) -> list[int]:
+    """Resident bytes of a process and of each that it has started."""
+    psutil, found = need("psutil"), [0]
     try:
         started = psutil.Process(pid)
         for process in (started, *started.children(recursive=True)):
-            memory = process.memory_full_info()
-            found.append((memory.rss, getattr(memory, "pss", 0)))
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
+            found.append(process.memory_info().rss)
+    except psutil.NoSuchProcess:
         pass  # one has just ended: the next look counts the others
     return found
 
@@ -31,17 +30,16 @@ def main(command: list[str]) -> int:
     """Run the command, print its peaks, and return its status."""
     if not command:
         raise SystemExit(__doc__)
-    peaks = (0, 0, 0)
+    most = largest = 0
     with subprocess.Popen(command) as child:
         while child.poll() is None:
-            rss, pss = zip(*resident(child.pid), strict=True)
-            peaks = tuple(map(max, peaks, (sum(rss), sum(pss), max(rss))))
+            bytes_now = resident(child.pid)
+            most, largest = max(most, sum(bytes_now)), max(largest, *bytes_now)
             try:
                 child.wait(0.5)
             except subprocess.TimeoutExpired:
                 pass
-    total, shared_once, largest = (f"{peak / 1e9:.2f} GB" for peak in peaks)
-    print(f"peak memory: RSS {total}, PSS {shared_once}; largest process {largest}")
+    print(f"peak memory: {most / 1e9:.2f} GB; largest process {largest / 1e9:.2f} GB")
     return child.returncode
 
 
