@@ -245,8 +245,8 @@ def _hidden_where(
     kept = learned.flip(1).cumsum(1).flip(1) > 0
     wanted = kept & (learned.cumsum(1) > 0)
     lengths, last = (rows.sum(1)[kept[:, 0]].tolist() for rows in (kept, wanted))
-    ends = _short_of_round(sum(last), x.device)
-    fill = ends + _short_of_round(sum(lengths) + ends, x.device)
+    ends = _missing(sum(last))
+    fill = ends + _missing(sum(lengths) + ends)
     if fill:  # one more row, which nobody reads
         lengths, last = [*lengths, fill], [*last, ends]
     tokens, positions = F.pad(x[kept], (0, 0, 0, fill)), F.pad(position_ids[:, kept], (0, fill))
@@ -259,17 +259,17 @@ def _text_loss(model: NexusGenAR, hidden: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in fp32; lm_head is evaluated only where the next token has a label."""
     learned = labels[:, 1:] != -100
     rows, wanted = hidden[:, :-1][learned], labels[:, 1:][learned]
-    rows = F.pad(rows, (0, 0, 0, _short_of_round(len(rows), rows.device)))
+    rows = F.pad(rows, (0, 0, 0, _missing(len(rows))))
     logits = model.lm_head(rows)[: len(wanted)].float()
     return F.cross_entropy(logits, wanted, reduction="sum") / max(len(wanted), 1)
 
 
-def _short_of_round(rows: int, device: torch.device) -> int:
-    """How many rows are missing to a multiple of 64; 0 but on a CPU.
+def _missing(rows: int) -> int:
+    """How many more rows make a size that comes again: of 512 and more, a multiple of 64.
 
-    There oneDNN compiles a kernel for every new size, and keeps the last 1024 in memory.
+    Else nearly every step has sizes of its own, for which oneDNN compiles kernels and keeps them.
     """
-    return -rows % 64 if device.type == "cpu" else 0
+    return -rows % 64 if rows >= 512 else 0
 
 
 def _image_loss(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
