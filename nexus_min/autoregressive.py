@@ -247,7 +247,7 @@ def _hidden_where(
     lengths, last = (rows.sum(1)[kept[:, 0]].tolist() for rows in (kept, wanted))
     ends = _missing(sum(last))
     fill = ends + _missing(sum(lengths) + ends)
-    if fill:  # one more row, which nobody reads
+    if fill:  # by one more row, which sees itself alone and which nobody reads
         lengths, last = [*lengths, fill], [*last, ends]
     tokens, positions = F.pad(x[kept], (0, 0, 0, fill)), F.pad(position_ids[:, kept], (0, fill))
     packed = Packed(tuple(lengths), tuple(last))

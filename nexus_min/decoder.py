@@ -109,7 +109,7 @@ class Packed(NamedTuple):
         """Causal attention row by row; q [1, H, L, D] of all tokens or of the ends: -> as q."""
         last, total = self.lengths if q.shape[2] == k.shape[2] else self.last, self.lengths
         rows = zip(last, total, q.split(last, 2), k.split(total, 2), v.split(total, 2), strict=True)
-        parts = [causal(n, t, device=q.device)(*qkv) for n, t, *qkv in rows]
+        parts = [causal(n, t, device=q.device)(*qkv) for n, t, *qkv in rows if n]
         return torch.cat(parts, dim=2)
 
 

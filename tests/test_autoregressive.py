@@ -317,6 +317,23 @@ def test_large_sizes_come_again(micro):
     assert max(packed) <= 3 * 613 + 128
 
 
+@pytest.mark.parametrize("replies", [20, 300])
+def test_filling_up_changes_no_loss_and_no_gradient(replies):
+    """Few replies: the filling row has no place in the top layer; many: it has."""
+    torch.manual_seed(0)
+    model, ids = NexusGenAR(MICRO), torch.randint(9, (3, 400))
+    labels = ids.clone()
+    labels[:, :-replies] = -100
+    found = []
+    for mask in (None, torch.ones_like(ids)):  # packed and filled up; as it stands
+        model.zero_grad()
+        loss = ar_loss(model, ids, labels, mask).ce
+        loss.backward()
+        grads = [p.grad.flatten() for p in model.model.parameters() if p.grad is not None]
+        found.append((loss.detach(), torch.cat(grads)))
+    torch.testing.assert_close(*found, atol=2e-6, rtol=0)
+
+
 def test_wrong_loss_arguments_are_named(micro):
     ids = torch.tensor([[1, START, IMAGE, IMAGE, END]])
     grid, slots = torch.tensor([[1, 2, 4]]), ids == IMAGE
