@@ -55,7 +55,7 @@ from nexus_min.toy.vocabulary import build_tokenizer, translations, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
 # The stages in order: the share of --minutes, and the batch over all workers.
-SHARES = {"vae": 0.09, "vision": 0.13, "generation": 0.30, "ar": 0.37, "editing": 0.11}
+SHARES = {"vae": 0.10, "vision": 0.14, "generation": 0.31, "ar": 0.33, "editing": 0.12}
 BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
 BF16 = ("vision", "generation", "ar", "editing")  # where bf16 products pay, if the CPU has them
 NEEDS = {
@@ -65,6 +65,7 @@ NEEDS = {
     "ar": ("vision",),
     "editing": ("vae", "vision", "generation", "ar"),
 }
+CORES = os.cpu_count() or 1
 ERRORS = (ValueError, OSError, FloatingPointError)  # what a user can cause: one line, status 2
 
 
@@ -372,8 +373,8 @@ def train(plan: Plan) -> None:
 
 
 def worker(rank: int, plan: Plan, place: str) -> None:
-    """One of several processes, each on one thread, that average their gradients."""
-    torch.set_num_threads(1)
+    """One of several processes, each on its share of the cores, that average their gradients."""
+    torch.set_num_threads(max(1, CORES // plan.workers))
     store = {"init_method": f"file://{place}/store", "world_size": plan.workers}
     try:
         dist.init_process_group("gloo", rank=rank, **store)
@@ -476,7 +477,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", help="adapt this model's generation decoder (a folder, or tiny)")
     parser.add_argument("--out", type=Path, help="folder of the run (runs/tiny; runs/own)")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2 if CORES >= 4 else 1,
+        help="processes, that share the cores",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--ship", type=Path, help="write the finished model to this folder in fp16")
     parser.add_argument(

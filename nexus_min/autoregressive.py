@@ -70,12 +70,12 @@ class NexusGenAR(nn.Module):
         seen = input_ids == self.config.image_token_id
         if slot_mask is not None:
             prefill = self.image_prefill_embeds(self._slot_numbers(slot_mask))
-            x = x.masked_scatter(slot_mask[..., None], prefill.to(x.dtype))
+            x = _put(x, slot_mask, prefill)
             seen = seen & ~slot_mask
         have, need = 0 if image_embeds is None else len(image_embeds), int(seen.sum())
         if have != need:
             raise ValueError(f"{have} image embeddings for {need} image tokens in the text")
-        return x.masked_scatter(seen[..., None], image_embeds.to(x.dtype)) if need else x
+        return _put(x, seen, image_embeds) if need else x
 
     def _slot_numbers(self, slot_mask: Tensor) -> Tensor:
         """Number of each slot within its run of slots, in reading order: [slots]."""
@@ -203,7 +203,9 @@ def ar_loss(
     x = model.embed(input_ids, read, slots)
     hidden = _hidden_where(model, learned, x, position_ids, attention_mask)
     ce = _text_loss(model, hidden, labels)
-    mse, one_minus_cos = _image_loss(model.vision_head(hidden[:, :-1][slots[:, 1:]]), targets)
+    mse, one_minus_cos = _image_loss(
+        model.vision_head(_take(hidden[:, :-1], slots[:, 1:])), targets
+    )
     return ARLoss(3.0 * ce + 1.5 * mse + 1.5 * one_minus_cos, ce, mse, one_minus_cos)
 
 
@@ -245,20 +247,38 @@ def _hidden_where(
     kept = learned.flip(1).cumsum(1).flip(1) > 0
     wanted = kept & (learned.cumsum(1) > 0)
     lengths, last = (rows.sum(1)[kept[:, 0]].tolist() for rows in (kept, wanted))
-    ends = _missing(sum(last))
+    asked = sum(last)
+    ends = _missing(asked)
     fill = ends + _missing(sum(lengths) + ends)
     if fill:  # by one more row, which sees itself alone and which nobody reads
         lengths, last = [*lengths, fill], [*last, ends]
-    tokens, positions = F.pad(x[kept], (0, 0, 0, fill)), F.pad(position_ids[:, kept], (0, fill))
+    tokens, positions = (
+        F.pad(_take(x, kept), (0, 0, 0, fill)),
+        F.pad(position_ids[:, kept], (0, fill)),
+    )
     packed = Packed(tuple(lengths), tuple(last))
     hidden = model.model(tokens[None], positions[:, None], packed=packed)
-    return hidden.new_zeros(x.shape).masked_scatter(wanted[..., None], hidden)
+    return _put(hidden.new_zeros(x.shape), wanted, hidden[0, :asked])
+
+
+def _take(x: Tensor, where: Tensor) -> Tensor:
+    """Rows [n, C] of x [B, L, C] where [B, L] is True, in reading order.
+
+    By their indices: the gradients of masks are several times as slow.
+    """
+    return x.flatten(0, 1).index_select(0, where.flatten().nonzero().squeeze(1))
+
+
+def _put(x: Tensor, where: Tensor, rows: Tensor) -> Tensor:
+    """x [B, L, C] with `rows` [n, C] where [B, L] is True, in reading order."""
+    index = where.flatten().nonzero().squeeze(1)
+    return x.flatten(0, 1).index_copy(0, index, rows.to(x.dtype)).view_as(x)
 
 
 def _text_loss(model: NexusGenAR, hidden: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy in fp32; lm_head is evaluated only where the next token has a label."""
     learned = labels[:, 1:] != -100
-    rows, wanted = hidden[:, :-1][learned], labels[:, 1:][learned]
+    rows, wanted = _take(hidden[:, :-1], learned), labels[:, 1:][learned]
     rows = F.pad(rows, (0, 0, 0, _missing(len(rows))))
     logits = model.lm_head(rows)[: len(wanted)].float()
     return F.cross_entropy(logits, wanted, reduction="sum") / max(len(wanted), 1)

@@ -108,6 +108,7 @@ class Packed(NamedTuple):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal attention row by row; q [1, H, L, D] of all tokens or of the ends: -> as q."""
         last, total = self.lengths if q.shape[2] == k.shape[2] else self.last, self.lengths
+        v = v.to(q.dtype)  # bf16 under autocast: once, not row by row
         rows = zip(last, total, q.split(last, 2), k.split(total, 2), v.split(total, 2), strict=True)
         parts = [causal(n, t, device=q.device)(*qkv) for n, t, *qkv in rows if n]
         return torch.cat(parts, dim=2)

@@ -17,6 +17,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,8 @@ def to_patches(
     if not pictures:
         raise ValueError("to_patches needs at least one picture")
     sizes = (patch_size, merge_size, temporal_patch_size)
-    parts = [patchify(to_unit_range(picture)[None], *sizes) for picture in pictures]
+    alike = groupby(map(to_unit_range, pictures), key=lambda picture: picture.shape)
+    parts = [patchify(torch.stack(list(group)), *sizes) for _, group in alike]
     pixel_values, grid_thw = zip(*parts, strict=True)
     return torch.cat(pixel_values), torch.cat(grid_thw)
 

@@ -310,7 +310,7 @@ def row_blocks(matrix: nn.Parameter) -> list[nn.Parameter]:
 def bf16_pays() -> bool:
     """Whether this CPU multiplies matrices at least twice as fast in bf16 as in fp32: measured.
 
-    On one thread, as workers run, and by the best of many: others may use the machine.
+    On one thread and by the best of many: others may use the machine.
     """
     threads, best = torch.get_num_threads(), []
     torch.set_num_threads(1)

@@ -176,23 +176,24 @@ def grounding_targets(batch: list[Scene], phrases: Tensor) -> dict[str, Tensor]:
 
     Of each phrase [B, P]: the number of objects that it fits, and what the one is that it means.
     """
-    want = {k: torch.full((len(batch), 9), -100) for k in ("colour", "size")}
-    want |= {"shape": torch.zeros(len(batch), 9).long(), "jitter": torch.zeros(len(batch), 9, 2)}
-    meant = {k: torch.full(phrases.shape[:2], -100) for k in ("shape", "colour", "size", "cell")}
-    meant["matches"] = torch.zeros(phrases.shape[:2]).long()
+    ids = torch.zeros(len(batch), 9, 3).long()  # of what stands in each cell
+    jitter = torch.zeros(len(batch), 9, 2)
+    there = torch.zeros(len(batch), 9, dtype=torch.bool)
     for i, scene in enumerate(batch):
-        for o in scene.objects:
-            shape, want["colour"][i, o.cell], want["size"][i, o.cell] = _ids(o)
-            want["shape"][i, o.cell] = 1 + shape
-            want["jitter"][i, o.cell] = torch.tensor([o.dx, o.dy]) / 1.5
-        ids = torch.tensor([_ids(o) for o in scene.objects])
-        said = phrases[i, :, None]
-        fits = ((said == ids) | (said == torch.tensor(CLASSES))).all(-1)  # [P, objects]
-        meant["matches"][i] = fits.sum(1).clamp_max(4)
-        cells = torch.tensor([o.cell for o in scene.objects])[:, None]
-        one = torch.cat((ids, cells), 1)[fits.int().argmax(1)]
-        for j, name in enumerate(("shape", "colour", "size", "cell")):
-            meant[name][i] = one[:, j].masked_fill(fits.sum(1) != 1, -100)
+        cells = [o.cell for o in scene.objects]
+        ids[i, cells] = torch.tensor([_ids(o) for o in scene.objects])
+        jitter[i, cells] = torch.tensor([(o.dx, o.dy) for o in scene.objects]) / 1.5
+        there[i, cells] = True
+    shape, colour, size = ids.masked_fill(~there[..., None], -100).unbind(-1)
+    want = {"shape": (shape + 1).clamp_min(0), "colour": colour, "size": size, "jitter": jitter}
+    said, objects = phrases[:, :, None], ids[:, None]
+    fits = ((said == objects) | (said == torch.tensor(CLASSES))).all(-1) & there[:, None]
+    cell, matches = fits.int().argmax(-1), fits.sum(-1)  # [B, P]
+    one = torch.cat((ids, torch.arange(9).expand(len(batch), 9)[..., None]), -1)
+    one = one.gather(1, cell[..., None].expand(-1, -1, 4))
+    one = one.masked_fill(matches[..., None] != 1, -100)
+    meant = dict(zip(("shape", "colour", "size", "cell"), one.unbind(-1), strict=True))
+    meant["matches"] = matches.clamp_max(4)
     want["background"] = torch.tensor([list(BACKGROUNDS).index(s.background) for s in batch])
     want["style"] = torch.tensor([STYLES.index(s.style) for s in batch])
     return want | {f"meant_{name}": x for name, x in meant.items()}

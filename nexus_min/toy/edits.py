@@ -6,8 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from .language import CELL_NAMES, ZH, a, choice, noun, place, reference
-from .world import BACKGROUNDS, COLOURS, SHAPES, STYLES, Object, Scene, jittered, random_object
+from .language import CELL_NAMES, ZH, a, noun, place, reference
+from .world import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    STYLES,
+    Object,
+    Scene,
+    choice,
+    jittered,
+    random_object,
+)
 
 EDITS = ("recolour", "add", "remove", "replace", "background", "move", "style")
 

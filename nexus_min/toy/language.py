@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .world import Object, Scene
+from .world import Object, Scene, choice
 
 # the nine cells: a place ("in the top left corner") and where things are moved ("to the ...")
 CELL_NAMES = (
@@ -24,11 +24,6 @@ ZH_NUMBERS = ("零", "一", "两", "三", "四")
 # (row, column) of the first object seen from the second
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 ZH_RELATIONS = {"left of": "左边", "right of": "右边", "above": "上方", "below": "下方"}
-
-
-def choice(rng: np.random.Generator, items):
-    """One of them."""
-    return items[int(rng.integers(len(items)))]
 
 
 def place(cell: int, zh: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,20 @@ def to_unit(images: list[np.ndarray]) -> Tensor:
 
 
 def resize(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
-    """As PIL does it: [B, 3, H, W] in [0, 1] -> [B, 3, size, size]."""
-    return F.interpolate(images, size=(size, size), mode=mode, antialias=True).clamp(0, 1)
+    """As PIL does it: square pictures [B, 3, n, n] in [0, 1] -> [B, 3, size, size].
+
+    Both directions as matrix products, several times faster than torch's own antialiasing.
+    """
+    weights = resampling(images.shape[-1], size, mode)
+    with torch.autocast("cpu", enabled=False):
+        return (weights @ (images @ weights.T)).clamp(0, 1)
+
+
+@cache
+def resampling(n: int, size: int, mode: str) -> Tensor:
+    """What each of `size` pixels takes from each of n: [size, n], by torch's own antialiasing."""
+    one_each = torch.eye(n)[None, None]
+    return F.interpolate(one_each, size=(size, n), mode=mode, antialias=True)[0, 0]
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -14,12 +14,11 @@ from .language import (
     ZH_NUMBERS,
     ZH_RELATIONS,
     a,
-    choice,
     noun,
     place,
     related,
 )
-from .world import BACKGROUNDS, CANONICAL_COLOUR, COLOURS, RADIUS, SHAPES, Object, Scene
+from .world import BACKGROUNDS, CANONICAL_COLOUR, COLOURS, RADIUS, SHAPES, Object, Scene, choice
 
 CATEGORIES = ("single", "two", "counting", "colours", "position", "attribution")
 LAYOUTS = {1: (4,), 2: (3, 5), 3: (3, 4, 5), 4: (0, 2, 6, 8)}  # canonical cells

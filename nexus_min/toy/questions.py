@@ -14,7 +14,6 @@ from .language import (
     ZH_RELATIONS,
     a,
     caption,
-    choice,
     fits,
     in_order,
     noun,
@@ -25,7 +24,7 @@ from .language import (
     row_or_column,
     word_placed,
 )
-from .world import COLOURS, SHAPES, Object, Scene
+from .world import COLOURS, SHAPES, Object, Scene, choice
 
 QUESTIONS = ("colour", "shape", "count", "count_all", "exist", "where", "background", "relation")
 

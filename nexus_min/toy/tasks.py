@@ -14,10 +14,10 @@ import numpy as np
 
 from ..tokenizer import EDITING_PROMPT, EDITING_REPLY, GENERATION_PROMPT, GENERATION_REPLY, IMAGE
 from .edits import EDITS, edit_pair, plan
-from .language import caption, choice
+from .language import caption
 from .prompts import CATEGORIES, canonical_scene, short_prompt, word_prompt
 from .questions import QUESTIONS, Asked, ask, spoken, what_is_seen
-from .world import Scene, held_out, jittered, random_scene, random_texture
+from .world import Scene, choice, held_out, jittered, random_scene, random_texture
 
 
 @dataclass(frozen=True)

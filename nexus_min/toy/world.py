@@ -41,7 +41,8 @@ OUTLINES = 0.25  # share of scenes that are outline drawings
 STROKE = 1.65  # width of an outline, canvas pixels: never so thin that the checker drops it
 CENTRES = (11, 32, 53)  # of the 3x3 cells, along one axis
 CROP = 22  # side of the square around a cell's centre that holds any object in it
-JITTER = np.arange(-3, 4) / 2  # offsets of an object from its cell's centre, canvas pixels
+# offsets of an object from its cell's centre, canvas pixels
+JITTER = tuple(half / 2 for half in range(-3, 4))
 # What a prompt leaves open has one fixed answer: a regression cannot choose, it would average.
 CANONICAL_COLOUR = dict(zip(SHAPES, ("red", "blue", "green", "yellow", "purple"), strict=True))
 
@@ -94,6 +95,11 @@ def held_out(*key: object) -> bool:
     return hashlib.md5(repr(key).encode()).digest()[0] < 26
 
 
+def choice(rng: np.random.Generator, items):
+    """One of the items, each as likely; ten times as fast as `rng.choice`, and the same one."""
+    return items[int(rng.integers(len(items)))]
+
+
 def random_texture(rng: np.random.Generator) -> Texture:
     """A texture with random angle, period 5-12 px, phase and strength."""
     return Texture(
@@ -107,15 +113,13 @@ def random_texture(rng: np.random.Generator) -> Texture:
 
 def jittered(rng: np.random.Generator, obj: Object) -> Object:
     """The same object at a new random place within its cell."""
-    dx, dy = rng.choice(JITTER, 2)
-    return replace(obj, dx=float(dx), dy=float(dy))
+    return replace(obj, dx=choice(rng, JITTER), dy=choice(rng, JITTER))
 
 
 def random_object(rng: np.random.Generator, cell: int) -> Object:
     """An object with uniformly random shape, colour, size and jitter in `cell`."""
-    shape, colour = rng.choice(SHAPES), rng.choice(list(COLOURS))
-    size = rng.choice(list(RADIUS))
-    return jittered(rng, Object(str(shape), str(colour), str(size), cell))
+    shape, colour = choice(rng, SHAPES), choice(rng, tuple(COLOURS))
+    return jittered(rng, Object(shape, colour, choice(rng, tuple(RADIUS)), cell))
 
 
 def random_scene(
@@ -132,7 +136,7 @@ def random_scene(
     cells = rng.choice(9, count, replace=False)
     return Scene(
         objects=tuple(random_object(rng, int(c)) for c in cells),
-        background=str(rng.choice(list(BACKGROUNDS))),
+        background=choice(rng, tuple(BACKGROUNDS)),
         style=STYLES[int(rng.random() < outline)],
         texture=random_texture(rng) if rng.random() < detail else None,
     )
