@@ -23,6 +23,7 @@ from nexus_min.toy.world import (
     Object,
     Scene,
     Texture,
+    choice,
     random_scene,
     random_texture,
     render,
@@ -36,6 +37,14 @@ PAINT = {**COLOURS, **BACKGROUNDS}
 
 def pictures(scenes: list[Scene]) -> np.ndarray:
     return np.stack([render(s) for s in scenes])
+
+
+def test_a_choice_is_numpys_own():
+    """Seeds mean the same scenes and prompts as when `rng.choice` drew them."""
+    ours, theirs = np.random.default_rng(3), np.random.default_rng(3)
+    for items in [SHAPES, tuple(COLOURS), JITTER] * 20:
+        assert choice(ours, items) == theirs.choice(items)
+    assert ours.random() == theirs.random()
 
 
 def noisy(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:

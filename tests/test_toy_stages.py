@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tiny_model import make_tiny
 
 from nexus_min.autoregressive import NexusGenAR
@@ -21,9 +22,10 @@ from nexus_min.toy.base import (
     noised,
     random_phrases,
 )
-from nexus_min.toy.pictures import scenes
+from nexus_min.toy.pictures import resize, scenes, to_unit
 from nexus_min.toy.tasks import example
-from nexus_min.toy.world import COLOURS, RADIUS, SHAPES, Object, Scene
+from nexus_min.toy.world import COLOURS, RADIUS, SHAPES, Object, Scene, render
+from nexus_min.training import mixed_precision
 
 RED_STAR, RED_CIRCLE = Object("star", "red", "small", 2), Object("circle", "red", "large", 7, 1.5)
 ANY = CLASSES
@@ -45,6 +47,20 @@ def test_grounding_targets_name_what_stands_in_each_cell_and_what_phrases_mean()
     assert want["meant_matches"][0].tolist() == [1, 2, 1, 0]
     assert want["meant_cell"][0].tolist() == [2, -100, 7, -100]
     assert want["meant_size"][0].tolist() == [0, -100, 1, -100]
+
+
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [112, 32, 64])
+def test_pictures_are_resized_as_pil_does_it(mode, size):
+    """In fp32 also where products are bf16. PIL rounds, and clips what overshoots, twice."""
+    seen = [render(s) for s in scenes(np.random.default_rng(0), 8, detail=1.0)]
+    how = Image.Resampling[mode.upper()]
+    want = to_unit([np.asarray(Image.fromarray(x).resize((size, size), how)) for x in seen])
+    with mixed_precision(True):
+        got = resize(to_unit(seen), size, mode)
+    assert ((got - want).abs() < 1.01 / 255).float().mean() > 0.999
+    same = {"size": (size, size), "mode": mode, "antialias": True}
+    torch.testing.assert_close(got, F.interpolate(to_unit(seen), **same).clamp(0, 1))
 
 
 def test_phrases_mostly_fit_and_sometimes_do_not():

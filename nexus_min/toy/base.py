@@ -46,14 +46,14 @@ def vae_stage(vae: AutoEncoder, batch: int) -> Stage:
     """L1 + L2 reconstruction with a whisper of KL; the latent is sampled, so the decoder is robust.
 
     Quarters of full scenes first: edges are what is hard. Then whole pictures of any number of
-    objects, since a group norm of mostly background is another. Most are outlines, which are lost
-    first.
+    objects, since a group norm of mostly background is another. Outlines are lost first: more of
+    them; with most of them, colours suffer.
     """
 
     def loss(rng, progress):
         early = progress < 0.7
         n, least = (batch, 9) if early else (max(1, batch // 4), 1)
-        images = [render(s) for s in scenes(rng, n, most=9, least=least, outline=0.6)]
+        images = [render(s) for s in scenes(rng, n, most=9, least=least, outline=0.4)]
         x = to_unit(crops(rng, images, 32) if early else images) * 2 - 1
         mean, logvar = vae.moments(x.to(memory_format=torch.channels_last)).chunk(2, 1)
         logvar = logvar.clamp(-12, 4)

@@ -26,7 +26,7 @@ def to_unit(images: list[np.ndarray]) -> Tensor:
 
 
 def resize(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
-    """As PIL does it: square pictures [B, 3, n, n] in [0, 1] -> [B, 3, size, size].
+    """As PIL does it, but rounding nothing: square [B, 3, n, n] in [0, 1] -> [B, 3, size, size].
 
     Both directions as matrix products, several times faster than torch's own antialiasing.
     """
