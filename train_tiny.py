@@ -55,7 +55,7 @@ from nexus_min.toy.vocabulary import build_tokenizer, translations, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
 # The stages in order: the share of --minutes, and the batch over all workers.
-SHARES = {"vae": 0.10, "vision": 0.14, "generation": 0.29, "ar": 0.36, "editing": 0.11}
+SHARES = {"vae": 0.13, "vision": 0.14, "generation": 0.29, "ar": 0.34, "editing": 0.10}
 BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
 BF16 = ("vision", "generation", "ar", "editing")  # where bf16 products pay, if the CPU has them
 NEEDS = {
