@@ -194,6 +194,7 @@ def train_vision(folder: Folder, run: Run, batch: int) -> dict:
     ar, tokenizer = toy.init_ar(NexusGenAR(config.ar)), build_tokenizer(config)
     toy.translate(ar.model.embed_tokens, translations(tokenizer))
     toy.ready_to_copy(ar)  # draws numbers: before the steps, of which a resumed run takes fewer
+    toy.ready_to_look_back(ar)
     summary = fit(base.vision_stage(ar.visual, config, batch), run)
     base.standardise(ar.visual, config)
     with tempfile.TemporaryDirectory() as place:

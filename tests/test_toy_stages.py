@@ -13,6 +13,7 @@ from tiny_model import make_tiny
 
 from nexus_min.autoregressive import NexusGenAR
 from nexus_min.config import NexusGenConfig
+from nexus_min.rope import mrope_cos_sin
 from nexus_min.toy import stages
 from nexus_min.toy.base import (
     CLASSES,
@@ -136,6 +137,31 @@ def test_a_fresh_model_hands_on_what_it_looks_at_and_says_what_is_there():
         handed_on = layer.self_attn(x, one, 0 * one)
         assert torch.cosine_similarity(handed_on, x, dim=-1).item() > 0.6  # 64 of 128: 0.7
         assert handed_on.norm() < 0.5 * x.norm()
+
+
+def test_two_heads_begin_by_looking_one_and_two_tokens_back():
+    config = NexusGenConfig.tiny().ar
+    torch.manual_seed(0)
+    ar = NexusGenAR(config).requires_grad_(False)
+    stages.ready_to_look_back(ar)
+    first, D = ar.model.layers[0].self_attn, config.text.head_dim
+    seen = {}
+
+    def look(q, k, v):
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        past = torch.ones(q.shape[2], q.shape[2]).tril().bool()
+        seen["share"] = (q @ k.mT / D**0.5).masked_fill(~past, -torch.inf).softmax(-1)
+        return q
+
+    x = F.rms_norm(torch.randn(1, 24, config.text.hidden_size), (config.text.hidden_size,))
+    places = torch.arange(24).expand(3, 1, -1)
+    cos, sin = mrope_cos_sin(places, D, config.text.rope_theta, config.text.mrope_section)
+    first(x, cos[:, None], sin[:, None], look)
+    for head, back in enumerate((1, 2)):
+        looked_back = seen["share"][0, head].diagonal(-back)
+        assert looked_back.mean() > 0.4  # most of the rest is on the neighbours
+        others = [seen["share"][0, head].diagonal(-n).mean() for n in range(8) if n != back]
+        assert looked_back.mean() > 1.3 * max(others)
 
 
 def test_scenes_of_the_base_stages_are_never_held_out():

@@ -23,6 +23,7 @@ from ..flow import denoise, rf_loss, sample_t, schedule, time_shift
 from ..image_processor import patchify
 from ..mmdit import MMDiT, context_ids_editing, context_ids_generation
 from ..projector import GenerationAdapter, ImageEmbeddingMerger
+from ..rope import apply_rope_half, mrope_cos_sin
 from ..sampling import Context, velocity_field
 from ..tokenizer import IMAGE, QwenTokenizer
 from ..training import Run, Stage, mixed_precision, world
@@ -100,6 +101,25 @@ def ready_to_copy(ar: NexusGenAR) -> None:
         seen = rearrange(attn.v_proj.weight, "(H D) C -> H D C", D=attn.head_dim)
         attn.o_proj.weight.copy_(0.25 * repeat(seen, "H D C -> C (H G D)", G=groups))
     ar.lm_head.weight.copy_(0.04 * ar.model.embed_tokens.weight)
+
+
+@torch.no_grad()
+def ready_to_look_back(ar: NexusGenAR, strength: float = 4.0) -> None:
+    """Let two heads of the first layer begin by looking one and two tokens back.
+
+    A noun then knows what was said of it, and what comes next whose it is: the half of looking up
+    (an induction head, arXiv 2209.11895) that is learnt late, and that Qwen has long learnt. A key
+    that is the same everywhere, by its bias, fits best a query that is that key turned back.
+    """
+    config, attn = ar.model.config, ar.model.layers[0].self_attn
+    key = torch.zeros(attn.head_dim)
+    key[: config.mrope_section[0]] = strength  # of time, whose frequencies turn most
+    attn.k_proj.bias[: attn.head_dim] = key  # both heads are of the first group
+    for head, back in enumerate((1, 2)):
+        place = torch.full((3, 1, 1), -back)
+        cos, sin = mrope_cos_sin(place, attn.head_dim, config.rope_theta, config.mrope_section)
+        query = apply_rope_half(key, cos, sin).flatten()
+        attn.q_proj.bias[head * attn.head_dim : (head + 1) * attn.head_dim] = query
 
 
 def ar_batch_loss(
