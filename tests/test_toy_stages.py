@@ -139,12 +139,13 @@ def test_a_fresh_model_hands_on_what_it_looks_at_and_says_what_is_there():
         assert handed_on.norm() < 0.5 * x.norm()
 
 
-def test_two_heads_begin_by_looking_one_and_two_tokens_back():
+@pytest.mark.parametrize("layer, distances", list(enumerate(stages.LOOKING_BACK)))
+def test_heads_begin_by_looking_a_few_tokens_back(layer, distances):
     config = NexusGenConfig.tiny().ar
     torch.manual_seed(0)
     ar = NexusGenAR(config).requires_grad_(False)
     stages.ready_to_look_back(ar)
-    first, D = ar.model.layers[0].self_attn, config.text.head_dim
+    D = config.text.head_dim
     seen = {}
 
     def look(q, k, v):
@@ -156,12 +157,11 @@ def test_two_heads_begin_by_looking_one_and_two_tokens_back():
     x = F.rms_norm(torch.randn(1, 24, config.text.hidden_size), (config.text.hidden_size,))
     places = torch.arange(24).expand(3, 1, -1)
     cos, sin = mrope_cos_sin(places, D, config.text.rope_theta, config.text.mrope_section)
-    first(x, cos[:, None], sin[:, None], look)
-    for head, back in enumerate((1, 2)):
-        looked_back = seen["share"][0, head].diagonal(-back)
-        assert looked_back.mean() > 0.4  # most of the rest is on the neighbours
-        others = [seen["share"][0, head].diagonal(-n).mean() for n in range(8) if n != back]
-        assert looked_back.mean() > 1.3 * max(others)
+    ar.model.layers[layer].self_attn(x, cos[:, None], sin[:, None], look)
+    for head, back in enumerate(distances):
+        share = [seen["share"][0, head].diagonal(-n).mean() for n in range(9)]
+        assert share[back] == max(share)
+        assert sum(share[back - 1 : back + 2]) > 0.9  # the rest is on the neighbours
 
 
 def test_scenes_of_the_base_stages_are_never_held_out():

@@ -48,6 +48,7 @@ MIXTURE = (UND, GEN, GEN, EDIT)  # 1:2:1, pre-training
 FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, GEN, EDIT, TALK)  # more of what takes longest
 PRETRAINED = 0.4  # of the stage
 LIKENESS = 0.8  # of a word and its translation before training, a cosine
+LOOKING_BACK = (1, 2), (3, 4)  # tokens; for the first heads of the first layers before training
 # of EDITS for the editing decoder: what has to be drawn anew is harder than what is only changed
 DRAWING_SHARES = np.array([3, 4, 2, 4, 2, 3, 2]) / 20
 TRAINING_SHIFT = 9.0  # of a decoder's times; half of them then lie above 0.9
@@ -105,21 +106,24 @@ def ready_to_copy(ar: NexusGenAR) -> None:
 
 @torch.no_grad()
 def ready_to_look_back(ar: NexusGenAR, strength: float = 4.0) -> None:
-    """Let two heads of the first layer begin by looking one and two tokens back.
+    """Let two heads of each of the first two layers begin by looking LOOKING_BACK tokens back.
 
     A noun then knows what was said of it, and what comes next whose it is: the half of looking up
-    (an induction head, arXiv 2209.11895) that is learnt late, and that Qwen has long learnt. A key
-    that is the same everywhere, by its bias, fits best a query that is that key turned back.
+    (an induction head, arXiv 2209.11895) that is learnt late, and that pre-trained models bring. A
+    key that is the same everywhere, by its bias, fits best a query that is that key turned back.
     """
-    config, attn = ar.model.config, ar.model.layers[0].self_attn
-    key = torch.zeros(attn.head_dim)
+    config = ar.model.config
+    key = torch.zeros(config.head_dim)
     key[: config.mrope_section[0]] = strength  # of time, whose frequencies turn most
-    attn.k_proj.bias[: attn.head_dim] = key  # both heads are of the first group
-    for head, back in enumerate((1, 2)):
-        place = torch.full((3, 1, 1), -back)
-        cos, sin = mrope_cos_sin(place, attn.head_dim, config.rope_theta, config.mrope_section)
-        query = apply_rope_half(key, cos, sin).flatten()
-        attn.q_proj.bias[head * attn.head_dim : (head + 1) * attn.head_dim] = query
+    for layer, distances in zip(ar.model.layers, LOOKING_BACK, strict=False):
+        queries = []
+        for back in distances:
+            place = torch.full((3, 1, 1), -back)
+            turn = mrope_cos_sin(place, config.head_dim, config.rope_theta, config.mrope_section)
+            queries.append(apply_rope_half(key, *turn).flatten())
+        query = torch.cat(queries)
+        layer.self_attn.q_proj.bias[: len(query)] = query
+        layer.self_attn.k_proj.bias[: config.head_dim] = key  # which both heads share
 
 
 def ar_batch_loss(
