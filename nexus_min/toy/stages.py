@@ -111,6 +111,8 @@ def ready_to_look_back(ar: NexusGenAR, strength: float = 4.0) -> None:
     A noun then knows what was said of it, and what comes next whose it is: the half of looking up
     (an induction head, arXiv 2209.11895) that is learnt late, and that pre-trained models bring. A
     key that is the same everywhere, by its bias, fits best a query that is that key turned back.
+    Between tokens d apart q . k is then strength^2 times the sum, over the frequencies f of time,
+    of cos(f (d - back)), greatest at d = back; what the tokens are adds little yet.
     """
     config = ar.model.config
     key = torch.zeros(config.head_dim)
@@ -297,8 +299,9 @@ def reconstruction_pool(
     """Pictures as `embeds` [n, N, C] and `latents` [n, z, h, w].
 
     Most are outlines, the harder; with two to six objects each teaches more than one of a prompt.
-    One in eight is as prompts ask for it: a decoder that has seen no small filled shape alone
-    learns, in time, to draw it as an outline.
+    One in eight is as prompts ask for it: a decoder that had seen no small filled shape alone drew
+    one in ten as an outline.
+
     With the tower and the adapter of another model, also what that adapter `said` of its own
     tower's embeddings: the words that its MMDiT knows.
     """
