@@ -299,8 +299,8 @@ def reconstruction_pool(
     """Pictures as `embeds` [n, N, C] and `latents` [n, z, h, w].
 
     Most are outlines, the harder; with two to six objects each teaches more than one of a prompt.
-    One in eight is as prompts ask for it: a decoder that had seen no small filled shape alone drew
-    one in ten as an outline.
+    One in eight is as prompts ask for it: a decoder that had seen no small filled shape alone
+    drew up to one in ten as an outline.
 
     With the tower and the adapter of another model, also what that adapter `said` of its own
     tower's embeddings: the words that its MMDiT knows.
