@@ -51,6 +51,13 @@ from nexus_min.placement import is_out_of_memory
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.toy import base
 from nexus_min.toy import stages as toy
+from nexus_min.toy.initialization import (
+    init_ar,
+    init_mmdit,
+    ready_to_copy,
+    ready_to_look_back,
+    translate,
+)
 from nexus_min.toy.vocabulary import build_tokenizer, translations, words
 from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
 
@@ -191,10 +198,10 @@ def train_vae(folder: Folder, run: Run, batch: int) -> dict:
 def train_vision(folder: Folder, run: Run, batch: int) -> dict:
     """Ground the tower, standardise its output, and save it in a fresh, bilingual AR model."""
     config = folder.config
-    ar, tokenizer = toy.init_ar(NexusGenAR(config.ar)), build_tokenizer(config)
-    toy.translate(ar.model.embed_tokens, translations(tokenizer))
-    toy.ready_to_copy(ar)  # draws numbers: before the steps, of which a resumed run takes fewer
-    toy.ready_to_look_back(ar)
+    ar, tokenizer = init_ar(NexusGenAR(config.ar)), build_tokenizer(config)
+    translate(ar.model.embed_tokens, translations(tokenizer))
+    ready_to_copy(ar)  # draws numbers: before the steps, of which a resumed run takes fewer
+    ready_to_look_back(ar)
     summary = fit(base.vision_stage(ar.visual, config, batch), run)
     base.standardise(ar.visual, config)
     with tempfile.TemporaryDirectory() as place:
@@ -208,7 +215,7 @@ def train_generation(folder: Folder, run: Run, batch: int) -> dict:
     """Reconstruct pictures from the tower's embeddings; from `folder.start`'s decoder, if given."""
     config, vae, visual = folder.config, folder.vae(), folder.ar().visual
     started, known = time.perf_counter(), None
-    mmdit, adapter = toy.init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
+    mmdit, adapter = init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
     if folder.start:
         other = NexusGen.load(folder.start, dtype=torch.float32, parts=("ar", "generation"))
         mmdit.load_state_dict(other.generation.mmdit.state_dict())

@@ -14,7 +14,7 @@ from tiny_model import make_tiny
 from nexus_min.autoregressive import NexusGenAR
 from nexus_min.config import NexusGenConfig
 from nexus_min.rope import mrope_cos_sin
-from nexus_min.toy import stages
+from nexus_min.toy import initialization, stages
 from nexus_min.toy.base import (
     CLASSES,
     GroundingHead,
@@ -126,8 +126,8 @@ def test_earlier_pictures_of_a_conversation_are_predicted_or_read(monkeypatch):
 def test_a_fresh_model_hands_on_what_it_looks_at_and_says_what_is_there():
     config = NexusGenConfig.tiny().ar
     torch.manual_seed(0)
-    ar = stages.init_ar(NexusGenAR(config)).requires_grad_(False)
-    stages.ready_to_copy(ar)
+    ar = initialization.init_ar(NexusGenAR(config)).requires_grad_(False)
+    initialization.ready_to_copy(ar)
     words = ar.model.embed_tokens.weight
     said = ar.lm_head(F.rms_norm(words, words.shape[1:])).argmax(-1)
     assert torch.equal(said, torch.arange(config.text.vocab_size))
@@ -139,12 +139,12 @@ def test_a_fresh_model_hands_on_what_it_looks_at_and_says_what_is_there():
         assert handed_on.norm() < 0.5 * x.norm()
 
 
-@pytest.mark.parametrize("layer, distances", list(enumerate(stages.LOOKING_BACK)))
+@pytest.mark.parametrize("layer, distances", list(enumerate(initialization.LOOKING_BACK)))
 def test_heads_begin_by_looking_a_few_tokens_back(layer, distances):
     config = NexusGenConfig.tiny().ar
     torch.manual_seed(0)
     ar = NexusGenAR(config).requires_grad_(False)
-    stages.ready_to_look_back(ar)
+    initialization.ready_to_look_back(ar)
     D = config.text.head_dim
     seen = {}
 
