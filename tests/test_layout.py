@@ -41,7 +41,7 @@ RANKS = (
     ("toy.vocabulary",),
     ("toy.pictures",),
     ("toy.geneval",),
-    ("toy.base", "toy.stages", "toy.evaluate"),
+    ("toy.initialization", "toy.base", "toy.stages", "toy.evaluate"),
     ("talk", "page_tasks"),
     ("app",),
     ("__main__",),
