@@ -292,7 +292,7 @@ def fit(
                 log(run.folder, {"stage": stage.name, "step": trainer.step} | numbers)
             progress.set_postfix(loss=numbers["loss"], refresh=False)
             progress.update()
-            (stop,) = agreed(interrupt.is_set())
+            (stop,) = agreed(interrupt.heard)
             if stop or trainer.step % save_every == 0 or trainer.step == end:
                 trainer.save()
             if stop and trainer.step < end:

@@ -223,16 +223,30 @@ def seeded(seed: int, stage: str, step: int, part: int) -> np.random.Generator:
     return rng
 
 
+class Interrupt:
+    """Whether Ctrl-C was heard.
+
+    No `threading.Event`: a second signal, while the handler of the first holds its lock, would wait
+    for that lock for ever.
+    """
+
+    heard = False
+
+    def hear(self, *_) -> None:
+        """The signal handler."""
+        self.heard = True
+
+
 @contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """Within, Ctrl-C sets the event instead of breaking off in the middle of a step."""
-    event = threading.Event()
+def deferred_interrupt() -> Iterator[Interrupt]:
+    """Within, Ctrl-C is noted instead of breaking off in the middle of a step."""
+    interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread hears signals
+        yield interrupt  # only the main thread hears signals
         return
-    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    before = signal.signal(signal.SIGINT, interrupt.hear)
     try:
-        yield event
+        yield interrupt
     finally:
         signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
@@ -364,7 +378,7 @@ def fit(stage: Stage, run: Run) -> dict:
         with deferred_interrupt() as interrupt, trainer.bar, trainer.telling_what_is_kept():
             trainer.train(interrupt)
             trainer.finish()
-        if interrupt.is_set():
+        if interrupt.heard:
             raise KeyboardInterrupt
     return trainer.summary()
 
@@ -402,14 +416,14 @@ class Trainer:
             told, kept = str(error), self.checkpoint.kept
             raise OSError(told if kept in told else f"{told}; {kept}") from error
 
-    def train(self, interrupt: threading.Event) -> None:
+    def train(self, interrupt: Interrupt) -> None:
         """Steps until the budget is spent."""
         start = time.perf_counter() - self.schedule.elapsed
         while not self.schedule.finished:
             numbers = self.take_step()
             if self.rank == 0:
                 self.window.append(numbers)
-            elapsed, stop = agreed(time.perf_counter() - start, interrupt.is_set())
+            elapsed, stop = agreed(time.perf_counter() - start, interrupt.heard)
             self.schedule.tick(elapsed)
             if self.rank == 0:
                 self.write_what_is_due(bool(stop))

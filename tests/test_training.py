@@ -379,6 +379,35 @@ def test_interrupt_saves_the_step_it_was_in(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+CTRL_C_WITHIN_CTRL_C = """
+import os, signal, sys
+from nexus_min.training import deferred_interrupt
+
+left = 20
+
+def again(frame, event, arg):
+    global left
+    if left:
+        left -= 1
+        os.kill(os.getpid(), signal.SIGINT)
+    return again
+
+with deferred_interrupt() as interrupt:
+    sys.settrace(again)  # what is called from here on, the handler first, is interrupted anew
+    os.kill(os.getpid(), signal.SIGINT)
+    sys.settrace(None)
+print(left < 20 and interrupt.heard)
+"""
+
+
+def test_a_second_interrupt_within_the_first_does_not_hang():
+    """A terminal signals every process of the run, and the parent forwards its own."""
+    argv = [sys.executable, "-c", CTRL_C_WITHIN_CTRL_C]
+    place = {"cwd": Path(__file__).parents[1], "timeout": 60}
+    done = subprocess.run(argv, capture_output=True, text=True, **place)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_interrupt_in_the_last_step_finishes_the_stage(tmp_path):
     stage = make_stage(at_step=stop_at(9, interrupt))
     with pytest.raises(KeyboardInterrupt):
