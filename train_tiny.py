@@ -38,20 +38,17 @@ from torch.multiprocessing import (
     ProcessRaisedException,
 )
 
-import weights_loader as loader
-from nexus_min import finetune
-from nexus_min.autoencoder import AutoEncoder
-from nexus_min.autoregressive import NexusGenAR
-from nexus_min.components import PARTS, model_folder, read_tokenizer
+from nexus_min import weights as loader
 from nexus_min.config import NexusGenConfig
-from nexus_min.data import MessageDataset, check_file
-from nexus_min.mmdit import MMDiT
+from nexus_min.model.autoencoder import AutoEncoder
+from nexus_min.model.autoregressive import NexusGenAR
+from nexus_min.model.mmdit import MMDiT
+from nexus_min.offload import is_out_of_memory
 from nexus_min.pipeline import NexusGen
-from nexus_min.placement import is_out_of_memory
 from nexus_min.tokenizer import QwenTokenizer
-from nexus_min.toy import base
+from nexus_min.toy import pretrain as base
 from nexus_min.toy import stages as toy
-from nexus_min.toy.initialization import (
+from nexus_min.toy.init import (
     init_ar,
     init_mmdit,
     ready_to_copy,
@@ -59,7 +56,10 @@ from nexus_min.toy.initialization import (
     translate,
 )
 from nexus_min.toy.vocabulary import build_tokenizer, translations, words
-from nexus_min.training import Run, bf16_pays, fit, frozen_copy, world
+from nexus_min.train import finetune
+from nexus_min.train.data import MessageDataset, check_file
+from nexus_min.train.trainer import Run, bf16_pays, fit, frozen_copy, world
+from nexus_min.weights import PARTS, model_folder, read_tokenizer
 
 # The stages in order: the share of --minutes, and the batch over all workers.
 SHARES = {"vae": 0.13, "vision": 0.14, "generation": 0.29, "ar": 0.34, "editing": 0.10}

@@ -294,7 +294,7 @@ def run_chat(args: argparse.Namespace) -> None:
 
 def run_batch(args: argparse.Namespace) -> None:
     """Do the tasks of a file; a line a task in results.jsonl, pictures by number beside it."""
-    from . import batches
+    from . import batch as batches
 
     place_words(args)
     items = batches.read_items(args.file)
@@ -327,7 +327,7 @@ def item_facts(item: dict, sampling) -> dict:
 
 def run_app(args: argparse.Namespace) -> None:
     """Serve the web page until Ctrl-C."""
-    from . import app
+    from .app import page as app
 
     place_words(args)
     app.find_gradio()
@@ -363,7 +363,7 @@ def drawing(args: argparse.Namespace) -> dict:
 
 def open_image(path: str, max_pixels: int | None):
     """The picture at `path`: checked before a model is loaded."""
-    from .image_processor import load_image
+    from .images import load_image
 
     return load_image(path, max_pixels)
 
@@ -372,8 +372,8 @@ def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
     """The parts of the model that a command needs, by default all."""
     import torch
 
+    from .offload import choose, needs
     from .pipeline import PARTS, NexusGen
-    from .placement import choose, needs
 
     parts, device = parts or PARTS, find_device(args.device, args.model)
     args.device = device  # for what a picture tells of itself
@@ -490,7 +490,7 @@ def save_image(image, path: Path, settings: dict) -> None:
 
 def read_settings(path: str) -> dict[str, str]:
     """What `save_image` wrote into a PNG, unchecked. ValueError for any other file."""
-    from .image_processor import open_image
+    from .images import open_image
 
     try:
         with open_image(path) as image:
@@ -517,7 +517,7 @@ def versions() -> str:
 def warn_unknown(model: str, text: str, image=None) -> None:
     """A line on stderr when the model's folder lists its words and the text has others, and one
     when the picture is none of its world."""
-    from .components import model_folder
+    from .weights import model_folder
 
     file = model_folder(model) / "toy_words.json"
     if file.is_file() and (words := unknown_words(text, read_words(file))):
@@ -567,7 +567,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         fail(error)
     except (RuntimeError, MemoryError) as error:
-        from .placement import is_out_of_memory
+        from .offload import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

@@ -26,25 +26,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import autoregressive, batches, flow
-from .components import (
-    PARTS,
-    EditingDecoder,
-    GenerationDecoder,
-    TextEncoders,
-    has_text_encoders,
-    model_folder,
-    read_part,
-    read_text_encoders,
-    read_tokenizer,
-    text_context,
-)
+from . import batch as batches
+from .chat import Chat, ChatInputs
 from .config import NexusGenConfig
-from .conversation import Chat, ChatInputs
-from .decoder import KVCache
-from .image_processor import bound_image, load_image, reference_view, to_image, to_patches
-from .mmdit import MMDiT, context_ids_editing, context_ids_generation
-from .placement import PROFILES, Place, Placement, advice, needs, out_of_memory_told, to_fp8
+from .images import bound_image, load_image, reference_view, to_image, to_patches
+from .model import autoregressive, flow
+from .model.decoder import KVCache
+from .model.mmdit import MMDiT, context_ids_editing, context_ids_generation
+from .offload import PROFILES, Place, Placement, advice, needs, out_of_memory_told, to_fp8
 from .sampling import Context, Drawing, Sampling, guided, velocity_field
 from .tokenizer import (
     EDITING_PROMPT,
@@ -56,10 +45,22 @@ from .tokenizer import (
     check_text,
 )
 from .tokenizer import language as detect_language
+from .weights import (
+    PARTS,
+    EditingDecoder,
+    GenerationDecoder,
+    TextEncoders,
+    has_text_encoders,
+    model_folder,
+    read_part,
+    read_text_encoders,
+    read_tokenizer,
+    text_context,
+)
 
 if TYPE_CHECKING:
-    from .autoencoder import AutoEncoder
-    from .autoregressive import NexusGenAR
+    from .model.autoencoder import AutoEncoder
+    from .model.autoregressive import NexusGenAR
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class NexusGen:
         fits the device), fp8 stores the decoders' matrices in 8 bits. ValueError for a folder that
         is not there, lacks a file, or holds one of other sizes than its configuration says.
         """
-        import weights_loader as loader
+        from . import weights as loader
 
         if memory not in PROFILES:
             raise ValueError(f"memory must be one of {', '.join(PROFILES)}, got {memory!r}")
@@ -169,7 +170,7 @@ class NexusGen:
 
     def make_empty_prompt(self, folder: Path) -> dict[str, Tensor]:
         """What CLIP and T5 make of "", computed once and kept in the model's folder: 4 MB."""
-        import weights_loader as loader
+        from . import weights as loader
 
         txt, _, pooled = self.encode_text("")
         tensors = {"pooled": pooled, "context": txt}

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import flow
 from .config import NexusGenConfig
-from .mmdit import PATCH, MMDiT, Modulations, image_ids, patchify, unpatchify
+from .model import flow
+from .model.mmdit import PATCH, MMDiT, Modulations, image_ids, patchify, unpatchify
 from .tokenizer import check_text
 
 MAX_STEPS = 1000  # no finer than the noise levels of training

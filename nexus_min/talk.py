@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .conversation import Chat
-from .image_processor import load_image
+from .chat import Chat
+from .images import load_image
 from .tokenizer import GENERATION_PROMPT, check_text, language
 
 HELP = """\

@@ -31,16 +31,16 @@ import torch
 from common import fingerprint
 from torch import Tensor, nn
 
-from nexus_min.autoregressive import NexusGenAR
-from nexus_min.mmdit import patchify, unpatchify
+from nexus_min.model.autoregressive import NexusGenAR
+from nexus_min.model.mmdit import patchify, unpatchify
 from nexus_min.pipeline import NexusGen
 from nexus_min.toy import score
-from nexus_min.toy.base import standardise
+from nexus_min.toy.pretrain import standardise
 from nexus_min.toy.pictures import embed_views, save_grid, scenes, to_uint8, to_unit
 from nexus_min.toy.stages import ar_batch_loss, predict_after_reply
 from nexus_min.toy.tasks import example
 from nexus_min.toy.world import held_out, jittered, random_scene, render
-from nexus_min.training import Run, Stage, fit
+from nexus_min.train.trainer import Run, Stage, fit
 
 COUNTS = (4, 16, 64)
 UNIT = 28  # pixels of a view along one side of an embedding

@@ -31,12 +31,12 @@ import torch.nn.functional as F
 from common import fingerprint
 from torch import Tensor
 
-from nexus_min.autoregressive import NexusGenAR, rope_index
+from nexus_min.model.autoregressive import NexusGenAR, rope_index
 from nexus_min.config import ARConfig
-from nexus_min.decoder import KVCache
+from nexus_min.model.decoder import KVCache
 from nexus_min.pipeline import NexusGen
 from nexus_min.toy.pictures import embed_views, to_unit
-from nexus_min.toy.initialization import init_ar
+from nexus_min.toy.init import init_ar
 from nexus_min.toy.language import a, caption, noun
 from nexus_min.toy.world import Scene, held_out, random_scene, render
 

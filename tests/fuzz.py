@@ -39,16 +39,16 @@ from safetensors.torch import save_file
 from test_tokenizer import byte_tokenizer
 from tiny_model import make_tiny, save_tiny
 
-import weights_loader
 from nexus_min import __main__ as command_line
-from nexus_min import batches
-from nexus_min.components import tokenizer_of
+from nexus_min import batch as batches
+from nexus_min import weights
 from nexus_min.config import NexusGenConfig
-from nexus_min.data import MessageDataset
-from nexus_min.image_processor import load_image
+from nexus_min.images import load_image
 from nexus_min.pipeline import NexusGen
 from nexus_min.sampling import Sampling
 from nexus_min.tokenizer import QwenTokenizer
+from nexus_min.train.data import MessageDataset
+from nexus_min.weights import tokenizer_of
 
 TYPED = (ValueError, OSError)
 SECONDS = 30  # for one case
@@ -143,8 +143,8 @@ def loader_target(folder: Path) -> Target:
     def read(data: bytes, rng: random.Random) -> None:
         file, seeds = rng.choice(kinds)
         file.write_bytes(mutate(seeds, rng))
-        model = weights_loader.build(lambda: torch.nn.Linear(3, 2))
-        weights_loader.fit(model, file, weights_loader.open_weights(file), dtype=torch.float32)
+        model = weights.build(lambda: torch.nn.Linear(3, 2))
+        weights.fit(model, file, weights.open_weights(file), dtype=torch.float32)
         model.requires_grad_(False)(torch.ones(1, 3))  # touches every byte
 
     return [b"-"], read

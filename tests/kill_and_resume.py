@@ -33,11 +33,12 @@ import torch._dynamo  # which optimisers import at their first step: here once f
 from PIL import Image
 
 import train_tiny
-from nexus_min import training
 from nexus_min.config import NexusGenConfig
-from nexus_min.toy import base, pictures
+from nexus_min.toy import pictures
+from nexus_min.toy import pretrain as base
 from nexus_min.toy import stages as toy
 from nexus_min.toy.tasks import example
+from nexus_min.train import trainer as training
 
 OWN = {"data": [], "lora": ["--lora", "2"]}  # all stages of `--data`, one command
 NOT_COMPARED = ("elapsed", "metrics")  # the clock, and what was logged

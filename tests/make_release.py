@@ -27,11 +27,11 @@ from test_tokenizer import byte_tokenizer
 from tiny_model import make_tiny
 from torch import Tensor, nn
 
-from nexus_min.autoregressive import NexusGenAR
 from nexus_min.config import CLIPConfig, MMDiTConfig, NexusGenConfig, T5Config
-from nexus_min.mmdit import MMDiT
-from nexus_min.text_encoders import CLIPTextModel, T5Encoder
-from weights_loader import (
+from nexus_min.model.autoregressive import NexusGenAR
+from nexus_min.model.mmdit import MMDiT
+from nexus_min.model.text_encoders import CLIPTextModel, T5Encoder
+from nexus_min.weights import (
     AR_FOLDER,
     FLUX_FOLDER,
     MERGER_PREFIX,

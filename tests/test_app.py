@@ -20,9 +20,10 @@ import pytest
 from PIL import Image
 from tiny_model import make_tiny
 
-from nexus_min import app, flow
 from nexus_min.__main__ import main
-from nexus_min.page_tasks import Limits, Tasks
+from nexus_min.app import page as app
+from nexus_min.app.page_tasks import Limits, Tasks
+from nexus_min.model import flow
 from nexus_min.pipeline import NexusGen
 from nexus_min.sampling import Sampling
 from nexus_min.toy.world import Object, Scene, render

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import golden, weights
 
-from nexus_min.autoencoder import AutoEncoder
 from nexus_min.config import AutoEncoderConfig, NexusGenConfig
+from nexus_min.model.autoencoder import AutoEncoder
 
 MANIFESTS = Path(__file__).parent / "manifests"
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import golden, weights
 
-from nexus_min.autoregressive import (
+from nexus_min.config import ARConfig, NexusGenConfig, TextConfig, VisionConfig
+from nexus_min.model.autoregressive import (
     NexusGenAR,
     _text_loss,
     ar_loss,
@@ -22,7 +23,6 @@ from nexus_min.autoregressive import (
     prefill_image_slots_loop,
     rope_index,
 )
-from nexus_min.config import ARConfig, NexusGenConfig, TextConfig, VisionConfig
 
 MANIFESTS = Path(__file__).parent / "manifests"
 MICRO = ARConfig(

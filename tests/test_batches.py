@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tiny_model import make_tiny, save_tiny
 
-from nexus_min import batches
+from nexus_min import batch as batches
 from nexus_min.__main__ import main
 from nexus_min.pipeline import NexusGen
 

@@ -10,13 +10,14 @@ from tiny_model import make_tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nexus_min import budget, finetune
-from nexus_min.budget import Sample, autoregressive_work, kept, learning, operations, work
 from nexus_min.config import NexusGenConfig
-from nexus_min.data import collate
-from nexus_min.sharding import PRESETS, Root, recompute_blocks
+from nexus_min.scale import estimate as budget
+from nexus_min.scale.estimate import Sample, autoregressive_work, kept, learning, operations, work
+from nexus_min.scale.fsdp import PRESETS, Root, recompute_blocks
 from nexus_min.toy.stages import toy_line
 from nexus_min.toy.tasks import example
+from nexus_min.train import finetune
+from nexus_min.train.data import collate
 
 TINY = NexusGenConfig.tiny()
 

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from tiny_model import make_tiny, save_tiny
 
-from nexus_min import autoregressive
 from nexus_min.__main__ import main
-from nexus_min.conversation import KEEP, SPELLED, TextStream
-from nexus_min.data import check_line
+from nexus_min.chat import KEEP, SPELLED, TextStream
+from nexus_min.model import autoregressive
 from nexus_min.pipeline import NexusGen
 from nexus_min.talk import Talk
 from nexus_min.tokenizer import GENERATION_REPLY
+from nexus_min.train.data import check_line
 
 PICTURE = object()  # in a script: here comes a picture
 

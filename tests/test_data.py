@@ -12,12 +12,12 @@ from PIL import Image
 from test_tokenizer import byte_tokenizer
 
 from nexus_min.config import NexusGenConfig
-from nexus_min.data import MessageDataset, collate
-from nexus_min.image_processor import bound_image, center_crop_view, to_patches
+from nexus_min.images import bound_image, center_crop_view, to_patches
 from nexus_min.tokenizer import IGNORE, QwenTokenizer
 from nexus_min.toy.stages import toy_line
 from nexus_min.toy.tasks import example
 from nexus_min.toy.vocabulary import build_tokenizer
+from nexus_min.train.data import MessageDataset, collate
 
 CONFIG = NexusGenConfig.tiny()
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}

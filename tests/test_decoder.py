@@ -7,8 +7,8 @@ import torch
 from conftest import golden, weights
 
 from nexus_min.config import TextConfig
-from nexus_min.decoder import Attention, KVCache, Packed, QwenDecoder, causal, causal_mask
-from nexus_min.rope import apply_rope_half, rotate_half
+from nexus_min.model.decoder import Attention, KVCache, Packed, QwenDecoder, causal, causal_mask
+from nexus_min.model.rope import apply_rope_half, rotate_half
 
 TINY = TextConfig(
     hidden_size=48,

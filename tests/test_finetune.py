@@ -14,11 +14,12 @@ from test_data import BAD, OFFICIAL, REPLY, USER, save_official, write  # noqa: 
 from tiny_model import make_tiny, save_tiny
 
 import train_tiny
-from nexus_min import finetune, training
-from nexus_min.data import MessageDataset, Shards, cache_embeddings, check_file, collate
 from nexus_min.pipeline import NexusGen
 from nexus_min.toy.stages import toy_line
 from nexus_min.toy.tasks import example
+from nexus_min.train import finetune
+from nexus_min.train import trainer as training
+from nexus_min.train.data import MessageDataset, Shards, cache_embeddings, check_file, collate
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import golden
 
-from nexus_min import flow
+from nexus_min.model import flow
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from test_finetune import toy_file
 from tiny_model import make_tiny, save_tiny
 
-import weights_loader as loader
-from nexus_min import fullscale
+from nexus_min import weights as loader
 from nexus_min.pipeline import NexusGen
+from nexus_min.scale import train as fullscale
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
 SMALL = ["--batch", "4", "--micro", "2", "--warmup", "1", "--lr", "1e-3", "--quiet"]
@@ -49,7 +49,7 @@ def test_two_processes_by_torchrun_then_one(home, tmp_path, capsys):
     out = tmp_path / "out"
     command = options(home, "generation_decoder", out)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = [*TORCHRUN, "nexus_min.fullscale", *command, "--until", "2"]
+    run = [*TORCHRUN, "nexus_min.scale.train", *command, "--until", "2"]
     done = subprocess.run(run, capture_output=True, text=True, env=env, timeout=400)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"trained generation_decoder: {out}/model\n"
@@ -89,7 +89,7 @@ def test_a_gpu_has_the_losses_of_the_cpu(home, tmp_path, preset):
     for where, more in {"cpu": [], "fp32": ["--fp32"], "bf16": []}.items():
         env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if where == "cpu" else {})
         given = [*options(home, preset, tmp_path / where), *more]
-        run = [sys.executable, "-m", "nexus_min.fullscale", *given]
+        run = [sys.executable, "-m", "nexus_min.scale.train", *given]
         subprocess.run(run, check=True, env=env, timeout=400)
         rows = (tmp_path / where / "metrics.jsonl").read_text().splitlines()
         losses[where] = torch.tensor([json.loads(row)["loss"] for row in rows])

@@ -16,8 +16,8 @@ import torch
 from conftest import golden
 from PIL import Image, PngImagePlugin
 
-from nexus_min import image_processor
-from nexus_min.image_processor import (
+from nexus_min import images as image_processor
+from nexus_min.images import (
     bound_image,
     center_crop_view,
     load_image,

@@ -15,25 +15,20 @@ PACKAGE = Path(nexus_min.__file__).parent
 # A file imports files of smaller rank only; those on one line do not import each other.
 RANKS = (
     ("config",),
-    ("rope",),
-    ("layers",),
-    ("tokenizer", "image_processor"),
-    ("vision",),
-    ("decoder",),
-    ("autoregressive",),
-    ("projector",),
-    ("text_encoders",),
-    ("mmdit", "flow"),
-    ("autoencoder",),
+    ("model.flow", "model.layers", "model.rope"),
+    ("tokenizer", "images"),
+    ("model.vision", "model.decoder", "model.autoencoder", "model.text_encoders"),
+    ("model.packing",),
+    ("model.projector", "model.autoregressive", "model.mmdit"),
     ("sampling",),
-    ("components", "placement"),
-    ("conversation", "batches"),
+    ("weights", "offload"),
+    ("chat", "batch"),
     ("pipeline",),
-    ("data", "muon"),
-    ("training",),
-    ("lora", "sharding"),
-    ("finetune",),
-    ("fullscale", "budget"),
+    ("train.data", "train.lora", "train.muon"),
+    ("train.trainer",),
+    ("train.finetune",),
+    ("scale.fsdp",),
+    ("scale.train", "scale.estimate"),
     ("toy.world",),
     ("toy.score", "toy.language"),
     ("toy.prompts", "toy.questions", "toy.edits"),
@@ -41,16 +36,16 @@ RANKS = (
     ("toy.vocabulary",),
     ("toy.pictures",),
     ("toy.geneval",),
-    ("toy.initialization", "toy.base", "toy.stages", "toy.evaluate"),
-    ("talk", "page_tasks"),
-    ("app",),
+    ("toy.init", "toy.pretrain", "toy.stages", "toy.evaluate"),
+    ("talk", "app.page_tasks"),
+    ("app.page",),
     ("__main__",),
 )
-RANK = {name: i for i, names in enumerate(RANKS) for name in names} | {"": -1, "toy": -1}
+PACKAGES = ("", "model", "train", "scale", "toy", "app")
+RANK = {name: i for i, names in enumerate(RANKS) for name in names} | dict.fromkeys(PACKAGES, -1)
 RUNTIME = {"torch", "einops", "safetensors", "tokenizers", "PIL", "numpy", "tqdm"}
-OPTIONAL = {"app": {"gradio", "fastapi", "uvicorn"}}  # inside functions only
+OPTIONAL = {"app.page": {"gradio", "fastapi", "uvicorn"}}  # inside functions only
 SCRIPTS = {"weights_loader", "train_tiny"}
-MAY_LOAD = {"components", "pipeline", "fullscale"}  # inside functions only
 
 
 def name_of(file: Path) -> str:
@@ -114,18 +109,20 @@ def test_imports_follow_the_arrow(module):
 
 
 def test_the_arrow_would_catch_a_back_edge():
-    assert back_edges("flow", {"mmdit"}) == {"mmdit"} and back_edges("mmdit", {"flow"}) == {"flow"}
-    assert back_edges("config", {"rope"}) and not back_edges("rope", {"config"})
-    relative = ast.parse("from . import score\nfrom .tasks import example\nfrom ..flow import cfg")
+    assert back_edges("model.flow", {"sampling"}) and not back_edges("sampling", {"model.flow"})
+    assert back_edges("config", {"model.rope"}) and not back_edges("model.rope", {"config"})
+    relative = ast.parse(
+        "from . import score\nfrom .tasks import example\nfrom ..model.flow import cfg"
+    )
     read = [absolute("toy.stages", node) for node in relative.body]
-    assert read == [["nexus_min.toy.score"], ["nexus_min.toy.tasks"], ["nexus_min.flow"]]
-    assert {"toy.tasks", "toy.pictures", "toy.world", "flow"} < internal("toy.stages")
-    assert "autoregressive" in internal("pipeline")
+    assert read == [["nexus_min.toy.score"], ["nexus_min.toy.tasks"], ["nexus_min.model.flow"]]
+    assert {"toy.tasks", "toy.pictures", "toy.world", "model.flow"} < internal("toy.stages")
+    assert "model.autoregressive" in internal("pipeline")
 
 
 def test_the_sampler_and_the_network_do_not_know_each_other():
-    assert "flow" not in internal("mmdit")
-    assert internal("flow") == set()
+    assert "model.flow" not in internal("model.mmdit")
+    assert internal("model.flow") == set()
 
 
 @pytest.mark.parametrize("module", FILES)
@@ -135,10 +132,8 @@ def test_only_the_command_line_knows_the_toy_world(module):
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_the_loader_is_imported_late_and_from_two_files(module):
-    for name, at_top in imports(module):
-        if name.split(".")[0] in SCRIPTS:
-            assert name == "weights_loader" and module in MAY_LOAD and not at_top
+def test_the_package_imports_no_script(module):
+    assert not {name for name, _ in imports(module)} & SCRIPTS
 
 
 @pytest.mark.parametrize("module", FILES)

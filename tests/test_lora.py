@@ -7,7 +7,7 @@ import torch
 from tiny_model import make_tiny
 from torch import nn
 
-from nexus_min.lora import LoRALinear, add_lora, merge_lora
+from nexus_min.train.lora import LoRALinear, add_lora, merge_lora
 
 
 def decoder():

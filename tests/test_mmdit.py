@@ -10,7 +10,7 @@ import torch
 from conftest import golden, weights
 
 from nexus_min.config import MMDiTConfig, NexusGenConfig
-from nexus_min.mmdit import (
+from nexus_min.model.mmdit import (
     RAISED,
     MMDiT,
     context_ids_editing,
@@ -21,8 +21,8 @@ from nexus_min.mmdit import (
     timestep_frequencies,
     unpatchify,
 )
-from nexus_min.rope import turn_complex, turn_real
-from weights_loader import diffsynth_name, is_swapped, swap_halves
+from nexus_min.model.rope import turn_complex, turn_real
+from nexus_min.weights import diffsynth_name, is_swapped, swap_halves
 
 MANIFESTS = Path(__file__).parent / "manifests"
 FINAL = "final_layer.adaLN_modulation.1."

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from nexus_min.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalised
+from nexus_min.train.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalised
 
 SHAPES = [(8, 8), (6, 10), (6, 10), (12, 5), (6, 10)]
 

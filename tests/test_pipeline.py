@@ -17,9 +17,6 @@ from safetensors.torch import load_file, save_file
 from test_tokenizer import byte_tokenizer
 from tiny_model import make_tiny, save_tiny
 
-from nexus_min import autoregressive, flow
-from nexus_min.autoencoder import AutoEncoder
-from nexus_min.components import EditingDecoder, GenerationDecoder, TextEncoders, text_context
 from nexus_min.config import (
     ARConfig,
     AutoEncoderConfig,
@@ -29,12 +26,22 @@ from nexus_min.config import (
     T5Config,
     TextConfig,
 )
-from nexus_min.mmdit import MMDiT, context_ids_generation
+from nexus_min.model import autoregressive, flow
+from nexus_min.model.autoencoder import AutoEncoder
+from nexus_min.model.mmdit import MMDiT, context_ids_generation
+from nexus_min.model.projector import GenerationAdapter, ImageEmbeddingMerger
+from nexus_min.model.text_encoders import CLIPTextModel, T5Encoder
 from nexus_min.pipeline import NexusGen
-from nexus_min.projector import GenerationAdapter, ImageEmbeddingMerger
 from nexus_min.sampling import Context, Sampling, velocity_field
-from nexus_min.text_encoders import CLIPTextModel, T5Encoder
-from weights_loader import diffsynth_name, is_swapped, swap_halves
+from nexus_min.weights import (
+    EditingDecoder,
+    GenerationDecoder,
+    TextEncoders,
+    diffsynth_name,
+    is_swapped,
+    swap_halves,
+    text_context,
+)
 
 # ---- the official pipelines at micro size ------------------------------------------------------
 

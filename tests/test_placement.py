@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny
 
-from nexus_min import pipeline, placement
+from nexus_min import offload as placement
+from nexus_min import pipeline
 from nexus_min.config import NexusGenConfig
-from nexus_min.mmdit import MMDiT
+from nexus_min.model.mmdit import MMDiT
+from nexus_min.offload import FP8, ROOM, FP8Linear, Place, choose, modulations, needs, to_fp8
 from nexus_min.pipeline import NexusGen
-from nexus_min.placement import FP8, ROOM, FP8Linear, Place, choose, modulations, needs, to_fp8
 
 OPTIONS = {"num_steps": 3, "cfg_scale": 2.0, "max_new_tokens": 4}
 PROFILES = ("resident", "staged", "stream")

@@ -10,8 +10,8 @@ import torch
 from conftest import golden, weights
 
 from nexus_min.config import NexusGenConfig, TextConfig
-from nexus_min.projector import GenerationAdapter, ImageEmbeddingMerger, merger_positions
-from nexus_min.rope import mrope_cos_sin
+from nexus_min.model.projector import GenerationAdapter, ImageEmbeddingMerger, merger_positions
+from nexus_min.model.rope import mrope_cos_sin
 
 MANIFESTS = Path(__file__).parent / "manifests"
 TARGET, REFERENCE = (1, 18, 18), (1, 36, 36)

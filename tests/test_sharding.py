@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from tiny_model import make_tiny
 from torch import nn
 
-from nexus_min import finetune
-from nexus_min.budget import memory
-from nexus_min.fullscale import processes
-from nexus_min.sharding import BETAS, CLIP, PRESETS, Root, Trainer, fit, gathered, units
+from nexus_min.scale.estimate import memory
+from nexus_min.scale.fsdp import BETAS, CLIP, PRESETS, Root, Trainer, fit, gathered, units
+from nexus_min.scale.train import processes
 from nexus_min.toy.stages import toy_line
 from nexus_min.toy.tasks import example
-from nexus_min.training import Run, seeded
+from nexus_min.train import finetune
+from nexus_min.train.trainer import Run, seeded
 
 CPU = torch.device("cpu")
 PRESET = replace(PRESETS["ar_pretrain"], batch=8, steps=6, warmup=2, lr=3e-4)

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from nexus_min.components import TINY
 from nexus_min.pipeline import NexusGen
 from nexus_min.toy import evaluate
 from nexus_min.toy.prompts import CATEGORIES
 from nexus_min.toy.questions import QUESTIONS, final
 from nexus_min.toy.score import read
+from nexus_min.weights import TINY
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -10,15 +10,15 @@ import torch
 from conftest import GOLDEN, golden, weights
 from properties import TEXTS, spelled, widened
 
-from nexus_min.components import tokenizer_of
 from nexus_min.config import CLIPConfig, T5Config
-from nexus_min.text_encoders import (
+from nexus_min.model.text_encoders import (
     CLIPTextModel,
     T5Encoder,
     clip_tokenizer,
     relative_buckets,
     t5_tokenizer,
 )
+from nexus_min.weights import tokenizer_of
 
 MANIFESTS = GOLDEN.parent / "manifests"
 PROMPTS = json.loads((GOLDEN / "13_official_token_ids.json").read_text())

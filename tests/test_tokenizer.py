@@ -13,8 +13,8 @@ from properties import TEXTS, spelled, widened
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from nexus_min import tokenizer as T
-from nexus_min.components import tokenizer_of
 from nexus_min.config import TINY_TOKEN_IDS, ARConfig, NexusGenConfig
+from nexus_min.weights import tokenizer_of
 
 FIXTURE = json.loads((GOLDEN / "14_prompts.json").read_text("utf-8"))
 SPECIALS = re.compile("|".join(map(re.escape, FIXTURE["special_tokens"])))

@@ -21,7 +21,7 @@ from nexus_min.config import TINY_TOKEN_IDS, NexusGenConfig
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.toy import evaluate as ev
 from nexus_min.toy.edits import EDITS
-from nexus_min.toy.initialization import LIKENESS, translate
+from nexus_min.toy.init import LIKENESS, translate
 from nexus_min.toy.language import ZH
 from nexus_min.toy.prompts import CATEGORIES
 from nexus_min.toy.questions import QUESTIONS

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from PIL import Image
 from tiny_model import make_tiny
 
-from nexus_min.autoregressive import NexusGenAR
 from nexus_min.config import NexusGenConfig
-from nexus_min.rope import mrope_cos_sin
-from nexus_min.toy import initialization, stages
-from nexus_min.toy.base import (
+from nexus_min.model.autoregressive import NexusGenAR
+from nexus_min.model.rope import mrope_cos_sin
+from nexus_min.toy import init as initialization
+from nexus_min.toy import stages
+from nexus_min.toy.pictures import resize, scenes, to_unit
+from nexus_min.toy.pretrain import (
     CLASSES,
     GroundingHead,
     grounding_loss,
@@ -23,10 +25,9 @@ from nexus_min.toy.base import (
     noised,
     random_phrases,
 )
-from nexus_min.toy.pictures import resize, scenes, to_unit
 from nexus_min.toy.tasks import example
 from nexus_min.toy.world import COLOURS, RADIUS, SHAPES, Object, Scene, render
-from nexus_min.training import mixed_precision
+from nexus_min.train.trainer import mixed_precision
 
 RED_STAR, RED_CIRCLE = Object("star", "red", "small", 2), Object("circle", "red", "large", 7, 1.5)
 ANY = CLASSES

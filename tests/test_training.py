@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nexus_min import training
-from nexus_min.training import (
+from nexus_min.train import trainer as training
+from nexus_min.train.trainer import (
     BLOCK,
     Checkpoint,
     Run,
@@ -381,7 +381,7 @@ def test_interrupt_saves_the_step_it_was_in(tmp_path):
 
 CTRL_C_WITHIN_CTRL_C = """
 import os, signal, sys
-from nexus_min.training import deferred_interrupt
+from nexus_min.train.trainer import deferred_interrupt
 
 left = 20
 
@@ -431,7 +431,7 @@ import sys; sys.path[:0] = {paths!r}
 import os, signal, torch
 from pathlib import Path
 from test_training import make_stage, run_in, stop_at
-from nexus_min.training import fit
+from nexus_min.train.trainer import fit
 torch.set_num_threads(1)
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 fit(make_stage(at_step=stop_at({step}, die)), run_in(Path({folder!r}), steps=30, save_every=0.0))
@@ -588,7 +588,7 @@ def test_what_is_not_finite_is_told_also_on_a_full_disk(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nexus_min.training.torch.save", full)
+    monkeypatch.setattr("nexus_min.train.trainer.torch.save", full)
     told = r"stage toy, step 0: .*there is no checkpoint yet, cannot save .*No space left"
     with pytest.raises(FloatingPointError, match=told):
         fit(stage, run_in(tmp_path, steps=3))

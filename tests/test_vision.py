@@ -12,8 +12,14 @@ import torch.nn.functional as F
 from conftest import golden, weights
 
 from nexus_min.config import NexusGenConfig, VisionConfig
-from nexus_min.rope import vision_angles
-from nexus_min.vision import QwenViT, attend_segments, make_segments, patch_positions, window_index
+from nexus_min.model.rope import vision_angles
+from nexus_min.model.vision import (
+    QwenViT,
+    attend_segments,
+    make_segments,
+    patch_positions,
+    window_index,
+)
 
 MANIFESTS = Path(__file__).parent / "manifests"
 TINY = NexusGenConfig.tiny().ar.vision

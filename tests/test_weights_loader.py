@@ -18,12 +18,12 @@ from conftest import GOLDEN, golden
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import weights_loader as w
-from nexus_min.autoencoder import AutoEncoder
-from nexus_min.autoregressive import NexusGenAR
+from nexus_min import weights as w
 from nexus_min.config import ARConfig, CLIPConfig, MMDiTConfig, NexusGenConfig, T5Config
-from nexus_min.mmdit import MMDiT, image_ids, patchify, unpatchify
-from nexus_min.text_encoders import CLIPTextModel, T5Encoder
+from nexus_min.model.autoencoder import AutoEncoder
+from nexus_min.model.autoregressive import NexusGenAR
+from nexus_min.model.mmdit import MMDiT, image_ids, patchify, unpatchify
+from nexus_min.model.text_encoders import CLIPTextModel, T5Encoder
 
 TINY, V2 = NexusGenConfig.tiny(), NexusGenConfig.v2()
 MANIFESTS = GOLDEN.parent / "manifests"

@@ -7,14 +7,19 @@ from pathlib import Path
 import torch
 from test_tokenizer import byte_tokenizer
 
-from nexus_min.autoencoder import AutoEncoder
-from nexus_min.autoregressive import NexusGenAR
-from nexus_min.components import EditingDecoder, GenerationDecoder
 from nexus_min.config import NexusGenConfig
-from nexus_min.mmdit import MMDiT
+from nexus_min.model.autoencoder import AutoEncoder
+from nexus_min.model.autoregressive import NexusGenAR
+from nexus_min.model.mmdit import MMDiT
 from nexus_min.pipeline import NexusGen
 from nexus_min.tokenizer import QwenTokenizer
-from weights_loader import make_adapter, make_merger, save_checkpoint
+from nexus_min.weights import (
+    EditingDecoder,
+    GenerationDecoder,
+    make_adapter,
+    make_merger,
+    save_checkpoint,
+)
 
 
 def make_tiny(seed: int = 0) -> NexusGen:

@@ -12,8 +12,8 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ..image_processor import patchify
-from ..vision import QwenViT
+from ..images import patchify
+from ..model.vision import QwenViT
 from . import score
 from .world import OUTLINES, Scene, held_out, random_scene
 

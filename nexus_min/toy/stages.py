@@ -14,18 +14,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..autoencoder import AutoEncoder
-from ..autoregressive import ARLoss, NexusGenAR, ar_loss, prefill_image_slots
 from ..config import NexusGenConfig
-from ..data import collate
-from ..flow import denoise, rf_loss, sample_t, schedule, time_shift
-from ..image_processor import patchify
-from ..mmdit import MMDiT, context_ids_editing, context_ids_generation
-from ..projector import GenerationAdapter, ImageEmbeddingMerger
+from ..images import patchify
+from ..model.autoencoder import AutoEncoder
+from ..model.autoregressive import ARLoss, NexusGenAR, ar_loss, prefill_image_slots
+from ..model.flow import denoise, rf_loss, sample_t, schedule, time_shift
+from ..model.mmdit import MMDiT, context_ids_editing, context_ids_generation
+from ..model.projector import GenerationAdapter, ImageEmbeddingMerger
+from ..model.vision import QwenViT
 from ..sampling import Context, velocity_field
 from ..tokenizer import IMAGE, QwenTokenizer
-from ..training import Run, Stage, mixed_precision, world
-from ..vision import QwenViT
+from ..train.data import collate
+from ..train.trainer import Run, Stage, mixed_precision, world
 from .edits import EDITS
 from .pictures import (
     agreement,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nexus_min.autoencoder import AutoEncoder
 from nexus_min.config import AutoEncoderConfig
+from nexus_min.model.autoencoder import AutoEncoder
 
 from .common import Row, alternate, difference, need
 

@@ -17,7 +17,7 @@ from statistics import median
 import torch
 from PIL import Image
 
-from nexus_min.image_processor import to_latent_image
+from nexus_min.images import to_latent_image
 from nexus_min.pipeline import NexusGen
 
 from .common import Row, alternate, difference

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from nexus_min.conversation import KEEP
+from nexus_min.chat import KEEP
 from nexus_min.pipeline import NexusGen
 from nexus_min.tokenizer import EDITING_PROMPT, GENERATION_PROMPT
 from nexus_min.toy import score

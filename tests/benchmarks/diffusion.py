@@ -16,9 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from nexus_min import flow
 from nexus_min.config import MMDiTConfig
-from nexus_min.mmdit import MMDiT, context_ids_generation, image_ids, patchify, unpatchify
+from nexus_min.model import flow
+from nexus_min.model.mmdit import MMDiT, context_ids_generation, image_ids, patchify, unpatchify
 from nexus_min.sampling import Context, guided, velocity_field
 
 from .common import Row, alternate, core_share, difference, dtypes, name_of, need

@@ -19,15 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nexus_min.autoencoder import AutoEncoder
-from nexus_min.autoregressive import NexusGenAR, generate, greedy, prefill_image_slots
-from nexus_min.components import EditingDecoder, GenerationDecoder
 from nexus_min.config import NexusGenConfig
-from nexus_min.mmdit import PATCH, MMDiT, context_ids_generation
+from nexus_min.model.autoencoder import AutoEncoder
+from nexus_min.model.autoregressive import NexusGenAR, generate, greedy, prefill_image_slots
+from nexus_min.model.mmdit import PATCH, MMDiT, context_ids_generation
+from nexus_min.model.projector import GenerationAdapter, ImageEmbeddingMerger
+from nexus_min.offload import blocks
 from nexus_min.pipeline import NexusGen
-from nexus_min.placement import blocks
-from nexus_min.projector import GenerationAdapter, ImageEmbeddingMerger
 from nexus_min.sampling import Context, Drawing, Sampling, velocity_field
+from nexus_min.weights import EditingDecoder, GenerationDecoder
 
 from .common import seconds
 from .diffusion import flop

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import torch
 
-from nexus_min import flow
 from nexus_min.config import MMDiTConfig, NexusGenConfig, TextConfig
-from nexus_min.decoder import QwenDecoder
+from nexus_min.model import flow
+from nexus_min.model.decoder import QwenDecoder
 from nexus_min.sampling import velocity_field
 
 from .common import need

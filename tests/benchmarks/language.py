@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from nexus_min.autoregressive import NexusGenAR, generate
+from nexus_min.model.autoregressive import NexusGenAR, generate
 
 from .common import Row, alternate, copy_speed, core_share, dtypes, name_of
 from .peers import ar_config, our_ar, their_ar

@@ -38,7 +38,7 @@ PACKAGES = ("torch", "safetensors", "einops", "transformers", "diffusers", "acce
 
 
 def our_ar(folder: Path) -> Callable:
-    import weights_loader as loader
+    from nexus_min import weights as loader
 
     config = loader.load_config(folder)
     return lambda: loader.load_ar(folder / HOME, config)
@@ -52,7 +52,7 @@ def their_ar(folder: Path) -> Callable:
 
 
 def our_mmdit(folder: Path, file: str = f"{FLUX}/flux1-dev.safetensors") -> Callable:
-    import weights_loader as loader
+    from nexus_min import weights as loader
 
     config = loader.load_config(folder)
     return lambda: loader.load_mmdit(folder / file, config)

@@ -13,9 +13,9 @@ from statistics import median
 import torch
 from torch import nn
 
-from nexus_min.autoregressive import NexusGenAR
 from nexus_min.config import NexusGenConfig
-from nexus_min.muon import Muon
+from nexus_min.model.autoregressive import NexusGenAR
+from nexus_min.train.muon import Muon
 
 ROUNDS = 9
 

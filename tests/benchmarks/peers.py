@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 
 import torch
 
-from nexus_min.autoregressive import NexusGenAR
 from nexus_min.config import ARConfig, NexusGenConfig, TextConfig, VisionConfig
-from nexus_min.vision import QwenViT
+from nexus_min.model.autoregressive import NexusGenAR
+from nexus_min.model.vision import QwenViT
 
 from .common import need
 

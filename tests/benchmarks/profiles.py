@@ -28,15 +28,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from nexus_min.autoencoder import AutoEncoder
-from nexus_min.autoregressive import NexusGenAR
-from nexus_min.components import PARTS, TINY, EditingDecoder, GenerationDecoder
 from nexus_min.config import NexusGenConfig
-from nexus_min.mmdit import MMDiT
+from nexus_min.model.autoencoder import AutoEncoder
+from nexus_min.model.autoregressive import NexusGenAR
+from nexus_min.model.mmdit import MMDiT
+from nexus_min.model.projector import GenerationAdapter, ImageEmbeddingMerger
+from nexus_min.offload import Place, Placement, needs, to_fp8
 from nexus_min.pipeline import NexusGen
-from nexus_min.placement import Place, Placement, needs, to_fp8
-from nexus_min.projector import GenerationAdapter, ImageEmbeddingMerger
 from nexus_min.tokenizer import QwenTokenizer
+from nexus_min.weights import PARTS, TINY, EditingDecoder, GenerationDecoder
 
 from .common import peak_rss, seconds
 

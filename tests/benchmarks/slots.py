@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nexus_min.autoregressive import (
+from nexus_min.model.autoregressive import (
     NexusGenAR,
     prefill_image_slots,
     prefill_image_slots_loop,

@@ -21,7 +21,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from nexus_min.autoregressive import NexusGenAR, ar_loss, rope_index
+from nexus_min.model.autoregressive import NexusGenAR, ar_loss, rope_index
 
 from .common import Row, clock, peak_rss
 from .peers import ar_config, our_ar, their_ar

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from nexus_min.config import VisionConfig
-from nexus_min.vision import QwenViT
+from nexus_min.model.vision import QwenViT
 
 from .common import Row, alternate, core_share, difference, dtypes, name_of
 from .peers import their_vision

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .config import MMDiTConfig
+from ..config import MMDiTConfig
 from .rope import apply_rope_interleaved, flux_rope
 
 PATCH = 2  # latent cells along one side of an image token

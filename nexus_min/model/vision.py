@@ -24,8 +24,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from nexus_min.config import VisionConfig
-from nexus_min.layers import RMSNorm, SwiGLU, gated
-from nexus_min.rope import apply_rope_half, vision_cos_sin
+from nexus_min.model.layers import RMSNorm, SwiGLU, gated
+from nexus_min.model.rope import apply_rope_half, vision_cos_sin
 
 Grid = Sequence[Sequence[int]]  # (t, h, w) of every image, in patches before merging
 

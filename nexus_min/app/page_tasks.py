@@ -15,11 +15,11 @@ from typing import Any
 
 from PIL import Image
 
-from .conversation import Chat
-from .image_processor import load_image
-from .pipeline import NexusGen
-from .sampling import Sampling
-from .tokenizer import IMAGE
+from ..chat import Chat
+from ..images import load_image
+from ..pipeline import NexusGen
+from ..sampling import Sampling
+from ..tokenizer import IMAGE
 
 PREVIEWS = 8  # pictures shown while one is sampled
 SIGN = "[picture] "  # where one stands in what is shown of a conversation

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .config import TextConfig
+from ..config import TextConfig
 from .decoder import DecoderLayer
 from .layers import RMSNorm
 from .rope import mrope_cos_sin

@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer
 from torch import Tensor, nn
 
 from nexus_min.config import CLIPConfig, T5Config
-from nexus_min.layers import RMSNorm
+from nexus_min.model.layers import RMSNorm
 
 # ---------------------------------------------------------------------------------------- CLIP-L
 

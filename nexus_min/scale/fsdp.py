@@ -36,9 +36,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from .decoder import DecoderLayer
-from .mmdit import DoubleStreamBlock, SingleStreamBlock
-from .training import Run, Stage, agreed, deferred_interrupt, seeded, world
+from ..model.decoder import DecoderLayer
+from ..model.mmdit import DoubleStreamBlock, SingleStreamBlock
+from ..train.trainer import Run, Stage, agreed, deferred_interrupt, seeded, world
 
 BLOCKS = (DecoderLayer, DoubleStreamBlock, SingleStreamBlock)
 # Units of their own: two tables as large as several blocks, and modulations, which are evaluated

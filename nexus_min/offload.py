@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autoregressive import NexusGenAR
-from .mmdit import MMDiT, Modulation
-from .text_encoders import T5Encoder
+from .model.autoregressive import NexusGenAR
+from .model.mmdit import MMDiT, Modulation
+from .model.text_encoders import T5Encoder
 
 PROFILES = ("auto", "resident", "staged", "stream")
 ROOM = 3 << 30  # bytes left for activations, the cache of keys and values, and kernels

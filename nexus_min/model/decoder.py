@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .config import TextConfig
+from ..config import TextConfig
 from .layers import RMSNorm, SwiGLU
 from .rope import apply_rope_half, mrope_cos_sin
 

@@ -1,6 +1,6 @@
 """Full-scale training of a release: the stages of `finetune`, with the paper's table 4, on cards.
 
-    torchrun --nproc-per-node=8 -m nexus_min.fullscale --preset ar_pretrain \\
+    torchrun --nproc-per-node=8 -m nexus_min.scale.train --preset ar_pretrain \\
         --data my.jsonl --model DIR --out runs/ar
 
 `--model` is a folder in the official layout; what it lacks is begun as the paper did: the AR model
@@ -28,8 +28,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import finetune
-from .components import (
+from ..config import NexusGenConfig
+from ..model.mmdit import MMDiT
+from ..offload import is_out_of_memory
+from ..train import finetune
+from ..train.data import MessageDataset
+from ..train.trainer import Run, world
+from ..weights import (
     EditingDecoder,
     GenerationDecoder,
     model_folder,
@@ -38,12 +43,7 @@ from .components import (
     read_tokenizer,
     text_context,
 )
-from .config import NexusGenConfig
-from .data import MessageDataset
-from .mmdit import MMDiT
-from .placement import is_out_of_memory
-from .sharding import PRESETS, Preset, fit, gathered
-from .training import Run, world
+from .fsdp import PRESETS, Preset, fit, gathered
 
 ERRORS = (ValueError, OSError, FloatingPointError)  # what a user can cause: one line, status 2
 
@@ -52,7 +52,7 @@ class Release:
     """A model's folder to start from and another to end in, as `finetune`'s stages ask for them."""
 
     def __init__(self, source: Path, goal: Path, device: torch.device, bf16: bool):
-        import weights_loader as loader
+        from .. import weights as loader
 
         self.loader, self.source, self.goal = loader, source, goal
         self.config, self.device = loader.load_config(source), device
@@ -130,7 +130,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. ValueError for values that make no sense."""
     about = argparse.RawDescriptionHelpFormatter
-    parser = Parser("nexus_min.fullscale", description=__doc__, formatter_class=about)
+    parser = Parser("nexus_min.scale.train", description=__doc__, formatter_class=about)
     parser.add_argument("--preset", choices=PRESETS, required=True, help="a column of table 4")
     parser.add_argument("--data", type=Path, required=True, help="JSONL, message-like format")
     parser.add_argument("--model", required=True, help="folder of the release to start from")

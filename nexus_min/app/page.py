@@ -13,9 +13,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from .conversation import KEEP
+from ..chat import KEEP
+from ..pipeline import NexusGen
 from .page_tasks import Limits, Tasks
-from .pipeline import NexusGen
 
 CSS = ".picture img { width: 100%; height: 100%; object-fit: contain }"
 PIXELS = ".picture img { image-rendering: pixelated }"  # of a small picture

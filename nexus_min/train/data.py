@@ -24,15 +24,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .config import NexusGenConfig, VisionConfig
-from .image_processor import (
+from ..config import NexusGenConfig, VisionConfig
+from ..images import (
     bound_image,
     center_crop_view,
     load_image,
     smart_resize,
     to_patches,
 )
-from .tokenizer import IGNORE, IMAGE, ROLES, QwenTokenizer, count_places, where_places
+from ..tokenizer import IGNORE, IMAGE, ROLES, QwenTokenizer, count_places, where_places
 
 
 class Batch(NamedTuple):

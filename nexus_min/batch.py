@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .image_processor import load_image
-from .placement import out_of_memory_told
+from .images import load_image
+from .offload import out_of_memory_told
 from .sampling import Drawing, Sampling
 
 TASKS = {

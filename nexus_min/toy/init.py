@@ -6,9 +6,9 @@ import torch
 from einops import rearrange, repeat
 from torch import nn
 
-from ..autoregressive import NexusGenAR
-from ..mmdit import MMDiT
-from ..rope import apply_rope_half, mrope_cos_sin
+from ..model.autoregressive import NexusGenAR
+from ..model.mmdit import MMDiT
+from ..model.rope import apply_rope_half, mrope_cos_sin
 
 LIKENESS = 0.8  # of a word and its translation, a cosine
 LOOKING_BACK = (1, 2), (3, 4)  # tokens; for the first heads of the first layers

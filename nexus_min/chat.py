@@ -24,9 +24,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .decoder import KVCache
-from .image_processor import bound_image, load_image
-from .placement import out_of_memory_told
+from .images import bound_image, load_image
+from .model.decoder import KVCache
+from .offload import out_of_memory_told
 from .sampling import Drawing, Sampling
 from .tokenizer import GENERATION_REPLY, IMAGE, VISION_START, QwenTokenizer, check_text
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import ARConfig
+from ..config import ARConfig
 from .decoder import KVCache, Packed, QwenDecoder
 from .vision import QwenViT
 

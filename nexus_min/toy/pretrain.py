@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from ..autoencoder import AutoEncoder, ResnetBlock
 from ..config import NexusGenConfig
-from ..training import Stage
-from ..vision import QwenViT
+from ..model.autoencoder import AutoEncoder, ResnetBlock
+from ..model.vision import QwenViT
+from ..train.trainer import Stage
 from .pictures import embed_views, exactness, resize, save_grid, scenes, to_uint8, to_unit
 from .world import BACKGROUNDS, COLOURS, RADIUS, SHAPES, STYLES, Object, Scene, render
 

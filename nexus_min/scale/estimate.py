@@ -1,6 +1,6 @@
 """What full-scale training takes: bytes a card and floating-point operations, counted on `meta`.
 
-    python -m nexus_min.budget --cards 8 --micro 1
+    python -m nexus_min.scale.estimate --cards 8 --micro 1
 
 Nothing here was measured on a GPU. Bytes a card of N that learns P parameters: 4P/N of fp32
 weights, 4P/N of gradients, 8P/N of AdamW's moments; what is frozen, whole, in bf16; gathered units;
@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import finetune
-from .autoregressive import NexusGenAR
-from .config import NexusGenConfig
-from .mmdit import MMDiT
-from .projector import GenerationAdapter, ImageEmbeddingMerger
-from .sharding import BLOCKS, PRESETS, Preset, Root, recompute_blocks, units
-from .training import Stage
+from ..config import NexusGenConfig
+from ..model.autoregressive import NexusGenAR
+from ..model.mmdit import MMDiT
+from ..model.projector import GenerationAdapter, ImageEmbeddingMerger
+from ..train import finetune
+from ..train.trainer import Stage
+from .fsdp import BLOCKS, PRESETS, Preset, Root, recompute_blocks, units
 
 TEXT, LEARNED = 100, 50  # tokens of text of a sample, and those with a label: assumed
 PEAK, MFU = 989e12, 0.4  # of an H100 in bf16, dense; the share of it that is used: assumed
@@ -219,7 +219,7 @@ def throughput(preset: Preset, config: NexusGenConfig) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print both tables for all presets at full scale."""
-    parser = argparse.ArgumentParser("nexus_min.budget", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("nexus_min.scale.estimate", description=__doc__.split("\n")[0])
     parser.add_argument("--cards", type=int, default=8)
     parser.add_argument("--micro", type=int, default=1)
     args, config = parser.parse_args(argv), NexusGenConfig.v2()

@@ -25,24 +25,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .autoencoder import AutoEncoder
-from .autoregressive import NexusGenAR, ar_loss, prefill_image_slots
-from .config import NexusGenConfig
-from .data import Shards, cache_embeddings, collate, image_roles
-from .flow import rf_loss, sample_t, time_shift, training_sigmas, training_weights
-from .image_processor import (
+from ..config import NexusGenConfig
+from ..images import (
     center_crop_view,
     load_image,
     reference_view,
     to_latent_image,
     to_patches,
 )
+from ..model.autoencoder import AutoEncoder
+from ..model.autoregressive import NexusGenAR, ar_loss, prefill_image_slots
+from ..model.flow import rf_loss, sample_t, time_shift, training_sigmas, training_weights
+from ..model.mmdit import MMDiT, context_ids_editing, context_ids_generation
+from ..model.projector import GenerationAdapter, ImageEmbeddingMerger
+from ..sampling import Context, velocity_field
+from ..tokenizer import QwenTokenizer
+from .data import Shards, cache_embeddings, collate, image_roles
 from .lora import add_lora, merge_lora
-from .mmdit import MMDiT, context_ids_editing, context_ids_generation
-from .projector import GenerationAdapter, ImageEmbeddingMerger
-from .sampling import Context, velocity_field
-from .tokenizer import QwenTokenizer
-from .training import Run, Stage, fit, world
+from .trainer import Run, Stage, fit, world
 
 KINDS = ("understand", "generate", "edit")
 RATIO = (1.0, 2.0, 1.0)

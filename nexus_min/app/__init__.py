@@ -1,0 +1,1 @@
+"""The web page: `python -m nexus_min app`."""

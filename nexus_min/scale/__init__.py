@@ -1,0 +1,1 @@
+"""Many GPUs: FSDP2, the recipes of the paper, and what they take."""

@@ -1,0 +1,1 @@
+"""Training: one stage, one loop, for every configuration."""
