@@ -5,7 +5,7 @@
     python train_tiny.py --data my.jsonl           # fine-tune the shipped model on your own data
 
 Stages: `vae` (FLUX's, at toy width) and `vision` (grounding, the stand-in for Qwen2.5-VL's
-pre-training) make the base; `generation` learns to reconstruct pictures from their own image
+pre-training) make the base; `generation` learns to reconstruct images from their own image
 embeddings (paper section 4.2), `ar` is the multi-task training (4.1), `editing` learns from the
 embeddings that the AR model *predicts* (4.3). The folder always holds a model in the official
 layout under `model/`. A run that was stopped goes on where it was when the same command is given
@@ -58,7 +58,7 @@ from nexus_min.toy.init import (
 from nexus_min.toy.vocabulary import build_tokenizer, translations, words
 from nexus_min.train import finetune
 from nexus_min.train.data import MessageDataset, check_file
-from nexus_min.train.trainer import Run, bf16_pays, fit, frozen_copy, world
+from nexus_min.train.trainer import Run, bf16_is_faster, fit, frozen_copy, world
 from nexus_min.weights import PARTS, model_folder, read_tokenizer
 
 # The stages in order: the share of --minutes, and the batch over all workers.
@@ -185,7 +185,7 @@ class Folder:
 
 
 def train_vae(folder: Folder, run: Run, batch: int) -> dict:
-    """Learn pictures, and save the autoencoder."""
+    """Learn images, and save the autoencoder."""
     config = folder.config
     vae = base.init_vae(AutoEncoder(config.autoencoder))
     summary = fit(base.vae_stage(vae, batch), run)
@@ -212,7 +212,7 @@ def train_vision(folder: Folder, run: Run, batch: int) -> dict:
 
 
 def train_generation(folder: Folder, run: Run, batch: int) -> dict:
-    """Reconstruct pictures from the tower's embeddings; from `folder.start`'s decoder, if given."""
+    """Reconstruct images from the tower's embeddings; from `folder.start`'s decoder, if given."""
     config, vae, visual = folder.config, folder.vae(), folder.ar().visual
     started, known = time.perf_counter(), None
     mmdit, adapter = init_mmdit(MMDiT(config.mmdit)), loader.make_adapter(config)
@@ -232,7 +232,7 @@ def train_generation(folder: Folder, run: Run, batch: int) -> dict:
 def train_ar(folder: Folder, run: Run, batch: int) -> dict:
     """Learn all three tasks with the tower frozen (paper, section 4.1)."""
     config, ar, painter = folder.config, folder.ar(), None
-    if folder.finished("generation"):  # else learn without pictures of progress
+    if folder.finished("generation"):  # else learn without images of progress
         painter = toy.Painter(folder.vae(), *folder.generation(), folder.empty_prompt(), config)
     summary = fit(toy.ar_stage(ar, folder.tokenizer(), config, batch, painter), run)
     folder.save(config, ar=ar)
@@ -536,7 +536,7 @@ def make_plan(args: argparse.Namespace, started: float, command: str) -> Plan:
     """Check what can be checked before any work is done. ERRORS name the option or the folder."""
     folder = Folder(args.out)
     kept = {f.name for f in fields(Plan)} & vars(args).keys()
-    settings = {name: getattr(args, name) for name in kept} | {"bf16": bf16_pays()}
+    settings = {name: getattr(args, name) for name in kept} | {"bf16": bf16_is_faster()}
     settings |= {"started": started, "command": command}
     if args.data:
         folder.check_writable()

@@ -2,7 +2,7 @@
 
 Options as in the official `image_understanding.py`, `image_generation.py` and `image_editing.py`,
 with shorter names beside them. Whatever is wrong with what the user gave is one line on stderr and
-exit status 2; a picture appears whole or not at all. Nothing heavy is imported before it is needed.
+exit status 2; an image appears whole or not at all. Nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DTYPES |= {name: name for name in DTYPES.values()}
 WORD = r"[a-z\u00c0-\u024f]+|[^\W\d_a-z\u00c0-\u024f]+"  # Latin letters, or other letters
 OPTION = r"--|-[^\d\s]\S*$"  # a word that looks like one: not "-3", not "- make it red"
-# What a picture tells of how it was drawn -> the option that sets it; not the model or the output,
+# What an image tells of how it was drawn -> the option that sets it; not the model or the output,
 # which a file from outside shall not choose.
 RECALLED = {"height": "--height", "width": "--width", "num_steps": "--steps", "seed": "--seed"}
 RECALLED |= {"cfg_scale": "--cfg", "guidance": "--guidance", "negative_prompt": "--negative_prompt"}
@@ -59,9 +59,9 @@ def say(stream, line: str, end: str = "\n") -> None:
 
 def build_parser(with_eval: bool) -> Parser:
     """All subcommands; the options of `eval` are those of `toy.evaluate`, imported if asked for."""
-    parser = Parser(prog=f"python -m {PROGRAM}", description="Understand, draw and edit pictures.")
+    parser = Parser(prog=f"python -m {PROGRAM}", description="Understand, draw and edit images.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    understand = commands.add_parser("understand", help="answer a question about a picture")
+    understand = commands.add_parser("understand", help="answer a question about an image")
     add_image(understand)
     add_model(understand)
     add_tokens(understand)
@@ -73,7 +73,7 @@ def build_parser(with_eval: bool) -> Parser:
     add_preamble(generate)
     add_model(generate)
     add_tokens(generate)
-    edit = commands.add_parser("edit", help="change a picture as told")
+    edit = commands.add_parser("edit", help="change an image as told")
     add_image(edit)
     edit.add_argument("--decoder", choices=("editing", "generation"), default="editing")
     edit.add_argument(
@@ -90,7 +90,7 @@ def build_parser(with_eval: bool) -> Parser:
         "--keep",
         choices=("slots", "predicted", "reencoded"),
         default="predicted",
-        help="what is remembered of a drawn picture",
+        help="what is remembered of a drawn image",
     )
     chat.add_argument("--decoder", choices=("auto", "generation", "editing"), default="auto")
     add_limit(chat)
@@ -137,7 +137,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def add_like(parser: argparse.ArgumentParser) -> None:
-    """A picture that tells how it was drawn."""
+    """An image that tells how it was drawn."""
     told = "draw as this PNG of ours was drawn; text and options given beside it come first"
     parser.add_argument("--like", metavar="PNG", help=told)
 
@@ -162,21 +162,21 @@ def recall(args: argparse.Namespace, more_words: int) -> list[str]:
 
 
 def add_image(parser: argparse.ArgumentParser) -> None:
-    """A picture, and what to ask or do about it: by position or by name."""
-    parser.add_argument("words", nargs="*", metavar="IMAGE TEXT", help="the picture, then the text")
+    """An image, and what to ask or do about it: by position or by name."""
+    parser.add_argument("words", nargs="*", metavar="IMAGE TEXT", help="the image, then the text")
     parser.add_argument("--input_image", "--input-image", metavar="FILE")
     parser.add_argument("--instruction", "--question", metavar="TEXT")
     add_limit(parser)
 
 
 def add_limit(parser: argparse.ArgumentParser) -> None:
-    """How large a picture from outside may be."""
-    told = "refuse a larger picture before decoding it; default 50 million"
+    """How large an image from outside may be."""
+    told = "refuse a larger image before decoding it; default 50 million"
     parser.add_argument("--max_image_pixels", type=int, metavar="N", help=told)
 
 
 def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
-    """How a picture is drawn and where it goes; sizes, steps and cfg default to the model's own."""
+    """How an image is drawn and where it goes; sizes, steps and cfg default to the model's own."""
     number = {"type": int, "metavar": "N"}
     real = {"type": float, "metavar": "X"}
     parser.add_argument("--height", **number, help="pixels, rounded up to whole tokens")
@@ -196,7 +196,7 @@ def add_preamble(parser: argparse.ArgumentParser) -> None:
         "--fast_preamble",
         "--fast-preamble",
         action="store_true",
-        help="no text before the picture; the tiny model then mostly fails to edit one object",
+        help="no text before the image; the tiny model then mostly fails to edit one object",
     )
 
 
@@ -245,7 +245,7 @@ def run_understand(args: argparse.Namespace) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    """Draw the prompt; save and name the picture."""
+    """Draw the prompt; save and name the image."""
     place_words(args, "prompt")
     check_output(args.output)
     model = load_model(args, ["ar", "generation", "autoencoder"])
@@ -254,7 +254,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def run_edit(args: argparse.Namespace) -> None:
-    """Edit the picture; save and name the new one."""
+    """Edit the image; save and name the new one."""
     place_words(args, "input_image", "instruction")
     check_output(args.output)
     image = open_image(args.input_image, args.max_image_pixels)
@@ -264,7 +264,7 @@ def run_edit(args: argparse.Namespace) -> None:
 
 
 def run_chat(args: argparse.Namespace) -> None:
-    """Talk over standard input and output; pictures are saved as chat-1.png, chat-2.png, ..."""
+    """Talk over standard input and output; images are saved as chat-1.png, chat-2.png, ..."""
     from .talk import HELP, Talk
 
     place_words(args)
@@ -293,7 +293,7 @@ def run_chat(args: argparse.Namespace) -> None:
 
 
 def run_batch(args: argparse.Namespace) -> None:
-    """Do the tasks of a file; a line a task in results.jsonl, pictures by number beside it."""
+    """Do the tasks of a file; a line a task in results.jsonl, images by number beside it."""
     from . import batch as batches
 
     place_words(args)
@@ -316,7 +316,7 @@ def run_batch(args: argparse.Namespace) -> None:
 
 
 def item_facts(item: dict, sampling) -> dict:
-    """What a picture's PNG tells of its item in a batch, as `finish` tells it of a single one."""
+    """What an image's PNG tells of its item in a batch, as `finish` tells it of a single one."""
     apart = {"task", "id", "image", "instruction", *asdict(sampling)}
     facts = {k: v for k, v in item.items() if k not in apart and v is not None}
     facts["fast_preamble"] = bool(item.get("fast_preamble"))
@@ -362,7 +362,7 @@ def drawing(args: argparse.Namespace) -> dict:
 
 
 def open_image(path: str, max_pixels: int | None):
-    """The picture at `path`: checked before a model is loaded."""
+    """The image at `path`: checked before a model is loaded."""
     from .images import load_image
 
     return load_image(path, max_pixels)
@@ -376,14 +376,14 @@ def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
     from .pipeline import PARTS, NexusGen
 
     parts, device = parts or PARTS, find_device(args.device, args.model)
-    args.device = device  # for what a picture tells of itself
+    args.device = device  # for what an image tells of itself
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     model = NexusGen.load(args.model, device, dtype, parts, args.memory or "auto", args.fp8)
     profile, reason = "resident", ""
     if model.placement is not None:
         profile, reason = model.placement.profile, model.placement.reason
     elif args.memory == "auto":  # on the CPU, where there is nothing to choose, only if asked
-        profile, reason = choose(needs({name: model.have(name) for name in parts}), None)
+        profile, reason = choose(needs({name: model.part(name) for name in parts}), None)
     if reason:
         say(sys.stderr, f"{PROGRAM}: memory {profile}: {reason}")
     return model
@@ -412,7 +412,7 @@ def is_there(device: str) -> bool:
 
 
 def finish(args: argparse.Namespace, events, facts: dict, source=None) -> None:
-    """Walk the events to the picture, save it with how it was made, and print its name."""
+    """Walk the events to the image, save it with how it was made, and print its name."""
     seen = dict(progress(events))
     settings = how_drawn(args, seen["sampling"], facts)
     if settings["negative_prompt"] and settings["cfg_scale"] == 1:
@@ -449,7 +449,7 @@ COMMANDS = {
 
 
 def check_output(output: str) -> None:
-    """ValueError when no picture can be written there; asked before the work is done."""
+    """ValueError when no image can be written there; asked before the work is done."""
     path = Path(output)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"output {output!r} must end in {', '.join(FORMATS)}")
@@ -465,7 +465,7 @@ def check_place(path: Path) -> None:
 
 
 def how_drawn(args: argparse.Namespace, sampling, facts: dict) -> dict:
-    """All that a picture depends on but its source: its own facts, settings, versions."""
+    """All that an image depends on but its source: its own facts, settings, versions."""
     names = ("language", "fast_preamble", "max_new_tokens", "device", "dtype", "fp8")
     options = {name: getattr(args, name, None) or "" for name in names}
     known = {"model": args.model, **asdict(sampling), **options, "versions": versions()}
@@ -473,7 +473,7 @@ def how_drawn(args: argparse.Namespace, sampling, facts: dict) -> dict:
 
 
 def save_image(image, path: Path, settings: dict) -> None:
-    """Write the picture beside `path`, then move it there; a PNG also tells how it was made."""
+    """Write the image beside `path`, then move it there; a PNG also tells how it was made."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -505,7 +505,7 @@ def read_settings(path: str) -> dict[str, str]:
 
 
 def versions() -> str:
-    """The versions that a picture depends on."""
+    """The versions that an image depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -516,7 +516,7 @@ def versions() -> str:
 
 def warn_unknown(model: str, text: str, image=None) -> None:
     """A line on stderr when the model's folder lists its words and the text has others, and one
-    when the picture is none of its world."""
+    when the image is none of its world."""
     from .weights import model_folder
 
     file = model_folder(model) / "toy_words.json"
@@ -524,7 +524,7 @@ def warn_unknown(model: str, text: str, image=None) -> None:
         shown = ", ".join(words[:10]) + (" ..." if len(words) > 10 else "")
         say(sys.stderr, f"{PROGRAM}: warning: words this model has never seen: {shown}")
     if file.is_file() and image is not None and not is_toy(image):
-        say(sys.stderr, f"{PROGRAM}: warning: this model has never seen a picture like this one")
+        say(sys.stderr, f"{PROGRAM}: warning: this model has never seen an image like this one")
 
 
 def read_words(file: Path) -> list[str]:
@@ -539,7 +539,7 @@ def read_words(file: Path) -> list[str]:
 
 
 def is_toy(image) -> bool:
-    """Whether the checker can read a scene of the toy world from the picture."""
+    """Whether the checker can read a scene of the toy world from the image."""
     import numpy as np
 
     from .toy.score import read

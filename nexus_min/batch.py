@@ -2,8 +2,8 @@
 
     item = {"task": "generate", "prompt": ..., "seed": ...} -> Result
 
-First all texts and image embeddings, then all pictures of each decoder: parts of the model that
-visit a small device come once, not once an item. Noise depends on an item's own seed, so a picture
+First all texts and image embeddings, then all images of each decoder: parts of the model that
+visit a small device come once, not once an item. Noise depends on an item's own seed, so an image
 is the one that the item gives alone. What is wrong with one item is that item's result. No
 equation; the official scripts take one task a call.
 """
@@ -22,8 +22,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from .images import load_image
-from .offload import out_of_memory_told
-from .sampling import Drawing, Sampling
+from .offload import explain_oom
+from .sampling import ImageRequest, SamplingParams
 
 TASKS = {
     "understand": ("image", "question"),
@@ -36,12 +36,12 @@ UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}  # half a character: 
 
 
 class Result(NamedTuple):
-    """What became of the item at `index`: an answer, a picture, or an error."""
+    """What became of the item at `index`: an answer, an image, or an error."""
 
     index: int
-    text: str = ""  # the answer, or what is said before the picture
+    text: str = ""  # the answer, or what is said before the image
     image: Image.Image | None = None
-    sampling: Sampling | None = None  # of the picture
+    sampling: SamplingParams | None = None  # of the image
     error: str = ""
 
 
@@ -56,20 +56,20 @@ def run(
     """The result of every item, as they come; `model` is a `pipeline.NexusGen`.
 
     An item holds its `task` (one of `TASKS`), what that takes, and options of the method of that
-    name; without a seed its own is `seed` + its index. `batch_size` pictures are drawn at a time,
-    fewer when memory is short; `max_pixels` bounds their pictures, see `load_image`. ValueError for
+    name; without a seed its own is `seed` + its index. `batch_size` images are drawn at a time,
+    fewer when memory is short; `max_pixels` bounds their images, see `load_image`. ValueError for
     a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, got {batch_size}")
-    drawings: dict[int, Drawing] = {}
+    drawings: dict[int, ImageRequest] = {}
     with tqdm(total=len(items), unit="item", disable=not progress) as bar:
         for i, item in enumerate(items):
             try:
                 said = read(model, item, seed + i, max_pixels)
             except MISTAKES as error:
                 said = Result(i, error=one_line(error))
-            if isinstance(said, Drawing):
+            if isinstance(said, ImageRequest):
                 drawings[i] = said
             else:
                 bar.update()
@@ -80,7 +80,7 @@ def run(
                 yield result
 
 
-def read(model: Any, item: dict, seed: int, max_pixels: int | None = None) -> str | Drawing:
+def read(model: Any, item: dict, seed: int, max_pixels: int | None = None) -> str | ImageRequest:
     """The AR model's part of an item: the answer, or the drawing to do."""
     if not isinstance(item, dict) or item.get("task") not in TASKS:
         raise ValueError(f"an item needs a `task` of {', '.join(TASKS)}")
@@ -102,13 +102,13 @@ def read(model: Any, item: dict, seed: int, max_pixels: int | None = None) -> st
 
 
 def opened(image: Any, max_pixels: int | None) -> Any:
-    """The picture, or the list of pictures, decoded."""
+    """The image, or the list of images, decoded."""
     if isinstance(image, list):
         return [load_image(one, max_pixels) for one in image]
     return load_image(image, max_pixels)
 
 
-def groups(drawings: dict[int, Drawing], size: int) -> Iterator[list[int]]:
+def groups(drawings: dict[int, ImageRequest], size: int) -> Iterator[list[int]]:
     """Indices of drawings that differ in seed and embeddings alone, at most `size` at a time."""
     alike: dict[Any, list[int]] = {}
     for i, drawing in drawings.items():
@@ -118,11 +118,11 @@ def groups(drawings: dict[int, Drawing], size: int) -> Iterator[list[int]]:
         yield from (alike[key][k : k + size] for k in range(0, len(alike[key]), size))
 
 
-def draw(model: Any, drawings: dict[int, Drawing]) -> Iterator[Result]:
+def draw(model: Any, drawings: dict[int, ImageRequest]) -> Iterator[Result]:
     """Draw all; when that fails, one half after the other, down to the one at fault."""
     items = list(drawings.items())
     try:
-        with out_of_memory_told(model.advice):
+        with explain_oom(model.advice):
             pictures = draw_together(model, list(drawings.values()))
     except (ValueError, MemoryError) as error:  # NaN for instance, or no room
         if len(items) == 1:
@@ -144,7 +144,7 @@ def one_line(error: BaseException) -> str:
 
 
 @torch.no_grad()
-def draw_together(model: Any, drawings: list[Drawing]) -> list[Image.Image]:
+def draw_together(model: Any, drawings: list[ImageRequest]) -> list[Image.Image]:
     """One batch through the decoder and the autoencoder."""
     first = drawings[0]
     embeds = torch.cat([d.embeds for d in drawings])
@@ -153,7 +153,7 @@ def draw_together(model: Any, drawings: list[Drawing]) -> list[Image.Image]:
         references = torch.cat([d.reference for d in drawings])
     context = model.drawing_context(first._replace(embeds=embeds, reference=references))
     noise = torch.cat([d.sampling.noise(model.config) for d in drawings])
-    mmdit = model.have(first.decoder).mmdit
+    mmdit = model.part(first.decoder).mmdit
     *_, end = model.denoise_steps(mmdit, context, noise, first.sampling)
     return model.decode(end.x)
 
@@ -161,7 +161,7 @@ def draw_together(model: Any, drawings: list[Drawing]) -> list[Image.Image]:
 def to_folder(
     results: Iterator[Result], folder: Path, save: Callable[[Result, Path], None]
 ) -> list[dict]:
-    """Save pictures by number and a line an item in `results.jsonl`, as they come: returned.
+    """Save images by number and a line an item in `results.jsonl`, as they come: returned.
 
     In the end the lines are put in the order of the items; a run that is stopped keeps them as they
     came.

@@ -1,14 +1,14 @@
-"""A conversation: turns of text and pictures, in which a picture just drawn is seen like any other.
+"""A conversation: turns of text and images, in which an image just drawn is seen like any other.
 
-    user: text, pictures -> AR model -> text and image embeddings -> decoders -> pictures, seen next
+    user: text, images -> AR model -> text and image embeddings -> decoders -> images, seen next
 
 The history is one growing list of token ids, never text that is encoded again: an image is entered
 once, as many tokens as it has embeddings, and the cache of keys and values goes on from turn to
-turn. What the AR model later sees of a picture that it drew is one of `KEEP`:
+turn. What the AR model later sees of an image that it drew is one of `KEEP`:
 
     slots      the prefilled slots as they stand in the cache: what training showed, and free
-    predicted  the embeddings it predicted, read as if they were a user's picture
-    reencoded  the drawn picture through the vision tower: what the decoder made of it
+    predicted  the embeddings it predicted, read as if they were a user's image
+    reencoded  the drawn image through the vision tower: what the decoder made of it
 
 Figure 1 of the paper (one model, interleaved turns). The official code has no counterpart: its
 scripts answer one turn.
@@ -26,12 +26,12 @@ from torch import Tensor
 
 from .images import bound_image, load_image
 from .model.decoder import KVCache
-from .offload import out_of_memory_told
-from .sampling import Drawing, Sampling
+from .offload import explain_oom
+from .sampling import ImageRequest, SamplingParams
 from .tokenizer import GENERATION_REPLY, IMAGE, VISION_START, QwenTokenizer, check_text
 
 KEEP = ("slots", "predicted", "reencoded")
-SPELLED = IMAGE.replace(">", " >")  # `<image>` that the model wrote as words: no picture is there
+SPELLED = IMAGE.replace(">", " >")  # `<image>` that the model wrote as words: no image is there
 DECODERS = ("auto", "generation", "editing")
 
 
@@ -39,13 +39,13 @@ class ChatInputs(NamedTuple):
     """What the AR model reads: a conversation up to the assistant's turn."""
 
     input_ids: Tensor  # [1, L]
-    image_embeds: Tensor | None  # [n, C], all pictures in reading order
-    image_grid_thw: Tensor | None  # [pictures, 3]
+    image_embeds: Tensor | None  # [n, C], all images in reading order
+    image_grid_thw: Tensor | None  # [images, 3]
 
 
 @dataclass
 class Picture:
-    """One picture of a conversation, and what the AR model reads in its place."""
+    """One image of a conversation, and what the AR model reads in its place."""
 
     image: Image.Image
     embeds: Tensor  # [n, C]
@@ -55,13 +55,13 @@ class Picture:
 class TextStream:
     """Ids in, text out as soon as its characters are whole: one may come in several tokens.
 
-    In it `<image>` is a picture and nothing else: words that spell it come as `SPELLED`.
+    In it `<image>` is an image and nothing else: words that spell it come as `SPELLED`.
     """
 
     def __init__(self, tokenizer: QwenTokenizer):
         self.tokenizer, self.text = tokenizer, ""
         self.start = tokenizer.special_ids[VISION_START]
-        self.runs: list[list[int]] = [[]]  # ids between the pictures
+        self.runs: list[list[int]] = [[]]  # ids between the images
 
     def push(self, token: int) -> str:
         """The text that this id completes, perhaps none."""
@@ -80,8 +80,8 @@ class Chat:
     """A conversation with `model` (a `pipeline.NexusGen`); made by `NexusGen.chat`.
 
     keep: one of `KEEP`. decoder: which one draws; "auto" takes the editing decoder, with the latest
-    picture as its source, unless there is none or the reply says the sentence that announces a new
-    picture in training. The other options are fields of `Sampling`; every further picture takes
+    image as its source, unless there is none or the reply says the sentence that announces a new
+    image in training. The other options are fields of `SamplingParams`; every further image takes
     the next seed. ValueError for another keep or decoder.
     """
 
@@ -97,7 +97,7 @@ class Chat:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.model, self.keep, self.decoder = model, keep, decoder
-        self.max_new_tokens, self.sampling = max_new_tokens, Sampling(**sampling)
+        self.max_new_tokens, self.sampling = max_new_tokens, SamplingParams(**sampling)
         self.sampling.resolve(model.config, 1.0)  # now, not after the reply
         self.clear()
 
@@ -105,7 +105,7 @@ class Chat:
         """Begin anew."""
         self.ids: list[int] = []
         self.pictures: list[Picture] = []
-        self.messages: list[dict] = []  # in the official format, `<image>` marking the pictures
+        self.messages: list[dict] = []  # in the official format, `<image>` marking the images
         self.cache, self.known, self.drawn = KVCache(), 0, 0
 
     # ---- a turn --------------------------------------------------------------------------------
@@ -114,13 +114,13 @@ class Chat:
     def say(self, text: str, images: Sequence[Any] = ()) -> Iterator[tuple[str, Any]]:
         """One turn of the user; yields the reply as it comes.
 
-        Events: ("text", str) piece by piece; ("embeddings", [1, N, C]) of each picture; when the
+        Events: ("text", str) piece by piece; ("embeddings", [1, N, C]) of each image; when the
         text is done, for each of them what `NexusGen.draw` yields, the last of which is
-        ("image", PIL). `<image>` in the text places the pictures, else they stand before it. A turn
+        ("image", PIL). `<image>` in the text places the images, else they stand before it. A turn
         that fails, or is not read to its end, leaves the conversation as it was. ValueError for an
-        empty text, a picture that cannot be read, or a conversation that has become too long.
+        empty text, an image that cannot be read, or a conversation that has become too long.
         """
-        with out_of_memory_told(self.model.advice):
+        with explain_oom(self.model.advice):
             text = text if IMAGE in text else IMAGE * len(images) + text
             shown = [self._look(load_image(image)) for image in images]
             self.cache.crop(min(self.known, self.cache.length))  # what a turn that failed has added
@@ -138,7 +138,9 @@ class Chat:
         """Ids of the user's turn and the opening of the reply. ValueError when out of room."""
         check_text(text, "message")
         message, counts = {"role": "user", "content": text}, [len(p.embeds) for p in shown]
-        new = self.model.need("tokenizer").encode_chat([message], counts, continued=bool(self.ids))
+        new = self.model.part_on_device("tokenizer").encode_chat(
+            [message], counts, continued=bool(self.ids)
+        )
         if (length := len(self.ids) + len(new)) > (room := self.model.room()):
             raise ValueError(
                 f"the conversation is {length} tokens long; this model reads {room}: begin anew"
@@ -146,7 +148,7 @@ class Chat:
         return new
 
     def _reply(self, ids: list[int], pictures: list[Picture]) -> Iterator[tuple[str, Any]]:
-        """Yield the reply; return all ids with it, its text, and the embeddings of its pictures."""
+        """Yield the reply; return all ids with it, its text, and the embeddings of its images."""
         config, stream, found = self.model.config.ar, TextStream(self.model.tokenizer), []
         inputs = self._inputs(ids, pictures)
         for kind, value in self.model.reply(inputs, self.max_new_tokens, self.cache):
@@ -164,7 +166,7 @@ class Chat:
 
     def _inputs(self, ids: list[int], pictures: list[Picture]) -> ChatInputs:
         """All ids, and all that stands at their images."""
-        tensor = torch.tensor([ids], device=self.model.need("ar").lm_head.weight.device)
+        tensor = torch.tensor([ids], device=self.model.part_on_device("ar").lm_head.weight.device)
         if not pictures:
             return ChatInputs(tensor, None, None)
         grids = torch.tensor([p.grid for p in pictures])
@@ -173,7 +175,7 @@ class Chat:
     def _draw(
         self, reply: str, embeds: list[Tensor], pictures: list[Picture]
     ) -> Iterator[tuple[str, Any]]:
-        """Draw the reply's pictures one after the other; return them."""
+        """Draw the reply's images one after the other; return them."""
         drawn: list[Image.Image] = []
         for sentence, one in zip(reply.split(IMAGE), embeds, strict=False):
             before = [p.image for p in pictures] + drawn
@@ -182,15 +184,15 @@ class Chat:
             scale = 1.0 if decoder == "editing" else self.model.config.cfg_scale
             seed = self.sampling.seed + self.drawn + len(drawn)
             settings = replace(self.sampling, seed=seed).resolve(self.model.config, scale)
-            for event in self.model.draw(Drawing("", one[None], reference, decoder, settings)):
+            for event in self.model.draw(ImageRequest("", one[None], reference, decoder, settings)):
                 yield event
             drawn.append(event[1])
         return drawn
 
     def _decoder(self, sentence: str, before: list[Image.Image]) -> str:
-        """Which decoder draws the picture that `sentence` announces."""
+        """Which decoder draws the image that `sentence` announces."""
         if self.decoder == "editing" and not before:
-            raise ValueError("the editing decoder needs a picture to start from; give one")
+            raise ValueError("the editing decoder needs an image to start from; give one")
         if self.decoder != "auto":
             return self.decoder
         news = [known.removesuffix(IMAGE).strip() for known in GENERATION_REPLY.values()]
@@ -199,20 +201,20 @@ class Chat:
     # ---- what is remembered --------------------------------------------------------------------
 
     def _look(self, image: Image.Image) -> Picture:
-        """A picture as the AR model reads it."""
+        """An image as the AR model reads it."""
         config = self.model.config
         view = bound_image(image, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
         embeds, grid = self.model.embed_images([view])
         return Picture(image, embeds, tuple(grid[0].tolist()))
 
     def _seen(self, image: Image.Image, embeds: Tensor) -> Picture:
-        """What the AR model will see of a picture that it drew."""
+        """What the AR model will see of an image that it drew."""
         if self.keep == "reencoded":
             return self._look(image)
         return Picture(image, embeds, self.model.config.ar.slot_grid)
 
     def _enter(self, ids: list[int], start: int, seen: list[Picture]) -> list[int]:
-        """The ids with as many tokens for each new picture, from `start` on, as it will be read in.
+        """The ids with as many tokens for each new image, from `start` on, as it will be read in.
 
         The cache forgets what comes after the first slot that is to be read otherwise.
         """

@@ -190,18 +190,18 @@ class T5Config(FromDict):
 
 @dataclass(frozen=True)
 class NexusGenConfig:
-    """The whole system: every tower, and the picture sizes that tie them together (pixels)."""
+    """The whole system: every tower, and the image sizes that tie them together (pixels)."""
 
     ar: ARConfig = field(default_factory=ARConfig)
     mmdit: MMDiTConfig = field(default_factory=MMDiTConfig)
     autoencoder: AutoEncoderConfig = field(default_factory=AutoEncoderConfig)
     clip: CLIPConfig = field(default_factory=CLIPConfig)
     t5: T5Config = field(default_factory=T5Config)
-    image_size: int = 512  # default side of a generated picture
+    image_size: int = 512  # default side of a generated image
     reference_size: int = (
         504  # side at which the editing decoder sees the source: twice the target's
     )
-    min_pixels: int = 3136  # bounds of smart_resize for pictures the AR model reads
+    min_pixels: int = 3136  # bounds of smart_resize for images the AR model reads
     max_pixels: int = 262640
     cfg_scale: float = 3.0  # default of generation; editing always defaults to 1.0
     num_steps: int = 50  # default Euler steps
@@ -219,7 +219,7 @@ class NexusGenConfig:
 
     @classmethod
     def tiny(cls) -> NexusGenConfig:
-        """The toy-world model: 64-px pictures, 16 slots, 64 reference tokens; `v2` in small."""
+        """The toy-world model: 64-px images, 16 slots, 64 reference tokens; `v2` in small."""
         return cls(
             ar=ARConfig(
                 text=TextConfig(

@@ -1,12 +1,12 @@
-"""Pictures <-> tensors: what the vision tower reads, what the autoencoder reads, what a user sees.
+"""Images <-> tensors: what the vision tower reads, what the autoencoder reads, what a user sees.
 
 Equation: none; the preprocessing behind figure 2 of Nexus-Gen (252 px -> 81, 504 px -> 324 tokens).
 Official: `smart_resize` of qwen_vl_utils 0.0.11, `Qwen2VLImageProcessor` of transformers 4.49,
 `bound_image` of Nexus-Gen's `image_editing.py`.
 
-Conventions: patch rows hold (pixel/255 - mean) / std with CLIP's constants; pictures for the
+Conventions: patch rows hold (pixel/255 - mean) / std with CLIP's constants; images for the
 autoencoder lie in [-1, 1]; `patchify` takes [0, 1]. Sizes are (h, w); PIL's own are (w, h).
-A picture from outside is untrusted: `load_image` alone opens files.
+An image from outside is untrusted: `load_image` alone opens files.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def smart_resize(
     """Nearest (h, w) that are multiples of `factor`, area within bounds, aspect about kept.
 
     Rounds half to even, as Python does and the official function therefore too.
-    Raises ValueError for an empty picture, one longer than 200 times its width, or absurd bounds.
+    Raises ValueError for an empty image, one longer than 200 times its width, or absurd bounds.
     """
     if min(h, w, factor, min_pixels) < 1 or min_pixels > max_pixels:
         raise ValueError(
@@ -58,7 +58,7 @@ def smart_resize(
             f"factor {factor}, min_pixels {min_pixels}, max_pixels {max_pixels}"
         )
     if max(h, w) > 200 * min(h, w):
-        raise ValueError(f"the sides of a picture may differ by a factor of 200, got {h} x {w}")
+        raise ValueError(f"the sides of an image may differ by a factor of 200, got {h} x {w}")
     new_h, new_w = (max(factor, round(side / factor) * factor) for side in (h, w))
     if new_h * new_w > max_pixels:
         beta = math.sqrt(h * w / max_pixels)
@@ -75,13 +75,13 @@ def bound_image(
     min_pixels: int = MIN_PIXELS,
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """RGB picture at the size of `smart_resize`, BICUBIC: what the AR model reads."""
+    """RGB image at the size of `smart_resize`, BICUBIC: what the AR model reads."""
     h, w = smart_resize(image.height, image.width, factor, min_pixels, max_pixels)
     return to_rgb(image).resize((w, h), Image.Resampling.BICUBIC)
 
 
 def reference_view(image: Image.Image, size: int) -> Image.Image:
-    """RGB picture squeezed to size x size, BILINEAR: the source as the editing decoder sees it."""
+    """RGB image squeezed to size x size, BILINEAR: the source as the editing decoder sees it."""
     return to_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
 
 
@@ -93,7 +93,7 @@ def center_crop_view(image: Image.Image, size: int) -> Image.Image:
     return square.resize((size, size), Image.Resampling.BICUBIC)
 
 
-# --- pictures -> tensors -----------------------------------------------------------------------
+# --- images -> tensors -----------------------------------------------------------------------
 
 
 def patchify(
@@ -131,14 +131,14 @@ def to_patches(
     merge_size: int = 2,
     temporal_patch_size: int = 2,
 ) -> tuple[Tensor, Tensor]:
-    """One picture, or several of any sizes -> (pixel_values [P, 3*2*14*14] fp32, grid_thw [n, 3]).
+    """One image, or several of any sizes -> (pixel_values [P, 3*2*14*14] fp32, grid_thw [n, 3]).
 
     Nothing is resized: bring sides to multiples of 28 first (`bound_image`, `reference_view`).
     Raises ValueError for an empty list, a wrong array, or sides that are not multiples of 28.
     """
     pictures = image if isinstance(image, list | tuple) else [image]
     if not pictures:
-        raise ValueError("to_patches needs at least one picture")
+        raise ValueError("to_patches needs at least one image")
     sizes = (patch_size, merge_size, temporal_patch_size)
     alike = groupby(map(to_unit_range, pictures), key=lambda picture: picture.shape)
     parts = [patchify(torch.stack(list(group)), *sizes) for _, group in alike]
@@ -147,17 +147,17 @@ def to_patches(
 
 
 def to_unit_range(picture: Picture) -> Tensor:
-    """PIL picture or uint8 [H, W, 3] -> fp32 [3, H, W] in [0, 1]."""
+    """PIL image or uint8 [H, W, 3] -> fp32 [3, H, W] in [0, 1]."""
     if isinstance(picture, Image.Image):
         picture = np.array(to_rgb(picture))
     pixels = torch.as_tensor(picture)
     if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
-        raise ValueError(f"a picture must be PIL or uint8 [H, W, 3], got {describe(pixels)}")
+        raise ValueError(f"an image must be PIL or uint8 [H, W, 3], got {describe(pixels)}")
     return rearrange(pixels, "H W c -> c H W").float() * (1 / 255)
 
 
 def to_latent_image(image: Image.Image, h: int, w: int) -> Tensor:
-    """RGB picture resized (BICUBIC) to h x w -> [1, 3, h, w] in [-1, 1], for the autoencoder."""
+    """RGB image resized (BICUBIC) to h x w -> [1, 3, h, w] in [-1, 1], for the autoencoder."""
     resized = to_rgb(image).resize((w, h), Image.Resampling.BICUBIC)
     return to_unit_range(resized)[None] * 2 - 1
 
@@ -171,7 +171,7 @@ def to_image(x: Tensor) -> Image.Image:
         raise ValueError(f"to_image takes [3, H, W] or [1, 3, H, W], got {describe(x)}")
     if odd := int((~x.isfinite()).sum()):
         raise ValueError(
-            f"a picture of {tuple(x.shape)} holds {odd} NaN or infinite values: the weights are "
+            f"an image of {tuple(x.shape)} holds {odd} NaN or infinite values: the weights are "
             "broken, or their dtype too narrow"
         )
     pixels = (x.detach().float() / 2 + 0.5).clamp(0, 1) * 255
@@ -184,14 +184,14 @@ def describe(x: Tensor | np.ndarray) -> str:
     return f"{x.dtype} {list(x.shape)}"
 
 
-# --- anything -> RGB picture -------------------------------------------------------------------
+# --- anything -> RGB image -------------------------------------------------------------------
 
 
 def load_image(
     source: str | os.PathLike | bytes | Image.Image | np.ndarray,
     max_pixels: int | None = None,
 ) -> Image.Image:
-    """A path, the bytes of a file, a PIL picture or an array -> upright RGB picture.
+    """A path, the bytes of a file, a PIL image or an array -> upright RGB image.
 
     Arrays: [H, W] or [H, W, 1..4]; bool, uint8, uint16, or float in [0, 1]. Transparency is laid
     over white, 16 bits become 8, an animation gives its first frame, EXIF orientation is applied.
@@ -209,7 +209,7 @@ def load_image(
             return finish(image, max_pixels)
     except Exception as error:  # Pillow's decoders raise a dozen kinds on a broken file
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"cannot read picture {name!r}: {reason}") from error
+        raise ValueError(f"cannot read image {name!r}: {reason}") from error
 
 
 def open_image(source: str | os.PathLike | bytes) -> Image.Image:
@@ -217,7 +217,7 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
     if isinstance(source, bytes | bytearray | memoryview):
         stream = io.BytesIO(source)
     elif not isinstance(source, str | os.PathLike):
-        raise ValueError("expected a path, bytes, a PIL picture or an array")
+        raise ValueError("expected a path, bytes, a PIL image or an array")
     else:
         path = Path(source)
         if not path.is_file():  # also keeps away from pipes and devices, which would block
@@ -243,7 +243,7 @@ def finish(image: Image.Image, max_pixels: int | None) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a picture with broken EXIF stays as it is."""
+    """Apply the EXIF orientation; an image with broken EXIF stays as it is."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # the tag parser fails in as many ways as files are broken

@@ -1,7 +1,7 @@
 """Where the weights are: all on the device, one part of the model at a time, or a few blocks.
 
 At full size the autoregressive model is 16.6 GB in bf16 and each decoder 23.9 GB, of which 6.5 GB
-(the modulations) depend on (t, guidance, pooled text) alone and work once a picture. Profiles:
+(the modulations) depend on (t, guidance, pooled text) alone and work once an image. Profiles:
 
     resident  every part stays on the device
     staged    one part visits at a time: AR model, decoder, autoencoder; the modulations pass
@@ -265,7 +265,7 @@ class OutOfMemory(MemoryError):
 
 
 @contextmanager
-def out_of_memory_told(advise: Callable[[], str]) -> Iterator[None]:
+def explain_oom(advise: Callable[[], str]) -> Iterator[None]:
     """Within, running out of memory is an OutOfMemory of one line that ends in `advise()`."""
     told = None
     try:

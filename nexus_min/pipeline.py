@@ -1,10 +1,10 @@
-"""The whole chain: words and pictures in, words and pictures out.
+"""The whole chain: words and images in, words and images out.
 
     prompt, image -> AR model -> image embeddings [B, N, C] -> projector -> MMDiT <- noise
-                                                                 latents -> autoencoder -> picture
+                                                                 latents -> autoencoder -> image
 
 Figure 2 of the paper. Understanding reads the AR model's text; generation and editing read the
-embeddings of one picture from its prefilled slots and hand them to the generation or the editing
+embeddings of one image from its prefilled slots and hand them to the generation or the editing
 decoder. Official modules: `NexusGenGenerationPipeline`, `NexusGenEditingPipeline` and the
 `image_*.py` scripts of modelscope/Nexus-Gen.
 
@@ -33,8 +33,14 @@ from .images import bound_image, load_image, reference_view, to_image, to_patche
 from .model import autoregressive, flow
 from .model.decoder import KVCache
 from .model.mmdit import MMDiT, context_ids_editing, context_ids_generation
-from .offload import PROFILES, Place, Placement, advice, needs, out_of_memory_told, to_fp8
-from .sampling import Context, Drawing, Sampling, guided, velocity_field
+from .offload import PROFILES, Place, Placement, advice, explain_oom, needs, to_fp8
+from .sampling import (
+    Context,
+    ImageRequest,
+    SamplingParams,
+    classifier_free_guidance,
+    velocity_field,
+)
 from .tokenizer import (
     EDITING_PROMPT,
     EDITING_REPLY,
@@ -84,17 +90,17 @@ def pick_language(language: str | None, text: str) -> str:
     return language
 
 
-def tells_of_memory(method: Callable) -> Callable:
+def with_oom_advice(method: Callable) -> Callable:
     """A method of NexusGen, also a generator, whose MemoryError names the next smaller profile."""
 
     @wraps(method)
     def steps(self, *args, **options):
-        with out_of_memory_told(self.advice):
+        with explain_oom(self.advice):
             yield from method(self, *args, **options)
 
     @wraps(method)
     def call(self, *args, **options):
-        with out_of_memory_told(self.advice):
+        with explain_oom(self.advice):
             return method(self, *args, **options)
 
     return steps if isgeneratorfunction(method) else call
@@ -150,7 +156,7 @@ class NexusGen:
             read = {name: read_part(name, folder, config, sizes) for name in parts}
             return advice("resident" if at_once else memory, needs(read, dtype))
 
-        with out_of_memory_told(advise):
+        with explain_oom(advise):
             for name in parts:
                 setattr(self, name, read_part(name, folder, config, place))
         for decoder in (self.generation, self.editing) if fp8 else ():
@@ -158,7 +164,7 @@ class NexusGen:
                 to_fp8(decoder.mmdit)
         if not at_once:
             loaded = {name: getattr(self, name) for name in parts}
-            with out_of_memory_told(advise):
+            with explain_oom(advise):
                 self.placement = Placement.of(memory, loaded, Place(device, dtype))
         if has_text_encoders(folder):
             self.read_text_encoders = lambda: read_text_encoders(folder, config, place)
@@ -187,15 +193,15 @@ class NexusGen:
             return advice("resident", needs(parts, None))
         return advice(self.placement.profile, needs(parts, self.placement.place.dtype))
 
-    def have(self, name: str) -> Any:
+    def part(self, name: str) -> Any:
         """The component of that name. ValueError when this model was loaded without it."""
         if (part := getattr(self, name)) is None:
             raise ValueError(f"this model has no {NOUNS.get(name, name)}")
         return part
 
-    def need(self, name: str) -> Any:
+    def part_on_device(self, name: str) -> Any:
         """The component of that name, where it works. ValueError when this model has none."""
-        part = self.have(name)
+        part = self.part(name)
         if self.placement is not None:
             self.placement.bring(part)
         return part
@@ -203,30 +209,32 @@ class NexusGen:
     # ---- the autoregressive half ---------------------------------------------------------------
 
     def embed_images(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Pictures with sides of whole tokens -> embeddings [n, C] of all, grids [pictures, 3]."""
-        visual = self.need("ar").visual
+        """Images with sides of whole tokens -> embeddings [n, C] of all, grids [images, 3]."""
+        visual = self.part_on_device("ar").visual
         pixels, grid = to_patches(list(images))
         return visual(pixels.to(visual.patch_embed.proj.weight), grid), grid
 
     def chat_inputs(self, text: str, images: Sequence[ImageLike] = ()) -> ChatInputs:
-        """One user message, with `<image>` where each picture stands -> what the AR model reads.
+        """One user message, with `<image>` where each image stands -> what the AR model reads.
 
-        Pictures are brought within the config's `min_pixels` and `max_pixels`. ValueError when
-        placeholders and pictures differ in number, or for more tokens than there are positions.
+        Images are brought within the config's `min_pixels` and `max_pixels`. ValueError when
+        placeholders and images differ in number, or for more tokens than there are positions.
         """
         bounds = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
         views = [bound_image(load_image(image), **bounds) for image in images]
         embeds, grid = self.embed_images(views) if views else (None, None)
         merge = self.config.ar.vision.spatial_merge_size
         counts = [t * h * w // merge**2 for t, h, w in grid.tolist()] if views else []
-        ids = self.need("tokenizer").encode_chat([{"role": "user", "content": text}], counts)
+        ids = self.part_on_device("tokenizer").encode_chat(
+            [{"role": "user", "content": text}], counts
+        )
         if len(ids) > (room := self.room()):
             raise ValueError(f"the prompt is {len(ids)} tokens long; this model reads {room}")
-        device = self.need("ar").lm_head.weight.device
+        device = self.part_on_device("ar").lm_head.weight.device
         return ChatInputs(torch.tensor([ids], device=device), embeds, grid)
 
     def room(self) -> int:
-        """Positions for a prompt: all but those of a fixed sentence and a picture."""
+        """Positions for a prompt: all but those of a fixed sentence and an image."""
         ar = self.config.ar
         return ar.text.max_position_embeddings - ar.num_image_slots - 64
 
@@ -236,7 +244,7 @@ class NexusGen:
         return self.chat_inputs(GENERATION_PROMPT[pick_language(language, prompt)].format(prompt))
 
     def editing_inputs(self, image: ImageLike, instruction: str) -> ChatInputs:
-        """The source picture, then the instruction, which may place it itself (`<image>`)."""
+        """The source image, then the instruction, which may place it itself (`<image>`)."""
         check_text(instruction, "instruction")
         text = instruction if IMAGE in instruction else EDITING_PROMPT.format(instruction)
         return self.chat_inputs(text, [image])
@@ -249,7 +257,7 @@ class NexusGen:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         left = self.config.ar.text.max_position_embeddings - inputs.input_ids.shape[1]
         return autoregressive.generate(
-            self.need("ar"),
+            self.part_on_device("ar"),
             inputs.input_ids,
             image_embeds=inputs.image_embeds,
             image_grid_thw=inputs.image_grid_thw,
@@ -262,10 +270,10 @@ class NexusGen:
     def predict_embeddings(
         self, inputs: ChatInputs, sentence: str, fast: bool = False, max_new_tokens: int = 1024
     ) -> tuple[str, Tensor]:
-        """What the model says before its picture, and the picture's embeddings [1, N, C].
+        """What the model says before its image, and the image's embeddings [1, N, C].
 
         The text is generated, then all slots come from one pass. `fast` takes the training data's
-        `sentence` ("Here is the image: <image>") instead; so does a reply without a picture.
+        `sentence` ("Here is the image: <image>") instead; so does a reply without an image.
         """
         preamble = sentence.removesuffix(IMAGE)
         ids = []
@@ -274,14 +282,17 @@ class NexusGen:
                 return self.tokenizer.decode(ids).removesuffix(IMAGE), value[None]
             ids.append(value)
         if not fast:
-            logger.warning("the model's reply holds no picture; drawing after %r", preamble)
+            logger.warning("the model's reply holds no image; drawing after %r", preamble)
         return preamble, self.prefill(inputs, preamble)
 
     def prefill(self, inputs: ChatInputs, preamble: str) -> Tensor:
-        """Embeddings [1, N, C] of the picture that follows a fixed sentence, in one pass."""
-        tail = [*self.need("tokenizer").encode(preamble), self.config.ar.vision_start_token_id]
+        """Embeddings [1, N, C] of the image that follows a fixed sentence, in one pass."""
+        tail = [
+            *self.part_on_device("tokenizer").encode(preamble),
+            self.config.ar.vision_start_token_id,
+        ]
         return autoregressive.prefill_image_slots(
-            self.need("ar"),
+            self.part_on_device("ar"),
             torch.cat((inputs.input_ids, inputs.input_ids.new_tensor([tail])), dim=1),
             image_embeds=inputs.image_embeds,
             image_grid_thw=inputs.image_grid_thw,
@@ -291,7 +302,7 @@ class NexusGen:
 
     def generation_context(self, embeds: Tensor) -> Context:
         """Embeddings [B, N, C] -> N context tokens of the generation decoder, all at position 0."""
-        txt = self.need("generation").adapter(embeds)
+        txt = self.part_on_device("generation").adapter(embeds)
         return self.context(txt, context_ids_generation(txt.shape[1]))
 
     def editing_context(
@@ -299,24 +310,26 @@ class NexusGen:
     ) -> Context:
         """Target [B, N, C] and source embeddings [B, M, C] (or None) -> N + M context tokens.
 
-        Their positions are spread over the picture, which has height x width latent cells.
+        Their positions are spread over the image, which has height x width latent cells.
         """
         grid = self.config.ar.slot_grid
         side = self.config.reference_size // self.config.ar.vision.patch_size
         ref_grid = None if ref_embeds is None else (1, side, side)
-        txt = self.need("editing").merger(embeds, grid, ref_embeds, ref_grid)
+        txt = self.part_on_device("editing").merger(embeds, grid, ref_embeds, ref_grid)
         return self.context(txt, context_ids_editing(grid, ref_grid, height, width))
 
     def context(self, txt: Tensor, ids: Tensor) -> Context:
         """With CLIP's vector of the empty prompt: Nexus-Gen's positive prompt is never text."""
-        return Context(txt, ids.to(txt.device), self.need("empty_prompt")["pooled"].to(txt.device))
+        return Context(
+            txt, ids.to(txt.device), self.part_on_device("empty_prompt")["pooled"].to(txt.device)
+        )
 
     def negative_context(self, prompt: str = "") -> Context:
         """T5's states [1, L, C] of a negative prompt, at position 0, and CLIP's vector of it."""
         if prompt:
             check_text(prompt, "negative prompt")
             return self.encode_text(prompt)
-        empty = self.need("empty_prompt")
+        empty = self.part_on_device("empty_prompt")
         txt = empty["context"]
         return Context(txt, context_ids_generation(txt.shape[1]), empty["pooled"])
 
@@ -339,7 +352,7 @@ class NexusGen:
 
     # ---- drawing -------------------------------------------------------------------------------
 
-    def negative_of(self, sampling: Sampling) -> Context | None:
+    def negative_of(self, sampling: SamplingParams) -> Context | None:
         """What cfg leads away from; None when it is off."""
         on = sampling.cfg_scale != 1
         return self.negative_context(sampling.negative_prompt) if on else None
@@ -350,7 +363,7 @@ class NexusGen:
         mmdit: MMDiT,
         context: Context,
         noise: Tensor,
-        sampling: Sampling,
+        sampling: SamplingParams,
         negative: Context | None = None,
     ) -> Iterator[flow.Step]:
         """Euler steps (i, t, x_t, x0) from noise [B, z, h, w] to latents; `sampling` is resolved.
@@ -365,27 +378,29 @@ class NexusGen:
         away = None
         if sampling.cfg_scale != 1:
             away = velocity_field(mmdit, negative, *settings)
-        field = guided(velocity_field(mmdit, context, *settings), away, sampling.cfg_scale)
+        field = classifier_free_guidance(
+            velocity_field(mmdit, context, *settings), away, sampling.cfg_scale
+        )
         yield from flow.denoise(field, noise.to(mmdit.img_in.weight.device), sigmas)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Latents [B, z, h, w] -> B pictures."""
-        vae = self.need("autoencoder")
+        """Latents [B, z, h, w] -> B images."""
+        vae = self.part_on_device("autoencoder")
         return [to_image(x) for x in vae.decode(latents.to(vae.decoder.conv_in.weight)).float()]
 
-    def draw(self, drawing: Drawing) -> Iterator[Event]:
+    def draw(self, drawing: ImageRequest) -> Iterator[Event]:
         """Yield ("sampling", Sampling), ("context", Context), ("step", Step)..., ("image", PIL)."""
         sampling = drawing.sampling
         negative, context = self.negative_of(sampling), self.drawing_context(drawing)
         yield "sampling", sampling
         yield "context", context
-        mmdit, noise = self.have(drawing.decoder).mmdit, sampling.noise(self.config)
+        mmdit, noise = self.part(drawing.decoder).mmdit, sampling.noise(self.config)
         for step in self.denoise_steps(mmdit, context, noise, sampling, negative):
             yield "step", step
         yield "image", self.decode(step.x)[0]
 
-    def drawing_context(self, drawing: Drawing) -> Context:
+    def drawing_context(self, drawing: ImageRequest) -> Context:
         """What the decoder of a drawing, or of a batch of them, is told."""
         if drawing.decoder == "generation":
             return self.generation_context(drawing.embeds)
@@ -394,14 +409,14 @@ class NexusGen:
 
     # ---- the three tasks -----------------------------------------------------------------------
 
-    @tells_of_memory
+    @with_oom_advice
     @torch.no_grad()
     def understand(
         self, image: ImageLike | Sequence[ImageLike], question: str, *, max_new_tokens: int = 1024
     ) -> str:
-        """Answer a question about a picture, or several; None or an empty list asks without any.
+        """Answer a question about an image, or several; None or an empty list asks without any.
 
-        ValueError for an empty or overlong question and for what is no picture.
+        ValueError for an empty or overlong question and for what is no image.
         """
         check_text(question, "question")
         images = list(image) if isinstance(image, (list, tuple)) else [image]
@@ -410,7 +425,7 @@ class NexusGen:
         events = self.reply(self.chat_inputs(text, images), max_new_tokens)
         return self.tokenizer.decode([value for kind, value in events if kind == "token"]).strip()
 
-    @tells_of_memory
+    @with_oom_advice
     @torch.no_grad()
     def plan_generation(
         self,
@@ -420,16 +435,16 @@ class NexusGen:
         fast_preamble: bool = False,
         max_new_tokens: int = 1024,
         **sampling,
-    ) -> Drawing:
+    ) -> ImageRequest:
         """The AR model's half of `generate`, and the settings of the other."""
-        self.have("generation")
-        settings = Sampling(**sampling).resolve(self.config, self.config.cfg_scale)
+        self.part("generation")
+        settings = SamplingParams(**sampling).resolve(self.config, self.config.cfg_scale)
         sentence = GENERATION_REPLY[pick_language(language, prompt)]
         inputs = self.generation_inputs(prompt, language)
         text, embeds = self.predict_embeddings(inputs, sentence, fast_preamble, max_new_tokens)
-        return Drawing(text, embeds, None, "generation", settings)
+        return ImageRequest(text, embeds, None, "generation", settings)
 
-    @tells_of_memory
+    @with_oom_advice
     @torch.no_grad()
     def generate_steps(self, prompt: str, **options) -> Iterator[Event]:
         """`generate` in steps: ("text", str), ("embeddings", [1, N, C]), then those of `draw`."""
@@ -443,12 +458,12 @@ class NexusGen:
 
         Options: language "en" or "zh" (default: by the characters); fast_preamble, which says the
         training data's sentence instead of generating it; max_new_tokens; and the fields of
-        `Sampling`: height, width, num_steps, cfg_scale, guidance, negative_prompt, seed. ValueError
-        for an empty or overlong prompt and for options out of range.
+        `SamplingParams`: height, width, num_steps, cfg_scale, guidance, negative_prompt, seed.
+        ValueError for an empty or overlong prompt and for options out of range.
         """
         return last_image(self.generate_steps(prompt, **options))
 
-    @tells_of_memory
+    @with_oom_advice
     @torch.no_grad()
     def plan_edit(
         self,
@@ -460,21 +475,21 @@ class NexusGen:
         fast_preamble: bool = False,
         max_new_tokens: int = 1024,
         **sampling,
-    ) -> Drawing:
+    ) -> ImageRequest:
         """The AR model's half of `edit`, and the settings of the other."""
         if decoder not in ("editing", "generation"):
             raise ValueError(f"decoder must be editing or generation, got {decoder!r}")
-        self.have(decoder)
+        self.part(decoder)
         cfg_scale = 1.0 if decoder == "editing" else self.config.cfg_scale
-        settings = Sampling(**sampling).resolve(self.config, cfg_scale)
+        settings = SamplingParams(**sampling).resolve(self.config, cfg_scale)
         sentence = EDITING_REPLY[pick_language(language, instruction)]
         source = load_image(image)
         inputs = self.editing_inputs(source, instruction)
         text, embeds = self.predict_embeddings(inputs, sentence, fast_preamble, max_new_tokens)
         reference = self.reference_embeds(source) if decoder == "editing" else None
-        return Drawing(text, embeds, reference, decoder, settings)
+        return ImageRequest(text, embeds, reference, decoder, settings)
 
-    @tells_of_memory
+    @with_oom_advice
     @torch.no_grad()
     def edit_steps(self, image: ImageLike, instruction: str, **options) -> Iterator[Event]:
         """`edit` in steps: ("text", str), ("embeddings", [1, N, C]), then those of `draw`."""
@@ -484,11 +499,11 @@ class NexusGen:
         yield from self.draw(drawing)
 
     def edit(self, image: ImageLike, instruction: str, **options) -> Image.Image:
-        """Change a picture as told.
+        """Change an image as told.
 
         Options: decoder "editing" (keeps what is not told to change; default) or "generation" (for
-        conceptual edits: the picture is drawn anew); else as `generate`. ValueError also for what
-        is no picture.
+        conceptual edits: the image is drawn anew); else as `generate`. ValueError also for what
+        is no image.
         """
         return last_image(self.edit_steps(image, instruction, **options))
 
@@ -502,5 +517,5 @@ class NexusGen:
 
 
 def last_image(events: Iterator[Event]) -> Image.Image:
-    """Run a generator of events to its end, which is the picture."""
+    """Run a generator of events to its end, which is the image."""
     return dict(events)["image"]

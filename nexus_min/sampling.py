@@ -1,4 +1,4 @@
-"""How one picture is drawn: the settings, what the MMDiT is told, the MMDiT as a velocity field.
+"""How one image is drawn: the settings, what the MMDiT is told, the MMDiT as a velocity field.
 
 v(x_t, t) = v_neg + cfg (v_pos - v_neg), each from one pass of the MMDiT with its own context: the
 positive one made of image embeddings, the negative one of T5 states. `flow` and `mmdit` do not know
@@ -6,7 +6,7 @@ each other; this file introduces them. Official: `FluxImagePipeline.__call__` of
 defaults of Nexus-Gen's `image_generation.py` and `image_editing.py`.
 
 Latents, positions and times stay fp32 whatever the network computes in. Noise is drawn on the CPU,
-so that a seed means the same picture on every device; the official run draws on the GPU.
+so that a seed means the same image on every device; the official run draws on the GPU.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .tokenizer import check_text
 
 MAX_STEPS = 1000  # no finer than the noise levels of training
 MAX_SCALE = 8  # sides of at most 8 times the model's own
-MAX_GUIDANCE = 1000  # of either kind; far above what still draws a picture
+MAX_GUIDANCE = 1000  # of either kind; far above what still draws an image
 
 
 class Context(NamedTuple):
-    """What an MMDiT is told about the picture."""
+    """What an MMDiT is told about the image."""
 
     txt: Tensor  # [B, L, context_in_dim]
     txt_ids: Tensor  # [1, L, 3], fp32
@@ -43,7 +43,7 @@ class Context(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to draw; None takes the model's default.
 
     height, width: pixels, rounded up to whole image tokens (multiples of 16 at full size).
@@ -59,7 +59,7 @@ class Sampling:
     negative_prompt: str = ""
     seed: int = 0
 
-    def resolve(self, config: NexusGenConfig, cfg_scale: float) -> Sampling:
+    def resolve(self, config: NexusGenConfig, cfg_scale: float) -> SamplingParams:
         """Fill in the defaults, round the sides up. ValueError naming what is out of range."""
         self.check_types()
         steps = config.num_steps if self.num_steps is None else self.num_steps
@@ -71,7 +71,7 @@ class Sampling:
                 raise ValueError(f"{name} must be 0 to {MAX_GUIDANCE}, got {value}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"the seed must be 0 to 2^63 - 1, got {self.seed}")
-        height, width = (whole_side(side, config) for side in (self.height, self.width))
+        height, width = (round_up_side(side, config) for side in (self.height, self.width))
         return replace(self, height=height, width=width, num_steps=steps, cfg_scale=scale)
 
     def check_types(self) -> None:
@@ -98,17 +98,17 @@ class Sampling:
         return torch.randn(self.latent_shape(config), generator=generator)
 
 
-class Drawing(NamedTuple):
-    """A picture that the AR model has described and that a decoder is to draw."""
+class ImageRequest(NamedTuple):
+    """An image that the AR model has described and that a decoder is to draw."""
 
     text: str  # what the model says before it
     embeds: Tensor  # [1, N, C]
     reference: Tensor | None  # [1, M, C] of the source; None: the generation decoder's
     decoder: str  # "generation" or "editing"
-    sampling: Sampling  # resolved
+    sampling: SamplingParams  # resolved
 
 
-def whole_side(side: int | None, config: NexusGenConfig) -> int:
+def round_up_side(side: int | None, config: NexusGenConfig) -> int:
     """Pixels of a side, rounded up to whole image tokens. ValueError when out of range."""
     unit, most = PATCH * config.autoencoder.downsample, MAX_SCALE * config.image_size
     side = config.image_size if side is None else side
@@ -133,7 +133,7 @@ def velocity_field(
     ids = image_ids(height, width), context.txt_ids
     rope = mmdit.rope(*(i.to(weight.device) for i in ids))
     strength = torch.full((1,), guidance, device=weight.device)
-    ahead = modulations_ahead(mmdit, context.pooled.to(weight), strength, times)
+    ahead = precompute_modulations(mmdit, context.pooled.to(weight), strength, times)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         txt, _, pooled = context.like(len(x), weight)
@@ -144,7 +144,7 @@ def velocity_field(
     return velocity
 
 
-def modulations_ahead(
+def precompute_modulations(
     mmdit: MMDiT, pooled: Tensor, guidance: Tensor, times: Sequence[float]
 ) -> dict[float, Modulations]:
     """Time -> modulations, for one pooled vector [1, V]; a batch of them is left to the network."""
@@ -163,7 +163,9 @@ def row(table: Any, i: int) -> Any:
     return type(table)(*items) if hasattr(table, "_fields") else type(table)(items)
 
 
-def guided(positive: flow.Velocity, negative: flow.Velocity | None, scale: float) -> flow.Velocity:
+def classifier_free_guidance(
+    positive: flow.Velocity, negative: flow.Velocity | None, scale: float
+) -> flow.Velocity:
     """Classifier-free guidance of two fields; without a negative one, the positive field itself."""
     if negative is None:
         return positive

@@ -1,6 +1,6 @@
 """`python -m nexus_min chat`: a conversation, line by line.
 
-A line is what the user says; the reply comes as it is made, the names of its pictures after it.
+A line is what the user says; the reply comes as it is made, the names of its images after it.
 Lines that begin with a slash are commands, see `HELP`. From a file or a pipe the first mistake ends
 the conversation; on a terminal it costs the line only, and so does Ctrl-C.
 """
@@ -15,19 +15,19 @@ from .images import load_image
 from .tokenizer import GENERATION_PROMPT, check_text, language
 
 HELP = """\
-/image FILE   show a picture with the next message; may be given several times
-/draw TEXT    ask for a picture in the words of training; or just ask
+/image FILE   show an image with the next message; may be given several times
+/draw TEXT    ask for an image in the words of training; or just ask
 /new          forget everything
 /quit         or the end of the input\
 """
 
 
 class Talk:
-    """Lines in; text and saved pictures out.
+    """Lines in; text and saved images out.
 
-    write(text): shows a piece of a line. save(image, number, settings, message): stores a picture
+    write(text): shows a piece of a line. save(image, number, settings, message): stores an image
     and returns its name. complain(error): tells of a mistake, which then costs its line only.
-    max_pixels: of a picture, see `load_image`.
+    max_pixels: of an image, see `load_image`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Talk:
             self.say(line)
 
     def say(self, text: str) -> None:
-        """One turn; pictures are saved as they are drawn."""
+        """One turn; images are saved as they are drawn."""
         images, names, settings = self.images, [], None
         self.images = []
         for kind, value in self.chat.say(text, images):

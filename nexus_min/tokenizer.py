@@ -85,7 +85,7 @@ def language(text: str) -> str:
 
 
 @contextmanager
-def panics_told() -> Iterator[None]:
+def rust_panic_as_error() -> Iterator[None]:
     """Within, a panic of the tokenizers' Rust code, which is no Exception, is a ValueError."""
     try:
         yield
@@ -141,7 +141,7 @@ class QwenTokenizer:
         if len(text) > MAX_TEXT:
             raise ValueError(f"a text of {len(text)} characters; at most {MAX_TEXT} are read")
         try:
-            with panics_told():
+            with rust_panic_as_error():
                 return self._text.encode(text, add_special_tokens=False).ids
         except TypeError:
             raise ValueError("not valid Unicode text: it holds half a character") from None

@@ -38,7 +38,7 @@ from .model.mmdit import MMDiT, context_ids_generation
 from .model.projector import GenerationAdapter, ImageEmbeddingMerger
 from .model.text_encoders import CLIPTextModel, T5Encoder, clip_tokenizer, t5_tokenizer
 from .sampling import Context
-from .tokenizer import QwenTokenizer, panics_told
+from .tokenizer import QwenTokenizer, rust_panic_as_error
 
 logger = logging.getLogger(__name__)
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
@@ -638,14 +638,14 @@ PARTS = ("ar", "generation", "editing", "autoencoder")
 
 
 class GenerationDecoder(NamedTuple):
-    """Draws a picture from its own embeddings."""
+    """Draws an image from its own embeddings."""
 
     mmdit: MMDiT
     adapter: GenerationAdapter
 
 
 class EditingDecoder(NamedTuple):
-    """Draws a picture from its embeddings and those of the picture it was made from."""
+    """Draws an image from its embeddings and those of the image it was made from."""
 
     mmdit: MMDiT
     merger: ImageEmbeddingMerger
@@ -701,7 +701,7 @@ def read_tokenizer(folder: Path, config: NexusGenConfig) -> QwenTokenizer:
 def tokenizer_of(path: Path, read: Callable[[Path], Any]) -> Any:
     """What `read` makes of a tokenizer's file or folder. ValueError naming it when it is broken."""
     try:
-        with panics_told():
+        with rust_panic_as_error():
             return read(path)
     except Exception as error:  # `tokenizers` raises bare Exceptions on a broken file
         raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from error

@@ -1,4 +1,4 @@
-"""What every notebook shares: one look of all plots, strips of pictures, one seed.
+"""What every notebook shares: one look of all plots, strips of images, one seed.
 
 Colours are those of Okabe and Ito, which the colour-blind tell apart; maps of numbers use viridis
 (one sign) or PuOr (two signs). Plots are kept in the file, so they are small.
@@ -57,7 +57,7 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 def strip(pictures, titles=(), columns: int = 8, side: float = 1.1, caption: str = "", rows=()):
-    """Pictures (PIL or arrays [H, W] or [H, W, 3]) with their titles; `rows` names each row."""
+    """Images (PIL or arrays [H, W] or [H, W, 3]) with their titles; `rows` names each row."""
     pictures, titles = list(pictures), [str(t) for t in titles]
     columns = min(columns, len(pictures))
     height = -(-len(pictures) // columns)
@@ -67,7 +67,7 @@ def strip(pictures, titles=(), columns: int = 8, side: float = 1.1, caption: str
     figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False)
     for k, ax in enumerate(axes.flat):
         ax.set(xticks=[], yticks=[])
-        ax.spines[:].set(visible=k < len(pictures), color="#CCCCCC")  # pictures may be white
+        ax.spines[:].set(visible=k < len(pictures), color="#CCCCCC")  # images may be white
         if k < len(pictures):
             ax.imshow(np.asarray(pictures[k]))
             ax.set_title(titles[k] if k < len(titles) else "", fontsize=8)

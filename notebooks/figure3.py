@@ -2,10 +2,10 @@
 
     python notebooks/figure3.py        # about 14 minutes of one CPU core
 
-One vision tower sees the same pictures at 56, 112 and 224 px: 4, 16 and 64 embeddings, the toy
+One vision tower sees the same images at 56, 112 and 224 px: 4, 16 and 64 embeddings, the toy
 counterparts of the paper's 25, 81 and 324. For each count
 
-- a small decoder learns, from nothing, to regress the picture's latents from its own embeddings
+- a small decoder learns, from nothing, to regress the image's latents from its own embeddings
   (Figure 3: what do they hold?);
 - the AR model, its decoder layers those of the model given, its slots and its vision head new,
   learns to predict them from captions (Figure 4: can they be predicted?), and the small decoder
@@ -13,7 +13,7 @@ counterparts of the paper's 25, 81 and 324. For each count
 
 Data, number of steps, batch and seed are the same for all three. Embeddings are standardised at
 each count, so that an error of 1 is that of predicting the mean. Scores are on held-out scenes.
-Writes figure3.json (settings, curves, scores) and two strips of pictures beside it.
+Writes figure3.json (settings, curves, scores) and two strips of images beside it.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def unseen_scenes(n: int, detail: float) -> list:
 
 @torch.no_grad()
 def embed(visual, pictures: list[np.ndarray], size: int) -> Tensor:
-    """Embeddings [n, N, C] of many pictures."""
+    """Embeddings [n, N, C] of many images."""
     parts = [pictures[i : i + 64] for i in range(0, len(pictures), 64)]
     return torch.cat([embed_views(visual, to_unit(p), size) for p in parts])
 
@@ -121,7 +121,7 @@ def train(stage: Stage, steps: int, name: str) -> dict:
 
 
 def reconstruction(model: NexusGen, visual, tokens: int, pool: dict, steps: int, cases: int):
-    """Figure 3: the small decoder, trained; its scores and pictures on held-out scenes."""
+    """Figure 3: the small decoder, trained; its scores and images on held-out scenes."""
     size = UNIT * round(tokens**0.5)
     embeds, latents = embed(visual, pool["pictures"], size), pool["latents"]
     decoder = SmallDecoder(tokens, embeds.shape[-1], latents[:1])
@@ -147,7 +147,7 @@ def reconstruction(model: NexusGen, visual, tokens: int, pool: dict, steps: int,
 
 
 def drawer(model: NexusGen, decoder: SmallDecoder):
-    """Embeddings [n, N, C] -> pictures uint8 [n, 64, 64, 3]."""
+    """Embeddings [n, N, C] -> images uint8 [n, 64, 64, 3]."""
 
     @torch.no_grad()
     def draw(embeds):
@@ -157,13 +157,13 @@ def drawer(model: NexusGen, decoder: SmallDecoder):
 
 
 def exact(pictures: np.ndarray, wanted: list) -> float:
-    """Share of pictures that the checker reads as exactly their scene."""
+    """Share of images that the checker reads as exactly their scene."""
     pairs = zip(score.read(pictures), wanted, strict=True)
     return float(np.mean([reading.is_exactly(scene) for reading, scene in pairs]))
 
 
 def prediction(model: NexusGen, config, ar: NexusGenAR, draw, steps: int, cases: int):
-    """Figure 4: the AR model learns captions -> embeddings; its scores and pictures."""
+    """Figure 4: the AR model learns captions -> embeddings; its scores and images."""
 
     def loss(rng, progress):
         out = ar_batch_loss(ar, model.tokenizer, config, captions(rng, AR_BATCH, unseen=False))
@@ -198,7 +198,7 @@ def captions(rng, n: int, unseen: bool) -> list:
 
 @torch.no_grad()
 def make_pool(model: NexusGen, n: int) -> dict:
-    """n training pictures, half of them textured, and their latents."""
+    """n training images, half of them textured, and their latents."""
     pictures = [render(s) for s in scenes(np.random.default_rng(0), n, 0.5)]
     parts = [pictures[i : i + 64] for i in range(0, n, 64)]
     latents = torch.cat([model.autoencoder.encode(to_unit(p) * 2 - 1) for p in parts])
@@ -224,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
-    parser.add_argument("--pictures", type=int, default=3072)
+    parser.add_argument("--images", type=int, default=3072)
     parser.add_argument("--decoder-steps", type=int, default=600)
     parser.add_argument("--ar-steps", type=int, default=400)
     parser.add_argument("--cases", type=int, default=200, help="held-out scenes that are scored")

@@ -1,10 +1,10 @@
-"""Figure 6 of the paper at toy scale: three ways to predict the embeddings of a picture.
+"""Figure 6 of the paper at toy scale: three ways to predict the embeddings of an image.
 
     python notebooks/figure6.py                      # all of it, into notebooks/data/figure6.json
     python notebooks/figure6.py --steps 50 --pool 256 --out /dev/null        # only to see it run
 
 Two small autoregressive models learn caption -> image embeddings (of the shipped, frozen tower)
-from the same pictures in the same order, from the same first weights, for as many steps. They
+from the same images in the same order, from the same first weights, for as many steps. They
 differ in what they read at the image positions only:
 
     naive (figure 2a)      the embedding of the previous slot: the true one in training, the
@@ -12,7 +12,7 @@ differ in what they read at the image positions only:
     prefilled (figure 2b)  learned vectors, in both
 
 so there are three errors on held-out scenes: naive teacher-forced, naive free-running, prefilled.
-The whole is done with two kinds of captions of the same pictures. A *full* one names all but the
+The whole is done with two kinds of captions of the same images. A *full* one names all but the
 exact place of an object in its cell and the texture that half of the backgrounds have; a *vague*
 one names shapes and colours only, and leaves places, sizes, background and style open.
 """
@@ -41,7 +41,7 @@ from nexus_min.toy.language import a, caption, noun
 from nexus_min.toy.world import Scene, held_out, random_scene, render
 
 CAPTIONS = ("full", "vague")
-DETAIL = 0.5  # share of pictures with a texture
+DETAIL = 0.5  # share of images with a texture
 OBJECTS = 2  # at most
 DATA = Path(__file__).parent / "data" / "figure6.json"
 Data = tuple[Tensor, Tensor, Tensor]  # ids [n, L], mask [n, L], embeddings [n, N, C]
@@ -51,7 +51,7 @@ Data = tuple[Tensor, Tensor, Tensor]  # ids [n, L], mask [n, L], embeddings [n, 
 
 
 def positions(ar: NexusGenAR, ids: Tensor, mask: Tensor) -> Tensor:
-    """M-RoPE positions [3, B, L] of rows that end with one picture each."""
+    """M-RoPE positions [3, B, L] of rows that end with one image each."""
     return rope_index(ids, torch.tensor([ar.config.slot_grid] * len(ids)), mask, config=ar.config)[
         0
     ]
@@ -87,7 +87,7 @@ def image_loss(predicted: Tensor, true: Tensor) -> Tensor:
 
 @torch.no_grad()
 def errors(naive: NexusGenAR, prefilled: NexusGenAR, data: Data) -> dict[str, list[float]]:
-    """MSE per slot [N] of the three, on the same pictures."""
+    """MSE per slot [N] of the three, on the same images."""
     ids, mask, true = data
     made = {
         "teacher_forced": one_pass(naive, ids, mask, true),
@@ -98,11 +98,11 @@ def errors(naive: NexusGenAR, prefilled: NexusGenAR, data: Data) -> dict[str, li
 
 
 def mse_per_slot(predicted: Tensor, true: Tensor) -> list[float]:
-    """Mean squared error over pictures and channels: [N]."""
+    """Mean squared error over images and channels: [N]."""
     return [round(x, 5) for x in (predicted - true).square().mean(dim=(0, 2)).tolist()]
 
 
-# ------------------------------------------------------------------ pictures and captions
+# ------------------------------------------------------------------ images and captions
 
 
 def pick_scenes(rng: np.random.Generator, n: int, unseen: bool) -> list[Scene]:
@@ -116,7 +116,7 @@ def pick_scenes(rng: np.random.Generator, n: int, unseen: bool) -> list[Scene]:
 
 @torch.no_grad()
 def embed(model: NexusGen, scenes: list[Scene]) -> Tensor:
-    """Embeddings [n, N, C] of the scenes' pictures, 64 at a time."""
+    """Embeddings [n, N, C] of the scenes' images, 64 at a time."""
     visual, size = model.ar.visual, model.config.target_size
     parts = [scenes[i : i + 64] for i in range(0, len(scenes), 64)]
     return torch.cat([embed_views(visual, to_unit([render(s) for s in p]), size) for p in parts])
@@ -237,8 +237,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--mlp", type=int, default=192, help="width of the MLP")
-    parser.add_argument("--pool", type=int, default=2048, help="training pictures")
-    parser.add_argument("--test", type=int, default=128, help="held-out pictures")
+    parser.add_argument("--pool", type=int, default=2048, help="training images")
+    parser.add_argument("--test", type=int, default=128, help="held-out images")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--captions", nargs="+", default=list(CAPTIONS), choices=list(CAPTIONS))

@@ -1,4 +1,4 @@
-"""The README's picture: the files that data walks through, and what the tiny model makes of it.
+"""The README's image: the files that data walks through, and what the tiny model makes of it.
 
     python notebooks/overview.py        writes notebooks/overview.png
 
@@ -25,7 +25,7 @@ WIDTH, HEIGHT = 2.3, 0.62
 GREY = "#666666"
 BOXES = {  # name: (x, y, text, colour)
     "words": (0.2, 4.6, "prompt, question\ntokenizer.py", GREY),
-    "image": (0.2, 3.3, "picture\nimage_processor.py", GREY),
+    "image": (0.2, 3.3, "image\nimage_processor.py", GREY),
     "vision": (3.1, 3.3, "vision tower\nvision.py", BLUE),
     "ar": (3.1, 4.6, "autoregressive model\ndecoder.py, autoregressive.py", BLUE),
     "answer": (6.1, 4.6, "answer\n(text)", GREY),
@@ -34,7 +34,7 @@ BOXES = {  # name: (x, y, text, colour)
     "flow": (0.2, 0.7, "noise, Euler steps\nflow.py", GREEN),
     "text": (0.2, 2.0, "empty prompt\ntext_encoders.py", GREY),
     "vae": (6.1, 0.7, "FLUX autoencoder\nautoencoder.py", PINK),
-    "picture": (6.1, 2.0, "picture", GREY),
+    "image": (6.1, 2.0, "image", GREY),
 }
 ARROWS = (  # from, to, label, bend
     ("words", "ar", "", 0),
@@ -47,7 +47,7 @@ ARROWS = (  # from, to, label, bend
     ("text", "mmdit", "", 0),
     ("flow", "mmdit", "", 0),
     ("mmdit", "vae", "latents", 0),
-    ("vae", "picture", "", 0),
+    ("vae", "image", "", 0),
 )
 
 
@@ -83,7 +83,7 @@ def draw_flow(ax) -> None:
 
 
 def results() -> list[tuple[str, list]]:
-    """Three things that the shipped model does: a caption and its pictures each."""
+    """Three things that the shipped model does: a caption and its images each."""
     model = NexusGen.load("tiny")
     prompt = "a red star left of a blue circle"
     objects = (Object("square", "green", "large", 0), Object("circle", "yellow", "small", 5))

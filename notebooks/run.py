@@ -1,6 +1,6 @@
 """Run notebooks in place: `python notebooks/run.py [NAMES]`, e.g. `05` or `05_image_slots`.
 
-Without a name: all of them except 12, which needs the real weights. Outputs and pictures are kept;
+Without a name: all of them except 12, which needs the real weights. Outputs and images are kept;
 what differs from run to run without meaning anything (times, widgets, versions) is taken out, so
 that a diff shows what changed. A cell that fails ends the run; that notebook is left as it was.
 """

@@ -45,7 +45,7 @@ from nexus_min import weights
 from nexus_min.config import NexusGenConfig
 from nexus_min.images import load_image
 from nexus_min.pipeline import NexusGen
-from nexus_min.sampling import Sampling
+from nexus_min.sampling import SamplingParams
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.train.data import MessageDataset
 from nexus_min.weights import tokenizer_of
@@ -195,7 +195,7 @@ def batch_target(folder: Path) -> Target:
 
 def like_target(folder: Path) -> Target:
     file, config = folder / "like.png", NexusGenConfig.tiny()
-    good = {k: str(v) for k, v in asdict(Sampling().resolve(config, 1.0)).items()}
+    good = {k: str(v) for k, v in asdict(SamplingParams().resolve(config, 1.0)).items()}
     good |= {"prompt": "a red circle", "model": "tiny", "decoder": "editing", "dtype": "fp32"}
     good |= {"language": "en", "fast_preamble": "True", "max_new_tokens": "9", "fp8": "False"}
     odd = [*good, *good.values(), "-o", "--steps", "--", "message", "-1", "1e9"]
@@ -218,7 +218,7 @@ def like_target(folder: Path) -> Target:
         except SystemExit as end:
             raise ValueError("one line") if end.code == 2 else end from None
         options = command_line.drawing(args)
-        Sampling(**{k: options[k] for k in asdict(Sampling())}).resolve(config, 1.0)
+        SamplingParams(**{k: options[k] for k in asdict(SamplingParams())}).resolve(config, 1.0)
 
     return [b"-"], read
 

@@ -52,15 +52,15 @@ def shrink() -> None:
     tokenizer = train_tiny.build_tokenizer(NexusGenConfig.tiny())  # seconds: once for all processes
     train_tiny.build_tokenizer = lambda config: tokenizer
     few = pictures.scenes
-    for module in (base, toy):  # pictures to measure or to embed before and after the steps
+    for module in (base, toy):  # images to measure or to embed before and after the steps
         module.scenes = lambda rng, n, *more, **named: few(rng, min(n, 8), *more, **named)
     train_tiny.Run = partial(training.Run, save_every=0.0)
-    train_tiny.bf16_pays = lambda: False
+    train_tiny.bf16_is_faster = lambda: False
     training.Trainer.sample = lambda *_: None
 
 
 def write_data(folder: Path) -> None:
-    """Two lines of every task in `own.jsonl`, and their pictures."""
+    """Two lines of every task in `own.jsonl`, and their images."""
     lines, rng = [], np.random.default_rng(0)
     for task in (toy.UND, toy.GEN, toy.EDIT) * 2:
         line = toy.toy_line(example(rng, task))

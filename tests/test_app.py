@@ -25,7 +25,7 @@ from nexus_min.app import page as app
 from nexus_min.app.page_tasks import Limits, Tasks
 from nexus_min.model import flow
 from nexus_min.pipeline import NexusGen
-from nexus_min.sampling import Sampling
+from nexus_min.sampling import SamplingParams
 from nexus_min.toy.world import Object, Scene, render
 
 ON_GRAY = Scene((Object("circle", "red", "large", 4),), "gray")
@@ -70,9 +70,9 @@ def test_editing_and_asking(tasks, photo):
 def test_a_conversation_keeps_its_turns_and_takes_the_form_of_each(tasks, photo):
     chat, shown, _, _ = list(tasks.talk(None, "hello", photo, "slots", *FORM))[-1]
     assert [m["role"] for m in shown] == ["user", "assistant"]
-    assert shown[0]["content"] == "[picture] hello" and len(chat.messages) == 2
+    assert shown[0]["content"] == "[image] hello" and len(chat.messages) == 2
     again, shown, _, _ = list(tasks.talk(chat, "more", None, "slots", 3, 8, 64, 64))[-1]
-    assert again is chat and len(shown) == 4 and chat.sampling == Sampling(64, 64, 3, seed=8)
+    assert again is chat and len(shown) == 4 and chat.sampling == SamplingParams(64, 64, 3, seed=8)
     other, shown, _, _ = list(tasks.talk(chat, "more", None, "predicted", *FORM))[-1]
     assert other is not chat and len(shown) == 2  # another memory begins anew
 
@@ -98,15 +98,15 @@ def test_what_is_asked_for_is_capped(tasks, text, form, message):
 
 
 def test_bad_pictures(tasks, tmp_path):
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     for task in (
         lambda: list(tasks.edit(str(tmp_path / "bad.png"), "a", "editing", *FORM)),
         lambda: list(tasks.ask(str(tmp_path / "bad.png"), "a")),
         lambda: list(tasks.talk(None, "a", str(tmp_path / "bad.png"), "slots", *FORM)),
     ):
-        with pytest.raises(ValueError, match="cannot read picture 'bad.png'"):
+        with pytest.raises(ValueError, match="cannot read image 'bad.png'"):
             task()
-    with pytest.raises(ValueError, match="upload a picture first"):
+    with pytest.raises(ValueError, match="upload an image first"):
         list(tasks.edit(None, "a", "editing", *FORM))
 
 
@@ -264,7 +264,7 @@ def test_stop_ends_a_task_between_two_steps(browse, monkeypatch):
     visitor.fill("Steps", 100)
     visitor.press("Draw")
     visitor.wait(lambda d: "100 steps" in visitor.facts(), "the settings")
-    visitor.find("//*[contains(@class, 'picture')]//img")  # a preview
+    visitor.find("//*[contains(@class, 'image')]//img")  # a preview
     visitor.shoot("sampling")
     visitor.press("Stop")
     visitor.made("100 steps")
@@ -272,7 +272,7 @@ def test_stop_ends_a_task_between_two_steps(browse, monkeypatch):
     visitor.fill("Seed", 9)
     visitor.press("Draw")
     visitor.made("seed 9, 8 steps")
-    visitor.wait(lambda d: steps.count(7) == 2 and steps[-1] == 7, "the second picture")
+    visitor.wait(lambda d: steps.count(7) == 2 and steps[-1] == 7, "the second image")
     assert max(steps) < 99
 
 
@@ -304,12 +304,12 @@ def test_draw_edit_and_ask_in_a_browser(browse, tmp_path):
     first.shoot("edit")
 
     first.tab("Ask")
-    (tmp_path / "bad.png").write_text("no picture")
+    (tmp_path / "bad.png").write_text("no image")
     first.upload(str(tmp_path / "bad.png"), 1)
     first.fill("Question", "What color is the background?")
     first.find("//img[contains(@src, 'bad')]", shown=False)  # it has arrived
     first.press("Ask")
-    first.find("//*[contains(text(), 'cannot read picture')]")
+    first.find("//*[contains(text(), 'cannot read image')]")
     first.shoot("bad_upload")
 
 
@@ -323,7 +323,7 @@ def test_a_conversation_in_a_browser(browse, address):
         visitor.made(" s")
     visitor.shoot("conversation")
     said = visitor.driver.find_element("css selector", "body").text
-    assert "description: [picture]" in " ".join(said.split()) and said.count(asked) == 1
+    assert "description: [image]" in " ".join(said.split()) and said.count(asked) == 1
     visitor.press("New conversation")
     visitor.wait(lambda d: asked not in d.find_element("css selector", "body").text, "nothing")
 
@@ -333,7 +333,7 @@ def test_a_conversation_in_a_browser(browse, address):
 
 
 def asked(address: str, file) -> str:
-    """What a request about a picture, made by hand, is answered; the file as gradio names it."""
+    """What a request about an image, made by hand, is answered; the file as gradio names it."""
     body = json.dumps({"data": [file, "What color is the background?"]}).encode()
     headers = {"Content-Type": "application/json"}
     call = f"{address}/gradio_api/call/ask"
@@ -364,7 +364,7 @@ def test_no_address_is_fetched(address):
     "path", ["secret.png", "pipe", "/etc/passwd", "/dev/zero", "/", "a\0b", ""]
 )
 def test_no_file_of_this_machine_is_read(address, tmp_path, path):
-    """A request can name any path; only what a browser has uploaded is a picture."""
+    """A request can name any path; only what a browser has uploaded is an image."""
     import gradio
 
     Image.fromarray(render(ON_GRAY)).save(tmp_path / "secret.png")

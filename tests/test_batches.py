@@ -104,7 +104,7 @@ def bad_items() -> list:
         ({"task": "generate", "prompt": "a", "\x1b[31m": 1}, "\\x1b[31m"),
         ({"task": "generate", "prompt": "a", "\ud800": 1}, "\\ud800"),
         ({"task": "edit", "image": "none.png", "instruction": "a"}, "no such file"),
-        ({"task": "understand", "image": b"no picture", "question": "a"}, "cannot read picture"),
+        ({"task": "understand", "image": b"no image", "question": "a"}, "cannot read image"),
     ]
 
 
@@ -174,7 +174,7 @@ def test_a_picture_that_fails_fails_alone(tiny, monkeypatch):
         if len(latents) > most:
             raise torch.OutOfMemoryError("no room")
         if (latents[:, 0, 0, 0] == marked).any():
-            raise ValueError("a picture holds NaN values")
+            raise ValueError("an image holds NaN values")
         return decode(latents)
 
     items = [{"task": "generate", "prompt": "a", **FAST} for _ in range(5)]
@@ -186,7 +186,7 @@ def test_a_picture_that_fails_fails_alone(tiny, monkeypatch):
     monkeypatch.setattr(tiny, "decode", short_of_memory)
     results = tiny.batch(items, batch_size=5)
     assert [bool(r.error) for r in results] == [False, False, False, True, False]
-    assert results[3].error == "a picture holds NaN values"
+    assert results[3].error == "an image holds NaN values"
     for a, b in zip(whole, results, strict=True):
         if b.image:
             assert np.abs(np.asarray(a.image, int) - np.asarray(b.image, int)).max() <= 1
@@ -244,7 +244,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
 
     with pytest.raises(SystemExit):
         main(["batch", str(file), *options, "--max_image_pixels", "1499"])
-    assert "2 of 3 items failed; item 1: cannot read picture" in capsys.readouterr().err
+    assert "2 of 3 items failed; item 1: cannot read image" in capsys.readouterr().err
 
     file.write_text("{oops\n" + json.dumps(items[0]) + "\n")
     with pytest.raises(SystemExit) as end:

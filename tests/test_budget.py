@@ -70,7 +70,7 @@ def test_bytes_and_operations_of_the_ar_model():
 
 
 def test_operations_are_6_p_d_and_attention():
-    """Without pictures to see: 6 for each weight and token it meets, 12 L^2 C a layer.
+    """Without images to see: 6 for each weight and token it meets, 12 L^2 C a layer.
 
     The top layer has queries for the reply alone, and so has all that follows them.
     """

@@ -1,4 +1,4 @@
-"""The command line: pictures and answers for good input, one line and status 2 for bad input."""
+"""The command line: images and answers for good input, one line and status 2 for bad input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working directory but for a picture."""
+    """An empty working directory but for an image."""
     monkeypatch.chdir(tmp_path)
     Image.linear_gradient("L").resize((50, 30)).convert("RGBA").save("photo.png")
     return tmp_path
@@ -140,7 +140,7 @@ def test_eval_hands_over_to_the_toy_world(capsys, monkeypatch):
     assert status == 2 and err.count("\n") == 1
 
 
-# ---- as a picture was drawn ----------------------------------------------------------------------
+# ---- as an image was drawn ----------------------------------------------------------------------
 
 
 def pixels(name: str) -> bytes:
@@ -224,7 +224,7 @@ def test_a_list_of_words_that_is_none(here, capsys, folder, words):
 
 
 def forged(name: str, **texts: str) -> str:
-    """A picture that tells what it likes."""
+    """An image that tells what it likes."""
     drawn_so = {"prompt": "a", "seed": "0", "num_steps": "1", "fast_preamble": "True"}
     info = PngInfo()
     for key, text in (drawn_so | texts).items():
@@ -294,9 +294,9 @@ BAD = {
     "no prompt": (["generate"], "generate needs --prompt"),
     "like nothing": (["generate", "--like", "missing.png"], "missing.png': no such file"),
     "like a folder": (["generate", "--like", "folder.png"], "folder.png': it is not a file"),
-    "like no picture": (["generate", "--like", "broken.png"], "broken.png"),
+    "like no image": (["generate", "--like", "broken.png"], "broken.png"),
     "like a photo": (["generate", "a", "--like", "photo.png"], "does not tell how it was drawn"),
-    "large picture": (
+    "large image": (
         ["edit", "photo.png", "red", "--max_image_pixels", "1499"],
         "50 x 30 is not within 1..1499",
     ),

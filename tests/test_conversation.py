@@ -1,4 +1,4 @@
-"""Conversations: one growing history, pictures that stay in it, and turns that leave no trace."""
+"""Conversations: one growing history, images that stay in it, and turns that leave no trace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nexus_min.talk import Talk
 from nexus_min.tokenizer import GENERATION_REPLY
 from nexus_min.train.data import check_line
 
-PICTURE = object()  # in a script: here comes a picture
+PICTURE = object()  # in a script: here comes an image
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_words_that_spell_a_picture_are_none(tiny, script, said):
 
 
 def test_a_word_for_a_picture_from_pieces_around_a_special_token(tiny):
-    """A token that is not shown stands in the middle: what is left together spells a picture."""
+    """A token that is not shown stands in the middle: what is left together spells an image."""
     stream, special = TextStream(tiny.tokenizer), tiny.tokenizer.special_ids
     ids = [*tiny.tokenizer.encode("<im"), special["<|vision_end|>"], *tiny.tokenizer.encode("age>")]
     ids.append(special["<|vision_start|>"])
@@ -154,7 +154,7 @@ def test_nothing_said_by_either_is_special_in_any_turn(tiny, script):
 def test_the_sentence_before_a_picture_is_found_behind_words_that_spell_one(tiny, script):
     talk = chat(tiny)
     script("<image>", GENERATION_REPLY["en"].removesuffix("<image>"), PICTURE)
-    assert last(talk.say("go", [photo()]), "context").txt.shape[1] == 16  # a new picture
+    assert last(talk.say("go", [photo()]), "context").txt.shape[1] == 16  # a new image
 
 
 def test_what_is_kept_of_a_picture_differs(tiny, script):
@@ -222,7 +222,7 @@ def test_a_turn_that_is_left_leaves_no_trace(tiny, script, stop):
 def test_a_first_turn_that_fails_leaves_an_empty_conversation(tiny, script, monkeypatch):
     talk = chat(tiny, decoder="editing")
     script(PICTURE)
-    with pytest.raises(ValueError, match="needs a picture to start from"):
+    with pytest.raises(ValueError, match="needs an image to start from"):
         list(talk.say("draw"))
     assert talk.ids == [] and talk.messages == []
     script("yes ", PICTURE)
@@ -246,7 +246,7 @@ def test_an_announced_picture_without_tokens_left_is_dropped(tiny, script):
         (" ", (), "message is empty"),
         ("a \udcff", (), "not valid Unicode"),
         ("<image> a", (), "1 <image> placeholders for 0 images"),
-        ("a", ("missing.png",), "cannot read picture 'missing.png': no such file"),
+        ("a", ("missing.png",), "cannot read image 'missing.png': no such file"),
         ("a" * 3000, (), "tokens long; this model reads"),
     ],
 )
@@ -300,7 +300,7 @@ class Stub:
         yield "text", "yes"
         if text == "draw":
             yield "sampling", "settings"
-            yield "image", "picture"
+            yield "image", "image"
 
 
 def test_lines_are_messages_or_commands(tmp_path, monkeypatch):
@@ -314,11 +314,11 @@ def test_lines_are_messages_or_commands(tmp_path, monkeypatch):
     said = "根据以下描述生成一张图像：圆"
     want = [("draw", 0), ("what?", 2), ("stop", 0), (said, 0), ("draw", 0), "clear"]
     assert stub.heard == want
-    assert saved == [("picture", 1, "settings", "draw"), ("picture", 2, "settings", "draw")]
+    assert saved == [("image", 1, "settings", "draw"), ("image", 2, "settings", "draw")]
     assert "".join(out) == "yes\np1\nyes\nyes\nyes\np2\n"
     reasons = [
         "",
-        "cannot read picture 'none.png'",
+        "cannot read image 'none.png'",
         "unknown command '/nonsense'",
         "prompt is empty",
     ]
@@ -338,7 +338,7 @@ def test_a_conversation_through_a_pipe(tmp_path, monkeypatch, capsys):
         main(["chat", *options])
     out, err = capsys.readouterr()
     assert end.value.code == 2 and out == ""
-    assert err == "nexus_min: error: cannot read picture 'none.png': no such file\n"
+    assert err == "nexus_min: error: cannot read image 'none.png': no such file\n"
     photo().save(tmp_path / "a.png")
     monkeypatch.setattr("sys.stdin", io.StringIO("/image a.png\nhello\n"))
     with pytest.raises(SystemExit):

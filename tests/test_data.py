@@ -21,9 +21,9 @@ from nexus_min.train.data import MessageDataset, collate
 
 CONFIG = NexusGenConfig.tiny()
 USER, REPLY = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
-# The official README's line: a question about a picture, then a picture drawn, in one conversation.
+# The official README's line: a question about an image, then an image drawn, in one conversation.
 OFFICIAL = {
-    "images": ["pictures/a.png", "b.jpg"],
+    "images": ["images/a.png", "b.jpg"],
     "messages": [
         {"role": "user", "content": "<image> xxx"},
         {"role": "assistant", "content": "xxx"},
@@ -60,10 +60,10 @@ def picture(seed: int, w: int, h: int) -> Image.Image:
 
 
 def save_official(folder) -> tuple[Image.Image, Image.Image]:
-    """The two pictures of OFFICIAL beside its file."""
+    """The two images of OFFICIAL beside its file."""
     a, b = picture(1, 90, 40), picture(2, 50, 70)
     (folder / "pictures").mkdir()
-    a.save(folder / "pictures/a.png")
+    a.save(folder / "images/a.png")
     b.save(folder / "b.jpg", format="PNG")  # a lossless file, whatever its name says
     return a, b
 
@@ -90,7 +90,7 @@ def test_labels_and_slots_are_the_assistants(tmp_path, write, tokenizer):
     batch = collate([MessageDataset(write(OFFICIAL))[0]], tokenizer, CONFIG)
     ids, labels, slots = batch.input_ids[0], batch.labels[0], batch.slot_mask[0]
     pads = ids == CONFIG.ar.image_token_id
-    assert pads.sum() == 18 + 16 and slots.sum() == 16  # the user's picture is no target
+    assert pads.sum() == 18 + 16 and slots.sum() == 16  # the user's image is no target
     assert torch.equal(pads.nonzero()[18:], slots.nonzero())
     learned = labels != IGNORE
     assert torch.equal(ids[learned], labels[learned]) and not (learned & slots).any()
@@ -228,5 +228,5 @@ def test_a_pipe_is_refused_rather_than_waited_for(tmp_path):
 
 def test_a_missing_image_is_named(write, tokenizer):
     data = MessageDataset(write(OFFICIAL))
-    with pytest.raises(ValueError, match="pictures/a.png"):
+    with pytest.raises(ValueError, match="images/a.png"):
         collate([data[0]], tokenizer, CONFIG)

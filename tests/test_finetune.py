@@ -28,7 +28,7 @@ def tiny() -> NexusGen:
 
 
 def toy_file(folder, tasks) -> tuple:
-    """A JSONL file of toy examples beside its pictures; its path, and the examples."""
+    """A JSONL file of toy examples beside its images; its path, and the examples."""
     rng, rows, found = np.random.default_rng(3), [], []
     for i, task in enumerate(tasks):
         found.append(example(rng, task))
@@ -48,18 +48,18 @@ def toy_file(folder, tasks) -> tuple:
 def test_all_mistakes_of_all_lines_are_named(tmp_path, write, tiny):  # noqa: F811
     save_official(tmp_path)
     Image.new("RGB", (2, 900)).save(tmp_path / "thin.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     more = {
         "`id` must be a text or a number, not list": {"id": [], "messages": [USER, REPLY]},
-        "`images[0]`: cannot read picture": {
+        "`images[0]`: cannot read image": {
             "images": ["none.png"],
             "messages": [USER, REPLY | {"content": "<image>"}],
         },
-        "`images[1]`: cannot read picture": {
+        "`images[1]`: cannot read image": {
             "images": ["b.jpg", "text.png"],
             "messages": [USER | {"content": "<image><image>"}, REPLY],
         },
-        "`images[0]`: the sides of a picture may differ by a factor of 200": {
+        "`images[0]`: the sides of an image may differ by a factor of 200": {
             "images": ["thin.png"],
             "messages": [USER | {"content": "<image>"}, REPLY],
         },
@@ -85,7 +85,7 @@ def test_several_mistakes_of_one_line(write, tiny):  # noqa: F811
 
 
 def test_official_lines_as_they_are_from_any_folder(tmp_path, monkeypatch, tiny):
-    """The official files name pictures from the root of their repository, and have a `source`."""
+    """The official files name images from the root of their repository, and have a `source`."""
     home = tmp_path / "assets" / "example_datasets"
     (home / "images").mkdir(parents=True)
     for name in ("und_0.png", "gen_0.png", "edit_0_0.png", "edit_0_1.png"):
@@ -296,7 +296,7 @@ def test_fine_tuning_from_the_command_line(tmp_path, small_batches, capsys):
 def test_a_loss_that_is_not_finite_names_the_lines(
     tmp_path, small_batches, monkeypatch, capsys, stage, spied, picked
 ):
-    """Line, number and id of those in the batch, and of no others; the second shows no picture."""
+    """Line, number and id of those in the batch, and of no others; the second shows no image."""
     path, _ = toy_file(tmp_path, ["generate", "understand", "generate", "generate"])
     seen, plain = [], getattr(*spied)
 

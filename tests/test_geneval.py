@@ -1,4 +1,4 @@
-"""GenEval's files: toy prompts in its format, its verdicts on scenes, its folders of pictures."""
+"""GenEval's files: toy prompts in its format, its verdicts on scenes, its folders of images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preprocessing: the official fixture, both patch paths, and pictures of every brokenness."""
+"""Preprocessing: the official fixture, both patch paths, and images of every brokenness."""
 
 from __future__ import annotations
 
@@ -314,12 +314,12 @@ def test_formats_from_bytes_and_file(kind, tmp_path):
     image = Image.new("RGB", (6, 4), (250, 250, 250))
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(image, kind, **options)
-    (tmp_path / "picture.of.any.name").write_bytes(data)
+    (tmp_path / "image.of.any.name").write_bytes(data)
     sources = (
         data,
         bytearray(data),
-        tmp_path / "picture.of.any.name",
-        str(tmp_path / "picture.of.any.name"),
+        tmp_path / "image.of.any.name",
+        str(tmp_path / "image.of.any.name"),
     )
     for source in sources:
         assert load_image(source).getcolors() == [(24, (250, 250, 250))]
@@ -414,7 +414,7 @@ def flipped(data: bytes) -> bytes:
 
 BROKEN = {
     "empty": b"",
-    "text": b"this is not a picture\nat all",
+    "text": b"this is not an image\nat all",
     "truncated PNG": encoded(picture(40, 40))[:2000],
     "truncated JPEG": encoded(picture(40, 40), "JPEG")[:700],
     "truncated GIF": encoded(picture(40, 40), "GIF")[:1000],
@@ -451,7 +451,7 @@ def test_size_limit_is_a_parameter():
     for source in (picture(5, 10), encoded(picture(5, 10))):
         with pytest.raises(ValueError, match=r"10 x 5 is not within 1\.\.49"):
             load_image(source, max_pixels=49)
-    with pytest.raises(ValueError, match="cannot read picture") as error:  # no pixels: it was tried
+    with pytest.raises(ValueError, match="cannot read image") as error:  # no pixels: it was tried
         load_image(png_header(10_000, 6000), max_pixels=60_000_000)
     assert "not within" not in str(error.value)
 
@@ -473,7 +473,7 @@ def test_a_bomb_met_while_decoding_is_an_error(monkeypatch):
         warnings.warn("a decompression bomb", Image.DecompressionBombWarning, stacklevel=2)
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
-    with pytest.raises(ValueError, match="cannot read picture 'bytes': a decompression bomb"):
+    with pytest.raises(ValueError, match="cannot read image 'bytes': a decompression bomb"):
         load_image(encoded(picture(5, 10)))
 
 
@@ -498,8 +498,8 @@ def test_a_bomb_of_text(chunk):
     [
         ("no/such/file.png", "no/such/file.png.*no such file"),
         ("", "not a file|no such file"),
-        ("nul\0byte.png", "cannot read picture"),
-        ("x" * 5000, "cannot read picture"),
+        ("nul\0byte.png", "cannot read image"),
+        ("x" * 5000, "cannot read image"),
         (None, "NoneType.*expected a path"),
         (7, "int.*expected a path"),
         (Image.new("RGB", (0, 5)), "0 x 5"),

@@ -22,6 +22,7 @@ RANKS = (
     ("model.projector", "model.autoregressive", "model.mmdit"),
     ("sampling",),
     ("weights", "offload"),
+    ("cli",),
     ("chat", "batch"),
     ("pipeline",),
     ("train.data", "train.lora", "train.muon"),

@@ -47,7 +47,7 @@ def asserts(tree: ast.AST) -> int:
 
 
 def texts(value: object) -> Iterator[str]:
-    """All strings in a nested object that are no pictures."""
+    """All strings in a nested object that are no images."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

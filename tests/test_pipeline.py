@@ -32,7 +32,7 @@ from nexus_min.model.mmdit import MMDiT, context_ids_generation
 from nexus_min.model.projector import GenerationAdapter, ImageEmbeddingMerger
 from nexus_min.model.text_encoders import CLIPTextModel, T5Encoder
 from nexus_min.pipeline import NexusGen
-from nexus_min.sampling import Context, Sampling, velocity_field
+from nexus_min.sampling import Context, SamplingParams, velocity_field
 from nexus_min.weights import (
     EditingDecoder,
     GenerationDecoder,
@@ -125,25 +125,27 @@ def editing():
     return micro_model("12b")
 
 
-def official(model: NexusGen, cfg_scale: float, negative_prompt: str = "") -> Sampling:
-    sampling = Sampling(64, 96, cfg_scale=cfg_scale, negative_prompt=negative_prompt, seed=1000)
+def official(model: NexusGen, cfg_scale: float, negative_prompt: str = "") -> SamplingParams:
+    sampling = SamplingParams(
+        64, 96, cfg_scale=cfg_scale, negative_prompt=negative_prompt, seed=1000
+    )
     return sampling.resolve(model.config, 1.0)
 
 
-def walk(model: NexusGen, mmdit: MMDiT, context: Context, sampling: Sampling) -> torch.Tensor:
+def walk(model: NexusGen, mmdit: MMDiT, context: Context, sampling: SamplingParams) -> torch.Tensor:
     """All latents of the walk: [steps, z, h, w]."""
     noise = sampling.noise(model.config)
     return torch.cat([s.x for s in model.denoise_steps(mmdit, context, noise, sampling)])
 
 
-def first_velocity(model: NexusGen, mmdit: MMDiT, context: Context, sampling: Sampling):
+def first_velocity(model: NexusGen, mmdit: MMDiT, context: Context, sampling: SamplingParams):
     """Velocity at pure noise, from the first step's prediction x0 = noise - v."""
     noise = sampling.noise(model.config)
     return noise - next(model.denoise_steps(mmdit, context, noise, sampling)).x0
 
 
 def check_picture(assert_parity, tower, reference, model, latents, tensors, key):
-    """VAE output and 8-bit picture; a float at the edge of a level may fall on either side."""
+    """VAE output and 8-bit image; a float at the edge of a level may fall on either side."""
     raw = model.autoencoder.decode(latents).detach()
     assert_parity(tower, f"{reference} vae output", raw, tensors[f"out/{key}/vae_output"])
     if f"out/{key}/image_hwc_uint8" in tensors:
@@ -253,9 +255,9 @@ def test_parity_training_loss(assert_parity, request, name, level):
 
 
 def test_defaults_and_rounding():
-    full = Sampling(height=500, width=1).resolve(NexusGenConfig.v2(), 3.0)
+    full = SamplingParams(height=500, width=1).resolve(NexusGenConfig.v2(), 3.0)
     assert (full.height, full.width, full.num_steps, full.cfg_scale) == (512, 16, 50, 3.0)
-    tiny = Sampling(height=57).resolve(NexusGenConfig.tiny(), 1.0)
+    tiny = SamplingParams(height=57).resolve(NexusGenConfig.tiny(), 1.0)
     assert (tiny.height, tiny.width, tiny.num_steps) == (64, 64, 3)
     assert tiny.latent_shape(NexusGenConfig.tiny()) == (1, 16, 8, 8)
 
@@ -276,12 +278,12 @@ def test_defaults_and_rounding():
 )
 def test_settings_out_of_range(bad, says):
     with pytest.raises(ValueError, match=says):
-        Sampling(**bad).resolve(NexusGenConfig.tiny(), 1.0)
+        SamplingParams(**bad).resolve(NexusGenConfig.tiny(), 1.0)
 
 
 def test_seeds_differ_and_repeat():
     config = NexusGenConfig.tiny()
-    a, b, c = (Sampling(64, 64, seed=s).noise(config) for s in (1, 1, 2))
+    a, b, c = (SamplingParams(64, 64, seed=s).noise(config) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -364,7 +366,7 @@ def test_a_reply_without_picture_falls_back_with_a_warning(tiny, monkeypatch, ca
     draws(tiny, monkeypatch, [tiny.config.ar.eos_token_id])
     with caplog.at_level(logging.WARNING):
         events = dict(tiny.generate_steps("a circle", num_steps=1))
-    assert "holds no picture" in caplog.text
+    assert "holds no image" in caplog.text
     assert events["text"].startswith("Here is an image") and events["image"].size == (64, 64)
 
 
@@ -402,7 +404,7 @@ def test_edit_reads_the_source_with_the_editing_decoder_only(tiny, photo):
 
 def test_a_batch_of_noise_shares_one_context(tiny):
     context = tiny.generation_context(torch.randn(1, 16, 128))
-    sampling = Sampling(num_steps=2, cfg_scale=2.0).resolve(tiny.config, 1.0)
+    sampling = SamplingParams(num_steps=2, cfg_scale=2.0).resolve(tiny.config, 1.0)
     noise = torch.randn(3, 16, 8, 8)
     mmdit = tiny.generation.mmdit
     *_, batch = tiny.denoise_steps(mmdit, context, noise, sampling)
@@ -415,7 +417,7 @@ def test_a_batch_of_noise_shares_one_context(tiny):
 def test_a_batch_of_pictures_is_the_pictures_one_by_one(tiny, decoder):
     """Contexts of several prompts and noise of several seeds at once, within 2e-5; with cfg."""
     embeds, refs = torch.randn(3, 16, 128), torch.randn(3, 64, 128)
-    sampling = Sampling(num_steps=2, cfg_scale=2.0, height=48).resolve(tiny.config, 1.0)
+    sampling = SamplingParams(num_steps=2, cfg_scale=2.0, height=48).resolve(tiny.config, 1.0)
     size = sampling.latent_shape(tiny.config)[2:]
     seeds = [replace(sampling, seed=seed).noise(tiny.config) for seed in (7, 8, 9)]
     mmdit = getattr(tiny, decoder).mmdit
@@ -437,7 +439,7 @@ def test_a_batch_of_pictures_is_the_pictures_one_by_one(tiny, decoder):
 
 
 def test_bf16_stays_near_fp32_and_half_as_wide_weights_are_told():
-    """bf16 has fp32's range; where float16 is left, the picture is refused, not black."""
+    """bf16 has fp32's range; where float16 is left, the image is refused, not black."""
     options = {"fast_preamble": True, "num_steps": 2, "cfg_scale": 2.0}
     draws_of = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Placement profiles: the same picture from every one, and only what must be on the device is."""
+"""Placement profiles: the same image from every one, and only what must be on the device is."""
 
 from __future__ import annotations
 

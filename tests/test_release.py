@@ -45,14 +45,14 @@ def model(release) -> NexusGen:
 
 @pytest.fixture
 def photo(tmp_path, monkeypatch) -> str:
-    """A picture in an otherwise empty working directory."""
+    """An image in an otherwise empty working directory."""
     monkeypatch.chdir(tmp_path)
     Image.linear_gradient("L").resize((90, 70)).convert("RGB").save("photo.png")
     return "photo.png"
 
 
 def drawn(release: Path, *argv: str) -> bytes:
-    """Pixels of the picture that a command line draws."""
+    """Pixels of the image that a command line draws."""
     main([*argv, "--model", str(release), *FAST, "-o", "drawn.png"])
     with Image.open("drawn.png") as image:
         return image.tobytes()

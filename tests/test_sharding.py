@@ -25,7 +25,7 @@ from nexus_min.scale.train import processes
 from nexus_min.toy.stages import toy_line
 from nexus_min.toy.tasks import example
 from nexus_min.train import finetune
-from nexus_min.train.trainer import Run, seeded
+from nexus_min.train.trainer import Run, make_rng
 
 CPU = torch.device("cpu")
 PRESET = replace(PRESETS["ar_pretrain"], batch=8, steps=6, warmup=2, lr=3e-4)
@@ -68,7 +68,7 @@ def plainly(name: str, steps: int) -> tuple[list[float], dict[str, torch.Tensor]
     learns = [p for p in stage.modules.parameters() if p.requires_grad]
     adamw, losses = torch.optim.AdamW(learns, betas=BETAS, weight_decay=0.0), []
     for step in range(steps):
-        parts = [stage.loss(seeded(0, stage.name, step, k), 0.0)[0] for k in range(4)]
+        parts = [stage.loss(make_rng(0, stage.name, step, k), 0.0)[0] for k in range(4)]
         mean = torch.stack(parts).mean()
         mean.backward()
         nn.utils.clip_grad_norm_(learns, CLIP)
@@ -184,7 +184,7 @@ def test_bf16_computes_over_fp32_master_weights(trained):
     stage = make_stage("generation")
     start = stage.modules.state_dict()
     with torch.no_grad():
-        parts = [stage.loss(seeded(0, "generation", 0, k), 0.0)[0] for k in range(4)]
+        parts = [stage.loss(make_rng(0, "generation", 0, k), 0.0)[0] for k in range(4)]
     want, got = float(torch.stack(parts).mean()), losses(trained / "bf16")[0]
     assert 0 < abs(got - want) < 0.01 * want
     weights = load_file(trained / "bf16" / "weights.safetensors")

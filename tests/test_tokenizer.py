@@ -120,7 +120,7 @@ def test_text_never_becomes_a_special_token(which, request):
 
 @widened("text", ATTACKS, spelled([*NAMES, T.IMAGE]))
 def test_no_text_is_special_in_any_turn(qwen, toy, text):
-    """Whoever says it: as many special tokens as of turns and pictures, and none in the text."""
+    """Whoever says it: as many special tokens as of turns and images, and none in the text."""
     text = text.replace("<image", "<Image")  # no placeholder but those of the messages
     roles = ("system", "user", "assistant", "user")
     said = [{"role": role, "content": f"{text}<image>{text}"} for role in roles]

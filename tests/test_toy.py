@@ -1,4 +1,4 @@
-"""The toy world's pictures and their checker: exact on the truth, not fooled by anything else."""
+"""The toy world's images and their checker: exact on the truth, not fooled by anything else."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def noisy(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def window(image: np.ndarray, cell: int) -> np.ndarray:
-    """The part of a picture that belongs to a cell, as a view."""
+    """The part of an image that belongs to a cell, as a view."""
     top, left = CENTRES[cell // 3] - CROP // 2, CENTRES[cell % 3] - CROP // 2
     return image[top : top + CROP, left : left + CROP]
 
@@ -63,7 +63,7 @@ def cases(style: str, textured: bool, n: int) -> list[Scene]:
     return [replace(random_scene(rng, 1 + i % 4), style=style, texture=texture()) for i in range(n)]
 
 
-# ---- the pictures ------------------------------------------------------------------------------
+# ---- the images ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape,size,style", LOOKS)

@@ -158,7 +158,7 @@ def test_all_wordings_of_a_meaning_are_on_one_side():
         turned = opposite.get(relation) or next(k for k, v in opposite.items() if v == relation)
         scene = canonical_scene(ex.wanted | {"objects": objects[::-1], "relation": turned})
         assert replace(ex, scenes=(scene,)).unseen == ex.unseen
-    for kind in ("single", "colours", "two", "counting"):  # named or left open: the same picture
+    for kind in ("single", "colours", "two", "counting"):  # named or left open: the same image
         for ex in draw("generate", kind, 40) + draw("generate", kind, 10, unseen=True):
             named = ex.wanted | {"background": ex.scenes[0].background}
             named["objects"] = [
@@ -429,7 +429,7 @@ def test_both_ways_of_an_edit_are_asked_for_alike():
 @pytest.mark.parametrize("task", MAKERS)
 def test_messages_follow_the_official_format(task):
     for ex in draw(task, None, 60):
-        turns = len(ex.messages) // 2  # questions come several about one picture
+        turns = len(ex.messages) // 2  # questions come several about one image
         assert 1 <= turns <= {"understand": TURNS, "talk": 3}.get(task, 1)
         assert [m["role"] for m in ex.messages] == ["user", "assistant"] * turns
         joined = "".join(m["content"] for m in ex.messages)
@@ -520,7 +520,7 @@ def test_a_conversation_goes_on_about_the_latest_picture(zh):
     turns, edits, unseen = [], 0, draw("talk", None, 30, unseen=True, zh=zh)
     for ex in draw("talk", None, 200, zh=zh) + unseen:
         scenes, seen = list(ex.scenes), ex.kind == "understand"
-        at = 0 if ex.kind == "generate" else 1  # of the first picture that is made
+        at = 0 if ex.kind == "generate" else 1  # of the first image that is made
         turns.append(len(ex.messages) // 2)
         for user, reply in zip(ex.messages[::2], ex.messages[1::2], strict=True):
             text, said = user["content"], reply["content"]
@@ -529,7 +529,7 @@ def test_a_conversation_goes_on_about_the_latest_picture(zh):
                 continue
             assert "<image>" not in text
             scene = scenes[at - 1]
-            if not seen:  # said once of each picture, from a second look
+            if not seen:  # said once of each image, from a second look
                 sees, said = said.split("。" if zh else ". ", 1)
                 assert read_caption(sees)[0] == {o.key for o in scene.objects}
             seen = True

@@ -130,7 +130,7 @@ main(sys.argv[1:])
 
 
 def test_the_same_bytes_from_a_second_process_without_a_network(tmp_path):
-    """The shipped model; the second process draws as the first one's picture says."""
+    """The shipped model; the second process draws as the first one's image says."""
     place = {"cwd": tmp_path, "env": {"PYTHONPATH": str(ROOT)}}
     options = ["--seed", "5", "--steps", "2", "--cfg", "2", "--max_new_tokens", "40", "-o", "a.png"]
     first = python("-m", "nexus_min", "generate", "a red star", *options, **place)
@@ -197,7 +197,7 @@ main(sys.argv[1:])
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_memory_that_really_ends(tmp_path):
-    """60 MB more than a small picture took: a large one fails with advice, the next is drawn."""
+    """60 MB more than a small image took: a large one fails with advice, the next is drawn."""
     place = {"cwd": tmp_path, "env": {"PYTHONPATH": str(ROOT)}}
     large = {"task": "generate", "prompt": "a red circle", "height": 512, "width": 512}
     items = [large, {"task": "generate", "prompt": "a red circle"}]

@@ -1,8 +1,8 @@
 """`python -m nexus_min app`: draw, edit, ask and talk in a browser.
 
-One model for all visitors, one task at a time, a queue before it; pictures appear while they are
+One model for all visitors, one task at a time, a queue before it; images appear while they are
 sampled, and Stop ends a task between two steps. What the buttons do, and how much a visitor can ask
-for, is in `page_tasks`; pictures are uploaded, never fetched from an address. Needs gradio (6.7 or
+for, is in `page_tasks`; images are uploaded, never fetched from an address. Needs gradio (6.7 or
 newer), imported when the page is built. Official counterpart: `app.py` of modelscope/Nexus-Gen.
 """
 
@@ -17,8 +17,8 @@ from ..chat import KEEP
 from ..pipeline import NexusGen
 from .page_tasks import Limits, Tasks
 
-CSS = ".picture img { width: 100%; height: 100%; object-fit: contain }"
-PIXELS = ".picture img { image-rendering: pixelated }"  # of a small picture
+CSS = ".image img { width: 100%; height: 100%; object-fit: contain }"
+PIXELS = ".image img { image-rendering: pixelated }"  # of a small image
 FONT = ["system-ui", "sans-serif"]  # nothing comes from elsewhere
 
 
@@ -44,7 +44,7 @@ def uploaded(path: str) -> str:
     except (OSError, TypeError, ValueError):  # no path at all, a NUL in it, too long a name
         good = False
     if not good:
-        raise gr.Error("pictures are uploaded, not read from an address or a path")
+        raise gr.Error("images are uploaded, not read from an address or a path")
     return path
 
 
@@ -55,7 +55,7 @@ def build(model: NexusGen, limits: Limits) -> Any:
 
     def upload(label: str) -> Any:
         """An image input that takes files from the browser only, opened by `load_image` alone."""
-        look = {"height": 240, "elem_classes": "picture", "buttons": []}
+        look = {"height": 240, "elem_classes": "image", "buttons": []}
         image = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], **look)
         move = image.async_move_resource_to_block_cache
 
@@ -90,8 +90,8 @@ def build(model: NexusGen, limits: Limits) -> Any:
             return gr.Button(name, variant="primary"), gr.Button("Stop")
 
     def results(*more: str) -> list:
-        look = {"height": 360, "elem_classes": "picture", "buttons": ["download", "fullscreen"]}
-        picture = gr.Image(label="Picture", format="png", **look)  # above the words
+        look = {"height": 360, "elem_classes": "image", "buttons": ["download", "fullscreen"]}
+        picture = gr.Image(label="Image", format="png", **look)  # above the words
         return [picture, *[gr.Textbox(label=label) for label in (*more, "Made with")]]
 
     def wire(pressed, task, inputs: list, outputs: list, text) -> Any:
@@ -101,7 +101,7 @@ def build(model: NexusGen, limits: Limits) -> Any:
         return run
 
     with gr.Blocks(title="nexus_min", analytics_enabled=False) as page:
-        gr.Markdown("# nexus_min\nDraw, edit and ask about pictures, or talk about them.")
+        gr.Markdown("# nexus_min\nDraw, edit and ask about images, or talk about them.")
         with gr.Tab("Draw"), gr.Row():
             with gr.Column():
                 text, numbers, go = gr.Textbox(label="Prompt"), form(), buttons("Draw")
@@ -116,7 +116,7 @@ def build(model: NexusGen, limits: Limits) -> Any:
                 wire(go, tasks.edit, [source, text, decoder, *numbers], results("Reply"), text)
         with gr.Tab("Ask"), gr.Row():
             with gr.Column():
-                seen, text = upload("Picture to ask about"), gr.Textbox(label="Question")
+                seen, text = upload("Image to ask about"), gr.Textbox(label="Question")
                 go = buttons("Ask")
             with gr.Column():
                 wire(go, tasks.ask, [seen, text], [gr.Textbox(label="Answer")], text)
@@ -127,8 +127,8 @@ def build(model: NexusGen, limits: Limits) -> Any:
                 text = gr.Textbox(label="Message")
                 go, new = buttons("Send"), gr.Button("New conversation")
             with gr.Column():
-                outputs, added = [chat, history, *results()], upload("Show a picture")
-                keep = gr.Radio(list(KEEP), value="predicted", label="A drawn picture is kept as")
+                outputs, added = [chat, history, *results()], upload("Show an image")
+                keep = gr.Radio(list(KEEP), value="predicted", label="A drawn image is kept as")
                 sent = wire(go, tasks.talk, [chat, text, added, keep, *form()], outputs, text)
                 sent.success(lambda: ("", None), None, [text, added])  # said and shown once
                 gr.on([new.click, history.clear], lambda: (None, [], None, ""), None, outputs)

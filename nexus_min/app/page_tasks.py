@@ -1,6 +1,6 @@
 """What visitors of the web page can ask for: the four tasks as generators, and their limits.
 
-Knows nothing of the page: values of a form in, pictures, words and facts out, as they come. Every
+Knows nothing of the page: values of a form in, images, words and facts out, as they come. Every
 mistake of a visitor is a ValueError that may be shown to him.
 """
 
@@ -18,11 +18,11 @@ from PIL import Image
 from ..chat import Chat
 from ..images import load_image
 from ..pipeline import NexusGen
-from ..sampling import Sampling
+from ..sampling import SamplingParams
 from ..tokenizer import IMAGE
 
-PREVIEWS = 8  # pictures shown while one is sampled
-SIGN = "[picture] "  # where one stands in what is shown of a conversation
+PREVIEWS = 8  # images shown while one is sampled
+SIGN = "[image] "  # where one stands in what is shown of a conversation
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,20 @@ class Tasks:
         return form | {"max_new_tokens": self.limits.tokens}
 
     def draw(self, prompt: str, *form) -> Iterator[tuple[Any, str, str]]:
-        """A prompt -> (picture, what the model says to it, facts)."""
+        """A prompt -> (image, what the model says to it, facts)."""
         yield from self.watch(
             self.model.generate_steps(prompt or "", **self.options(prompt, *form))
         )
 
     def edit(self, image, instruction: str, decoder: str, *form) -> Iterator[tuple[Any, str, str]]:
-        """A picture and an instruction -> (picture, what the model says to it, facts)."""
+        """An image and an instruction -> (image, what the model says to it, facts)."""
         if image is None:
-            raise ValueError("upload a picture first")
+            raise ValueError("upload an image first")
         options = self.options(instruction, *form) | {"decoder": decoder}
         yield from self.watch(self.model.edit_steps(opened(image), instruction or "", **options))
 
     def ask(self, image, question: str) -> Iterator[str]:
-        """A picture, or none, and a question -> the answer."""
+        """An image, or none, and a question -> the answer."""
         self.options(question, 0, 0, 0, 0)
         tokens, seen = self.limits.tokens, opened(image) if image else None
         yield self.model.understand(seen, question or "", max_new_tokens=tokens)
@@ -78,12 +78,12 @@ class Tasks:
     def talk(
         self, chat: Chat | None, text: str, image, keep: str, *form
     ) -> Iterator[tuple[Chat, list[dict], Any, str]]:
-        """A turn -> (conversation, what is shown of it, the latest picture, facts)."""
+        """A turn -> (conversation, what is shown of it, the latest image, facts)."""
         options = self.options(text, *form)
         if chat is None or chat.keep != keep:
             chat = self.model.chat(keep=keep, max_new_tokens=options["max_new_tokens"])
         options.pop("max_new_tokens")
-        chat.sampling = Sampling(**options)
+        chat.sampling = SamplingParams(**options)
         past = [m | {"content": m["content"].replace(IMAGE, SIGN)} for m in chat.messages]
         past.append({"role": "user", "content": (SIGN if image else "") + (text or "")})
         events = chat.say(text or "", [opened(image)] if image else [])
@@ -93,7 +93,7 @@ class Tasks:
             yield chat, [*past, {"role": "assistant", "content": said}], latest, facts
 
     def watch(self, events: Iterator) -> Iterator[tuple[Any, str, str]]:
-        """(picture so far, text so far, facts) whenever one of them is new."""
+        """(image so far, text so far, facts) whenever one of them is new."""
         image, text, facts, every, start = None, "", "", 1, time.perf_counter()
         place = self.model.placement  # the autoencoder may visit only where it displaces nothing
         previews = place is None or place.profile == "resident"
@@ -115,7 +115,7 @@ class Tasks:
 
 
 def opened(path: str) -> Image.Image:
-    """An uploaded picture. ValueError, without the place where the upload lies, if it is none."""
+    """An uploaded image. ValueError, without the place where the upload lies, if it is none."""
     try:
         return load_image(path)
     except ValueError as error:

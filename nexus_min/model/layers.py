@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul_(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up; in place of both where no gradient needs them: large arrays cost time."""
     if torch.is_grad_enabled():
         return F.silu(gate) * up
@@ -39,4 +39,4 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(silu_mul_(self.gate_proj(x), self.up_proj(x)))

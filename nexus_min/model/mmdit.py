@@ -165,7 +165,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 # ---- attention ---------------------------------------------------------------------------------
 
 
-class HeadNorm(nn.Module):
+class RMSNormScale(nn.Module):
     """RMSNorm over the head dimension; the released files call its weight `scale`."""
 
     def __init__(self, dim: int):
@@ -178,8 +178,8 @@ class QKNorm(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.query_norm = HeadNorm(dim)
-        self.key_norm = HeadNorm(dim)
+        self.query_norm = RMSNormScale(dim)
+        self.key_norm = RMSNormScale(dim)
 
     def forward(self, qk: Tensor) -> Tensor:
         scale = torch.stack((self.query_norm.scale, self.key_norm.scale))

@@ -1,7 +1,7 @@
 """Image embeddings -> context tokens of the MMDiT, one projector for each decoder.
 
 Generation: a two-layer MLP maps the 81 embeddings one by one (paper, figure 1 c). Editing: a joint
-attention layer lets the 81 target embeddings and the 324 of the source picture see each other, then
+attention layer lets the 81 target embeddings and the 324 of the source image see each other, then
 an MLP maps all 405 (figure 1 d). Their output takes the place of FLUX's T5 states.
 
 Official classes: the `adapter` of Nexus-Gen's generation decoder, `ImageEmbeddingMerger` of its

@@ -90,17 +90,17 @@ def apply_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin [B, 1, N, D/2]. A CPU multiplies complex numbers in one pass; `torch.compile`, for
     GPUs, fuses sums of real numbers only.
     """
-    turn = turn_complex if x.device.type == "cpu" else turn_real
+    turn = rotate_complex if x.device.type == "cpu" else rotate_real
     return turn(x.float(), cos, sin).to(x.dtype)
 
 
-def turn_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each pair of x [..., D], as a complex number, times e^(i angle); cos, sin [..., D/2]."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
 
 
-def turn_real(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate_real(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same in real numbers. Whole rows are multiplied: faster than every second channel."""
     cos, sin = (r.repeat_interleave(2, dim=-1) for r in (cos, sin))
     a, b = rearrange(x, "... (d two) -> two ... d", two=2)

@@ -24,13 +24,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from nexus_min.config import VisionConfig
-from nexus_min.model.layers import RMSNorm, SwiGLU, gated
+from nexus_min.model.layers import RMSNorm, SwiGLU, silu_mul_
 from nexus_min.model.rope import apply_rope_half, vision_cos_sin
 
 Grid = Sequence[Sequence[int]]  # (t, h, w) of every image, in patches before merging
 
 
-class Segments(NamedTuple):
+class WindowSegments(NamedTuple):
     """Runs of consecutive tokens that attend to each other only, gathered by their length."""
 
     lengths: tuple[int, ...]  # the distinct lengths
@@ -38,15 +38,15 @@ class Segments(NamedTuple):
     restore: Tensor | None  # undoes the concatenation of `rows`
 
 
-class Layout(NamedTuple):
+class WindowLayout(NamedTuple):
     """All of a call that depends on the grids alone; tokens in window order."""
 
     order: Tensor  # [N] natural index of the units in window order
     restore: Tensor  # [N] its inverse
     cos: Tensor  # [P, 1, D] fp32
     sin: Tensor  # [P, 1, D] fp32
-    windows: Segments
-    images: Segments
+    windows: WindowSegments
+    images: WindowSegments
 
 
 def grid_tuple(grid_thw: Tensor | Grid, merge: int = 2) -> tuple[tuple[int, int, int], ...]:
@@ -71,7 +71,7 @@ def frame_runs(grid: Grid) -> list[tuple[tuple[int, int], int]]:
     return [(size, len(list(run))) for size, run in groupby(frames)]
 
 
-def raster(h: int, w: int) -> Tensor:
+def grid_coords(h: int, w: int) -> Tensor:
     """(row, column) of every cell, row by row: [h, w, 2]."""
     axes = torch.arange(h, device="cpu"), torch.arange(w, device="cpu")
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
@@ -81,7 +81,7 @@ def patch_positions(grid: Grid, merge: int = 2) -> Tensor:
     """(row, column) of all patches in natural order: [P, 2]; official `rot_pos_emb`."""
     positions = []
     for (h, w), count in frame_runs(grid):
-        frame = rearrange(raster(h, w), "(h i) (w j) a -> (h w i j) a", i=merge, j=merge)
+        frame = rearrange(grid_coords(h, w), "(h i) (w j) a -> (h w i j) a", i=merge, j=merge)
         positions.append(frame.repeat(count, 1))
     return torch.cat(positions)
 
@@ -97,7 +97,7 @@ def window_index(grid_thw: Tensor | Grid, config: VisionConfig) -> tuple[Tensor,
     index, lengths, start = [], [], 0
     for (h, w), count in frame_runs(grid_tuple(grid_thw, merge)):
         h, w = h // merge, w // merge
-        row, column = (raster(h, w) // side).unbind(-1)
+        row, column = (grid_coords(h, w) // side).unbind(-1)
         order = (row * w + column).flatten().argsort(stable=True)  # sort by number of the window
         starts = start + h * w * torch.arange(count, device="cpu")
         index.append((starts[:, None] + order).flatten())
@@ -108,20 +108,20 @@ def window_index(grid_thw: Tensor | Grid, config: VisionConfig) -> tuple[Tensor,
     return torch.cat(index), tuple(lengths)
 
 
-def make_segments(lengths: Sequence[int], device: torch.device) -> Segments:
+def make_segments(lengths: Sequence[int], device: torch.device) -> WindowSegments:
     """Group consecutive runs of `lengths` tokens by their length."""
     distinct = tuple(sorted(set(lengths)))
     if len(distinct) == 1:
-        return Segments(distinct, (), None)
+        return WindowSegments(distinct, (), None)
     token_length = torch.tensor([n for n in lengths for _ in range(n)], device="cpu")
     restore = token_length.argsort(stable=True)  # tokens of the shortest segments come first
     sizes = [n * lengths.count(n) for n in distinct]
     rows = tuple(part.to(device) for part in restore.split(sizes))
-    return Segments(distinct, rows, restore.argsort().to(device))
+    return WindowSegments(distinct, rows, restore.argsort().to(device))
 
 
 @lru_cache(maxsize=16)
-def make_layout(grid: Grid, config: VisionConfig, device: torch.device) -> Layout:
+def make_layout(grid: Grid, config: VisionConfig, device: torch.device) -> WindowLayout:
     """Pure function of the grids, remembered: a training loop over one size computes it once."""
     head_dim = config.hidden_size // config.num_heads
     images = tuple(h * w for t, h, w in grid for _ in range(t))
@@ -130,7 +130,7 @@ def make_layout(grid: Grid, config: VisionConfig, device: torch.device) -> Layou
         positions = patch_positions(grid, config.spatial_merge_size)
         positions = rearrange(positions, "(N m) a -> N m a", N=len(order))[order].flatten(0, 1)
         cos, sin = vision_cos_sin(positions, head_dim)
-        return Layout(
+        return WindowLayout(
             order=order.to(device),
             restore=order.argsort().to(device),
             cos=cos.unsqueeze(1).to(device),
@@ -146,7 +146,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
     return rearrange(F.scaled_dot_product_attention(q, k, v), "B H L D -> (B L) (H D)")
 
 
-def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: WindowSegments) -> Tensor:
     """Attention within segments, one call for each distinct length: [N, H, D] -> [N, H*D]."""
     if segments.restore is None:
         return attend(q, k, v, segments.lengths[0])
@@ -177,7 +177,7 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: WindowSegments) -> Tensor:
         heads = rearrange(self.qkv(x), "N (H D) -> N H D", H=3 * self.num_heads)
         qk, v = heads.split([2 * self.num_heads, self.num_heads], dim=1)
         qk = apply_rope_half(qk.float(), cos, sin).to(v.dtype)  # q and k turn together, in fp32
@@ -199,7 +199,7 @@ class VisionMLP(SwiGLU):
             torch.addmm(linear.bias[:, None], linear.weight, columns)
             for linear in (self.gate_proj, self.up_proj)
         )
-        return self.down_proj(gated(gate, up).T)[: len(x)]
+        return self.down_proj(silu_mul_(gate, up).T)[: len(x)]
 
 
 class VisionBlock(nn.Module):
@@ -212,7 +212,7 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(config.hidden_size, config.num_heads)
         self.mlp = VisionMLP(config.hidden_size, config.intermediate_size, bias=True)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: WindowSegments) -> Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, segments)
         return x + self.mlp(self.norm2(x))
 
@@ -262,7 +262,7 @@ class QwenViT(nn.Module):
         """Every intermediate of `forward` by name, see `stages`."""
         return dict(self.stages(pixel_values, self.layout(pixel_values, grid_thw)))
 
-    def stages(self, pixel_values: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    def stages(self, pixel_values: Tensor, layout: WindowLayout) -> Iterator[tuple[str, Tensor]]:
         """The forward pass, one (name, tensor) after the other.
 
         `patch_embed` [P, C] in natural order; `block0`... [P, C] and `merger` [P/4, out] in window
@@ -280,7 +280,7 @@ class QwenViT(nn.Module):
         yield "merger", x
         yield "merged", x.index_select(0, layout.restore)
 
-    def layout(self, pixel_values: Tensor, grid_thw: Tensor | Grid) -> Layout:
+    def layout(self, pixel_values: Tensor, grid_thw: Tensor | Grid) -> WindowLayout:
         """Window order, RoPE and segments of the grids, once they agree with the pixel rows."""
         grid = grid_tuple(grid_thw, self.config.spatial_merge_size)
         shape = (sum(t * h * w for t, h, w in grid), self.patch_embed.proj.weight[0].numel())

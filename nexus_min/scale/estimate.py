@@ -47,11 +47,11 @@ class Sample(NamedTuple):
     tokens: int  # all that the decoder reads
     learned: int  # of text
     slots: int
-    sides: tuple[int, ...]  # of its pictures, in patches
+    sides: tuple[int, ...]  # of its images, in patches
 
 
 def sample_of(kind: str, config: NexusGenConfig) -> Sample:
-    """A line with one picture a turn, the source at the editing decoder's size."""
+    """A line with one image a turn, the source at the editing decoder's size."""
     vision = config.ar.vision
     side, slot_side = config.reference_size // vision.patch_size, config.ar.slot_grid[1]
     sides = {"understand": (side,), "generate": (slot_side,), "edit": (side, slot_side)}[kind]

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from ..model.decoder import DecoderLayer
 from ..model.mmdit import DoubleStreamBlock, SingleStreamBlock
-from ..train.trainer import Run, Stage, agreed, deferred_interrupt, seeded, world
+from ..train.trainer import Run, Stage, broadcast, deferred_interrupt, make_rng, world
 
 BLOCKS = (DecoderLayer, DoubleStreamBlock, SingleStreamBlock)
 # Units of their own: two tables as large as several blocks, and modulations, which are evaluated
@@ -157,7 +157,7 @@ class Trainer:
         """One step on the global batch; its metrics, means over all micro-batches."""
         own, total = range(self.rank, self.count, self.size), 0.0
         for k in own:
-            rng = seeded(self.run.seed, self.stage.name, self.step, k)
+            rng = make_rng(self.run.seed, self.stage.name, self.step, k)
             loss, metrics = self.root(rng, self.step / self.preset.steps)
             (loss / len(own)).backward()
             metrics = {"loss": loss, **metrics}
@@ -292,7 +292,7 @@ def fit(
                 log(run.folder, {"stage": stage.name, "step": trainer.step} | numbers)
             progress.set_postfix(loss=numbers["loss"], refresh=False)
             progress.update()
-            (stop,) = agreed(interrupt.heard)
+            (stop,) = broadcast(interrupt.heard)
             if stop or trainer.step % save_every == 0 or trainer.step == end:
                 trainer.save()
             if stop and trainer.step < end:

@@ -1,4 +1,4 @@
-"""Edits of a scene: instruction, target, and the plan that a reply tells before the picture."""
+"""Edits of a scene: instruction, target, and the plan that a reply tells before the image."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _edit_object(
 def plan(scene: Scene, target: Scene, zh: bool) -> str:
     """What happens to the one object that an edit changes, and where; "" for any other edit.
 
-    Said before the picture, behind what the model sees, it is a question answered: cross entropy
+    Said before the image, behind what the model sees, it is a question answered: cross entropy
     teaches what a phrase means far sooner than the squared error of a few slots does, and the slots
     read the words.
     """

@@ -1,7 +1,7 @@
 """`python -m nexus_min eval`: scores a model in the toy world, on prompts and scenes it never saw.
 
 GenEval's six categories, long captions, questions, edits and reconstruction (the toy forms of the
-paper's tables 2 to 5), each with a 95 % interval. The checker reads every picture back (score.py);
+paper's tables 2 to 5), each with a 95 % interval. The checker reads every image back (score.py);
 nothing is judged by eye or by another model. The official code has no counterpart.
 """
 
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from ..pipeline import NexusGen
-from ..sampling import Sampling
+from ..sampling import SamplingParams
 from ..tokenizer import EDITING_REPLY, GENERATION_REPLY, IMAGE
 from . import geneval, score
 from .edits import EDITS
@@ -102,9 +102,9 @@ def _arrays(pictures: list[Image.Image]) -> np.ndarray:
 def draw(
     model: NexusGen, decoder: str, embeds: torch.Tensor, references, seed: int, **options
 ) -> np.ndarray:
-    """Embeddings [B, N, C] -> pictures uint8 [B, H, W, 3], one batch, one noise a picture."""
+    """Embeddings [B, N, C] -> images uint8 [B, H, W, 3], one batch, one noise an image."""
     scale = 1.0 if decoder == "editing" else model.config.cfg_scale
-    sampling = Sampling(seed=seed, **options).resolve(model.config, scale)
+    sampling = SamplingParams(seed=seed, **options).resolve(model.config, scale)
     shape = sampling.latent_shape(model.config)
     if decoder == "editing":
         refs = torch.cat([model.reference_embeds(p) for p in references])
@@ -117,14 +117,14 @@ def draw(
 
 
 def predict(model: NexusGen, batch: list[Example], fast: bool = False) -> torch.Tensor:
-    """The AR model's embeddings of the pictures that examples ask for: [B, N, C]."""
+    """The AR model's embeddings of the images that examples ask for: [B, N, C]."""
     return replies(model, batch, fast)[1]
 
 
 def replies(
     model: NexusGen, batch: list[Example], fast: bool = False
 ) -> tuple[list[str], torch.Tensor]:
-    """What the AR model says before each picture beyond the usual sentence, and `predict`."""
+    """What the AR model says before each image beyond the usual sentence, and `predict`."""
     texts, rows = [], []
     for ex in batch:
         if ex.task == "edit":
@@ -152,7 +152,7 @@ def file_name(name: str) -> str:
 def score_generation(
     model, kind, zh, n, seed, unseen=True, name="", save=None, **options
 ) -> list[Tally]:
-    """Pictures of prompts of one kind; captions also by number of objects."""
+    """Images of prompts of one kind; captions also by number of objects."""
     cases = examples("generate", kind, zh, n, seed, unseen)
     tallies = {"all": Tally(name, notes={"scenes": len({ex.scenes[0].key for ex in cases})})}
     for number, batch in enumerate(batches(cases)):
@@ -183,7 +183,7 @@ def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list
     """Edits of one kind by the editing decoder; both decoders' L1 outside, where textured.
 
     `told`, where one object changes, is the share whose reply says rightly what will. Outside the
-    edit, `no_texture` is a faultless picture but for the texture, which the source alone shows.
+    edit, `no_texture` is a faultless image but for the texture, which the source alone shows.
     """
     tally, distances = Tally(name), {"editing": [], "generation": [], "no_texture": []}
     told = Tally(name)
@@ -315,7 +315,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--save", type=Path, help="write sample grids (PNG) to this folder")
     parser.add_argument("--prompts", type=Path, help="score these prompts, in GenEval's format")
-    parser.add_argument("--samples", type=int, default=4, help="pictures a prompt of --prompts")
+    parser.add_argument("--samples", type=int, default=4, help="images a prompt of --prompts")
     parser.add_argument(
         "--write_prompts", type=Path, help="only write the toy prompts, in that format"
     )

@@ -1,8 +1,8 @@
-"""GenEval's files for the toy world and for any model: prompts in, pictures and scores out.
+"""GenEval's files for the toy world and for any model: prompts in, images and scores out.
 
 A prompt is a JSON line `{"tag", "include": [{"class", "count", "color", "position"}], "exclude",
-"prompt"}`; pictures lie as GenEval's scorers expect them (`00000/metadata.jsonl`,
-`00000/samples/0000.png`). GenEval (Ghosh et al., 2023) reads pictures with a detector; here the
+"prompt"}`; images lie as GenEval's scorers expect them (`00000/metadata.jsonl`,
+`00000/samples/0000.png`). GenEval (Ghosh et al., 2023) reads images with a detector; here the
 checker of the toy world does, for prompts of that world. Others are drawn and left to an outside
 scorer, their `correct` null. The overall score is the mean over categories, as GenEval's.
 """
@@ -137,7 +137,7 @@ def judge(scene: Scene, line: dict) -> str:
 
 
 def verdict(picture: np.ndarray, line: dict) -> dict:
-    """`correct` and `reason` of a picture uint8 [H, W, 3]; null where the checker cannot tell."""
+    """`correct` and `reason` of an image uint8 [H, W, 3]; null where the checker cannot tell."""
     if not in_toy_world(line) or picture.shape[:2] != (CANVAS, CANVAS):
         reason = "not of the toy world, or not of its size: left to an outside scorer"
         return {"correct": None, "reason": reason}
@@ -147,7 +147,7 @@ def verdict(picture: np.ndarray, line: dict) -> dict:
 
 
 def summary(rows: Sequence[dict]) -> dict:
-    """Scores by category and overall (their mean); null without a judged picture."""
+    """Scores by category and overall (their mean); null without a judged image."""
     categories = {}
     for tag in dict.fromkeys(row["tag"] for row in rows):
         judged = [
@@ -160,7 +160,7 @@ def summary(rows: Sequence[dict]) -> dict:
     return {"categories": categories, "overall": sum(rates) / len(rates) if rates else None}
 
 
-# ---- pictures ----------------------------------------------------------------------------------
+# ---- images ----------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -172,9 +172,9 @@ def evaluate(
     progress: bool = False,
     **options,
 ) -> dict:
-    """Draw `samples` pictures of each prompt into `folder` in GenEval's layout, and score them.
+    """Draw `samples` images of each prompt into `folder` in GenEval's layout, and score them.
 
-    Returns `results` (a row a picture: filename, tag, prompt, correct, reason, seed, metadata) and
+    Returns `results` (a row an image: filename, tag, prompt, correct, reason, seed, metadata) and
     what `summary` makes of them.
     """
     items = [

@@ -1,4 +1,4 @@
-"""Pictures of the toy world as tensors, as grids for the eye, and as the checker's verdict."""
+"""Images of the toy world as tensors, as grids for the eye, and as the checker's verdict."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..model.vision import QwenViT
 from . import score
 from .world import OUTLINES, Scene, held_out, random_scene
 
-DETAIL = 0.4  # share of textured pictures in the base stages
+DETAIL = 0.4  # share of textured images in the base stages
 
 
 def to_unit(images: list[np.ndarray]) -> Tensor:
-    """uint8 pictures -> [B, 3, H, W] in [0, 1]."""
+    """uint8 images -> [B, 3, H, W] in [0, 1]."""
     return rearrange(torch.from_numpy(np.stack(images)), "B h w C -> B C h w").float() / 255
 
 
@@ -49,7 +49,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def save_grid(path: Path, rows: list[np.ndarray], scale: int = 2) -> None:
-    """Write a PNG whose rows are strips of equally many pictures uint8 [n, H, W, 3]."""
+    """Write a PNG whose rows are strips of equally many images uint8 [n, H, W, 3]."""
     image = Image.fromarray(np.concatenate([rearrange(r, "n h w C -> h (n w) C") for r in rows]))
     path.parent.mkdir(parents=True, exist_ok=True)
     image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
@@ -76,19 +76,19 @@ def scenes(
 
 
 def embed_views(visual: QwenViT, images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
-    """Pictures [B, 3, H, W] in [0, 1] -> image embeddings [B, N, C] of their view at `size` px."""
+    """Images [B, 3, H, W] in [0, 1] -> image embeddings [B, N, C] of their view at `size` px."""
     pixels, grid = patchify(resize(images, size, mode))
     tokens = visual(pixels, tuple(map(tuple, grid.tolist())))
     return rearrange(tokens, "(B N) C -> B N C", B=len(images))
 
 
 def exactness(pictures: np.ndarray, wanted: list[Scene]) -> float:
-    """Share of pictures that the checker reads as exactly their scene."""
+    """Share of images that the checker reads as exactly their scene."""
     readings = score.read(pictures)
     return float(np.mean([r.is_exactly(s) for r, s in zip(readings, wanted, strict=True)]))
 
 
 def agreement(drawn: np.ndarray, truth: np.ndarray) -> float:
-    """Share of pictures in which the checker reads the same scene as in the true ones."""
+    """Share of images in which the checker reads the same scene as in the true ones."""
     pairs = zip(score.read(drawn), score.read(truth), strict=True)
     return float(np.mean([a.known and a.scene.key == b.scene.key for a, b in pairs]))

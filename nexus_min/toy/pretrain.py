@@ -1,6 +1,6 @@
 """The base that the paper takes ready-made, at toy width: FLUX's autoencoder, Qwen's tower.
 
-The autoencoder learns to reconstruct pictures; the tower learns to see by *grounding*, since no
+The autoencoder learns to reconstruct images; the tower learns to see by *grounding*, since no
 Qwen weights exist at this size: a head that is thrown away reads every cell of the scene out of the
 image embeddings.
 """
@@ -37,7 +37,7 @@ def init_vae(vae: AutoEncoder) -> AutoEncoder:
 
 
 def crops(rng: np.random.Generator, images: list[np.ndarray], side: int) -> list[np.ndarray]:
-    """A random side x side part of each picture."""
+    """A random side x side part of each image."""
     corners = 4 * rng.integers(0, (64 - side) // 4 + 1, (len(images), 2))
     return [x[r : r + side, c : c + side] for x, (r, c) in zip(images, corners, strict=True)]
 
@@ -45,7 +45,7 @@ def crops(rng: np.random.Generator, images: list[np.ndarray], side: int) -> list
 def vae_stage(vae: AutoEncoder, batch: int) -> Stage:
     """L1 + L2 reconstruction with a whisper of KL; the latent is sampled, so the decoder is robust.
 
-    Quarters of full scenes first: edges are what is hard. Then whole pictures of any number of
+    Quarters of full scenes first: edges are what is hard. Then whole images of any number of
     objects, since a group norm of mostly background is another. Outlines are lost first: more of
     them; with most of them, colours suffer.
     """
@@ -98,7 +98,7 @@ class GroundingHead(nn.Module):
     """Thrown away after pre-training; what it can read is in the embeddings.
 
     One query per cell reads shape, colour, size and jitter out of the image embeddings, two more
-    read background and style; each embedding redraws its own part of the picture: a reference's
+    read background and style; each embedding redraws its own part of the image: a reference's
     with its texture, which the editing decoder takes from there, a target's without. Phrases
     ("red", "small red star") look up the object that they mean, by one attention over content, so
     that a decoder's one attention can. Keys carry no position: where things are must be in the
@@ -173,7 +173,7 @@ def random_phrases(rng: np.random.Generator, batch: list[Scene], n: int) -> Tens
 
 
 def grounding_targets(batch: list[Scene], phrases: Tensor) -> dict[str, Tensor]:
-    """Class ids of each cell [B, 9] (shape 0 = empty, the others -100 there) and picture [B].
+    """Class ids of each cell [B, 9] (shape 0 = empty, the others -100 there) and image [B].
 
     Of each phrase [B, P]: the number of objects that it fits, and what the one is that it means.
     """
@@ -237,7 +237,7 @@ def noised(tokens: Tensor, most: float) -> Tensor:
 def vision_stage(visual: QwenViT, config: NexusGenConfig, batch: int) -> Stage:
     """Grounding at the target's resolution, every fifth batch at the reference's.
 
-    In scenes of up to nine objects: more to learn from a picture.
+    In scenes of up to nine objects: more to learn from an image.
     """
     head = GroundingHead(config.ar.vision.out_hidden_size)
     unit = config.ar.vision.patch_size * config.ar.vision.spatial_merge_size

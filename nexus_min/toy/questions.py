@@ -60,7 +60,7 @@ def spoken(thought: str, answer: str, zh: bool) -> str:
 
 
 def what_is_seen(scene: Scene, zh: bool) -> str:
-    """What is said first of a picture that nothing has been said of."""
+    """What is said first of an image that nothing has been said of."""
     return caption(None, scene, zh) + ("。" if zh else ". ")
 
 

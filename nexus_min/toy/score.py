@@ -1,8 +1,8 @@
-"""The exact checker: reads the scene back out of a picture, and says how sure it is.
+"""The exact checker: reads the scene back out of an image, and says how sure it is.
 
 Every cell is explained as "background plus one coloured template": the colour that leaves the least
 residue, the coverage along the line background -> colour, and the template (shape, size, style,
-half-pixel offset) with the largest Tanimoto overlap. A picture with a cell that none explains is
+half-pixel offset) with the largest Tanimoto overlap. An image with a cell that none explains is
 not `known`, and never exact. On true renderings it is exact (tests/test_toy.py), also under noise.
 It plays GenEval's detector; the official code has no counterpart.
 """
@@ -66,7 +66,7 @@ class Reading:
 
 
 def read_background(images: np.ndarray) -> np.ndarray:
-    """Index into BACKGROUNDS of each picture's commonest one: [B, H, W, 3] -> [B]."""
+    """Index into BACKGROUNDS of each image's commonest one: [B, H, W, 3] -> [B]."""
     palette = np.float32(list(BACKGROUNDS.values()) + list(COLOURS.values()))
     pixels = images.reshape(len(images), -1, 3).astype(np.float32)
     nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
@@ -81,9 +81,9 @@ def _cells(images: np.ndarray) -> np.ndarray:
 
 
 def read(images: np.ndarray) -> list[Reading]:
-    """Read the scenes of pictures uint8 [B, 64, 64, 3]. ValueError on another size."""
+    """Read the scenes of images uint8 [B, 64, 64, 3]. ValueError on another size."""
     if images.ndim != 4 or images.shape[1:] != (CANVAS, CANVAS, 3):
-        raise ValueError(f"pictures must be [B, {CANVAS}, {CANVAS}, 3], got {images.shape}")
+        raise ValueError(f"images must be [B, {CANVAS}, {CANVAS}, 3], got {images.shape}")
     names, backgrounds = list(BACKGROUNDS), read_background(images)
     base = np.float32(list(BACKGROUNDS.values()))[backgrounds][:, None, None, None]
     delta = (_cells(images) - base).reshape(len(images), 9, -1, 3)
@@ -119,7 +119,7 @@ def _match(alpha: np.ndarray, residue: np.ndarray) -> tuple[tuple[str, str, str]
 
 
 def _read_one(delta: np.ndarray, background: str) -> Reading:
-    """Read one picture from its cells' differences from the background: [9, P, 3]."""
+    """Read one image from its cells' differences from the background: [9, P, 3]."""
     colours, coverage, residues = _unmix(delta, background)
     objects, styles, worst = [], set(), 1.0
     for cell, (alpha, residue) in enumerate(zip(coverage, residues, strict=True)):
@@ -138,7 +138,7 @@ def _read_one(delta: np.ndarray, background: str) -> Reading:
 
 
 def l1_outside(picture: np.ndarray, target: np.ndarray, source: np.ndarray) -> float:
-    """Mean |picture - target| in [0, 1] over the pixels that the edit leaves alone.
+    """Mean |image - target| in [0, 1] over the pixels that the edit leaves alone.
 
     All uint8 [H, W, 3]; left alone is where target == source. ValueError when nothing is.
     """

@@ -1,4 +1,4 @@
-"""The three stages of the paper at toy size: what they learn from, their losses, their pictures.
+"""The three stages of the paper at toy size: what they learn from, their losses, their images.
 
 Each `*_stage` returns a `training.Stage` (paper, sections 4.1 to 4.3). The AR loss and the
 rectified-flow loss are the package's own; what is toy here is the data.
@@ -40,7 +40,7 @@ from .pictures import (
 from .tasks import Example, example
 from .world import STYLES, render
 
-POOL = 24_576  # most pictures embedded once for a decoder stage, over all workers
+POOL = 24_576  # most images embedded once for a decoder stage, over all workers
 UND, GEN, EDIT, TALK = "understand", "generate", "edit", "talk"
 MIXTURE = (UND, GEN, GEN, EDIT)  # 1:2:1, pre-training
 FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, GEN, EDIT, TALK)  # more of what takes longest
@@ -55,7 +55,7 @@ COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring th
 
 
 def toy_line(ex: Example) -> dict:
-    """A toy example in the official message-like format, its pictures drawn."""
+    """A toy example in the official message-like format, its images drawn."""
     return {"images": [render(s) for s in ex.scenes], "messages": list(ex.messages)}
 
 
@@ -68,7 +68,7 @@ def ar_batch_loss(
 ) -> ARLoss:
     """`ar_loss` of toy examples, through the reader of the message-like format.
 
-    With `rng`, pictures behind which a conversation goes on are, half of the time, not predicted
+    With `rng`, images behind which a conversation goes on are, half of the time, not predicted
     but read, as a `Chat` reads them.
     """
     b = collate([toy_line(ex) for ex in batch], tokenizer, config)
@@ -132,7 +132,7 @@ def ar_stage(
 def predict_after_reply(
     ar: NexusGenAR, tokenizer: QwenTokenizer, config: NexusGenConfig, batch: list[Example]
 ) -> Tensor:
-    """Embeddings [B, N, C] of the pictures asked for, in one pass behind each example's own reply.
+    """Embeddings [B, N, C] of the images asked for, in one pass behind each example's own reply.
 
     That reply tells rightly what is seen and what will change (teacher forcing);
     `evaluate.predict` lets the model speak for itself.
@@ -168,7 +168,7 @@ def empty_prompt(config: NexusGenConfig, length: int = 8) -> dict[str, Tensor]:
 
 
 class Painter:
-    """Draws batches of pictures from embeddings with the generation decoder, for progress."""
+    """Draws batches of images from embeddings with the generation decoder, for progress."""
 
     def __init__(self, vae, mmdit, adapter, empty: dict, config: NexusGenConfig):
         self.vae, self.mmdit, self.adapter = vae, mmdit, adapter
@@ -193,7 +193,7 @@ def paint(mmdit: MMDiT, context: Context, vae: AutoEncoder, config: NexusGenConf
 
 
 def pool_size(run: Run, per_second: int) -> int:
-    """Pictures that are worth embedding: `per_second` of the stage's budget, at most POOL."""
+    """Images that are worth embedding: `per_second` of the stage's budget, at most POOL."""
     return POOL if run.seconds is None else min(POOL, max(256, int(per_second * run.seconds)))
 
 
@@ -219,7 +219,7 @@ def reconstruction_pool(
     run: Run,
     known: tuple[QwenViT, GenerationAdapter] | None = None,
 ) -> dict[str, Tensor]:
-    """Pictures as `embeds` [n, N, C] and `latents` [n, z, h, w].
+    """Images as `embeds` [n, N, C] and `latents` [n, z, h, w].
 
     Most are outlines, the harder; with two to six objects each teaches more than one of a prompt.
     One in eight is as prompts ask for it: a decoder that had seen no small filled shape alone
@@ -284,7 +284,7 @@ def flow_loss(mmdit: MMDiT, context: Context, x0: Tensor, generator: torch.Gener
     """`rf_loss` at logit-normal times, shifted to noise further than the sampler's are.
 
     Unshifted, one time in twelve lies above 0.8, where the context decides what is drawn: below,
-    the picture shows through the noise, and a decoder learns to read that instead of the context.
+    the image shows through the noise, and a decoder learns to read that instead of the context.
     """
     noise = torch.randn(x0.shape, generator=generator)
     t = time_shift(sample_t(len(x0), generator), TRAINING_SHIFT)
@@ -312,7 +312,7 @@ def generation_stage(
     config: NexusGenConfig,
     batch: int,
 ) -> Stage:
-    """Reconstruct a picture from its embeddings; one batch in ten sees the empty prompt (cfg).
+    """Reconstruct an image from its embeddings; one batch in ten sees the empty prompt (cfg).
 
     An MMDiT that was trained on another tower learns this one's embeddings first through the
     adapter alone, which imitates what the old adapter `said`.

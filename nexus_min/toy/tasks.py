@@ -22,12 +22,12 @@ from .world import Scene, choice, held_out, jittered, random_scene, random_textu
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation with its pictures (as scenes), and what it takes to score the reply."""
+    """One conversation with its images (as scenes), and what it takes to score the reply."""
 
     task: str  # "understand", "generate", "edit", or "talk": several of these
     kind: str  # of CATEGORIES, "caption", QUESTIONS (several joined by "+"), "describe", EDITS
     language: str
-    scenes: tuple[Scene, ...]  # the pictures, in the order of their <image> placeholders
+    scenes: tuple[Scene, ...]  # the images, in the order of their <image> placeholders
     messages: tuple[dict, ...]
     text: str  # the bare prompt, question or instruction
     answer: str = ""  # to the first question, or what an edit's reply says will change, or ""
@@ -62,10 +62,10 @@ def generation_example(rng: np.random.Generator, kind: str, zh: bool, most: int 
 def question_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 4) -> Example:
     """A question of one of QUESTIONS, or "describe", about a random scene (a quarter textured).
 
-    `kind` may name several, joined by "+": asked one after the other about one picture. Before the
+    `kind` may name several, joined by "+": asked one after the other about one image. Before the
     first answer the model says what it sees, and before each what decides it: the object, a verdict
     on each object, two rows or columns, how they lie and what was asked. So what a question means
-    is looked up in words: that is learnt far sooner than finding in a picture what a word means.
+    is looked up in words: that is learnt far sooner than finding in an image what a word means.
     """
     kinds = kind.split("+")
     least = 2 if kinds[0] == "relation" else 1
@@ -115,7 +115,7 @@ def edit_example(
 def talk_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 4) -> Example:
     """A task of one `kind` ("understand", "generate", "edit") and two turns about what came of it.
 
-    These are questions and edits of the latest picture, which is not shown again.
+    These are questions and edits of the latest image, which is not shown again.
     """
     first = MAKERS[kind](rng, _random_kind(rng, kind).split("+")[0], zh, most)
     scenes, messages, said_of = list(first.scenes), list(first.messages), kind == "understand"
@@ -146,7 +146,7 @@ MAKERS = {
 ZH_SHARE = 0.4
 TURNS = 4  # most questions in a conversation
 QUESTION_SHARES = np.array([3, 4, 4, 1, 4, 4, 1, 5]) / 26  # what is hard is asked often
-TELLS = 0.9  # of the replies to an edit say what is seen, and what will change, before the picture
+TELLS = 0.9  # of the replies to an edit say what is seen, and what will change, before the image
 # what refers to an object takes longest to learn
 EDIT_SHARES = np.array([5, 3, 3, 4, 1, 3, 1]) / 20
 
@@ -174,7 +174,7 @@ def example(
 def _random_kind(rng: np.random.Generator, task: str) -> str:
     if task == "generate":
         return choice(rng, CATEGORIES) if rng.random() < 0.4 else "caption"
-    if task == "understand":  # several turns about one picture: more answers for the same work
+    if task == "understand":  # several turns about one image: more answers for the same work
         if rng.random() < 0.2:
             return "describe"
         return "+".join(rng.choice(QUESTIONS, TURNS, p=QUESTION_SHARES))

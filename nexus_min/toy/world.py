@@ -2,9 +2,9 @@
 
 A scene is one to four shapes (more where the model only looks) on a 3x3 grid of cells, over a plain
 background; it is filled or an outline drawing. Two things are random and named by no caption: the
-sub-cell jitter of every object, and, in *detailed* pictures, a faint background texture with its
+sub-cell jitter of every object, and, in *detailed* images, a faint background texture with its
 own angle, period and phase. They are what an editing decoder has to carry over from the source
-picture (paper, section 4.3). The nine cells do not line up with the 4x4 grid of image slots, so no
+image (paper, section 4.3). The nine cells do not line up with the 4x4 grid of image slots, so no
 slot owns an object. It stands in for the paper's image corpora; the official code has no
 counterpart.
 """
@@ -77,7 +77,7 @@ class Texture:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture of the toy world."""
+    """An image of the toy world."""
 
     objects: tuple[Object, ...]
     background: str = "white"

@@ -152,7 +152,7 @@ def read_line(text: bytes) -> tuple[Any, list[str]]:
 
 
 def check_file(path: Path, config: NexusGenConfig, tokenizer: QwenTokenizer) -> list[str]:
-    """Every mistake of a file, pictures that cannot be read and overlong lines included.
+    """Every mistake of a file, images that cannot be read and overlong lines included.
 
     Each is "file:line: field and cause". OSError when the file itself cannot be read.
     """
@@ -168,7 +168,7 @@ def check_file(path: Path, config: NexusGenConfig, tokenizer: QwenTokenizer) -> 
 def content_mistakes(
     line: dict, folder: Path, config: NexusGenConfig, tokenizer: QwenTokenizer
 ) -> Iterator[str]:
-    """What is wrong with the pictures of a well-formed line, or with its length."""
+    """What is wrong with the images of a well-formed line, or with its length."""
     images, wrong = [find_image(name, folder) for name in line.get("images", [])], False
     for i, image in enumerate(images):
         try:
@@ -191,7 +191,7 @@ def image_roles(messages: Sequence[dict]) -> Iterator[str]:
 
 
 def image_views(line: dict, config: NexusGenConfig) -> list[Image.Image]:
-    """The pictures of a line as the vision tower sees them: targets cropped, others bounded."""
+    """The images of a line as the vision tower sees them: targets cropped, others bounded."""
     vision = config.ar.vision
     bounds = (vision.patch_size * vision.spatial_merge_size, config.min_pixels, config.max_pixels)
     return [
@@ -203,7 +203,7 @@ def image_views(line: dict, config: NexusGenConfig) -> list[Image.Image]:
 
 
 def patch_rows(views: list[Image.Image], vision: VisionConfig) -> tuple[Tensor, Tensor]:
-    """(pixel_values, image_grid_thw) of any number of pictures, none included."""
+    """(pixel_values, image_grid_thw) of any number of images, none included."""
     sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     if views:
         return to_patches(views, *sizes)

@@ -1,7 +1,7 @@
 """Fine-tuning on one's own data: the paper's three stages over a file in the message-like format.
 
 The AR model learns understanding, generation and editing in a ratio (1:2:1 in the paper, sections
-4.1 and table 4) with the vision tower frozen; the generation decoder reconstructs the pictures that
+4.1 and table 4) with the vision tower frozen; the generation decoder reconstructs the images that
 assistants show from their own embeddings (4.2); the editing decoder learns from embeddings that the
 AR model *predicts*, and the source's (4.3). Losses: `ar_loss`, `rf_loss`. Official counterparts:
 `train_autoregressive_model.sh`, `prepare_embeddataset_for_{gen,edit}.py`, the decoders' configs.
@@ -54,7 +54,7 @@ ADAMW_ONLY = ("img_in", "final_layer", "time_in", "vector_in", "guidance_in")
 
 
 def kind_of(line: dict) -> str:
-    """One of `KINDS`: without a picture of the assistant; with one; with one after the user's."""
+    """One of `KINDS`: without an image of the assistant; with one; with one after the user's."""
     roles = list(image_roles(line["messages"]))
     if "assistant" not in roles:
         return "understand"
@@ -83,14 +83,14 @@ class Mixture:
 
 
 def embed(ar: NexusGenAR, views: list) -> Tensor:
-    """Equal-sized pictures -> image embeddings [B, N, C]."""
+    """Equal-sized images -> image embeddings [B, N, C]."""
     pixels, grid = to_patches(views)
     tokens = ar.visual(pixels.to(ar.visual.patch_embed.proj.weight), grid)
     return tokens.view(len(views), -1, tokens.shape[-1])
 
 
 def latents_of(vae: AutoEncoder, image, config: NexusGenConfig) -> Tensor:
-    """The centre square of a picture as latents [z, h, w]."""
+    """The centre square of an image as latents [z, h, w]."""
     side = config.image_size
     x = to_latent_image(center_crop_view(image, side), side, side)
     return vae.encode(x.to(vae.decoder.conv_in.weight))[0]
@@ -98,7 +98,7 @@ def latents_of(vae: AutoEncoder, image, config: NexusGenConfig) -> Tensor:
 
 @torch.no_grad()
 def generation_sample(ar: NexusGenAR, vae: AutoEncoder, config: NexusGenConfig, image) -> dict:
-    """A picture's own `embeds` [N, C] and `latents` [z, h, w]."""
+    """An image's own `embeds` [N, C] and `latents` [z, h, w]."""
     image = load_image(image)
     embeds = embed(ar, [center_crop_view(image, config.target_size)])[0]
     return {"embeds": embeds, "latents": latents_of(vae, image, config)}
@@ -108,7 +108,7 @@ def generation_sample(ar: NexusGenAR, vae: AutoEncoder, config: NexusGenConfig, 
 def editing_sample(
     ar: NexusGenAR, vae: AutoEncoder, tokenizer: QwenTokenizer, config: NexusGenConfig, line: dict
 ) -> dict:
-    """Predicted `embeds` of a line's first target, `refs` [M, C] of the picture before it."""
+    """Predicted `embeds` of a line's first target, `refs` [M, C] of the image before it."""
     first = list(image_roles(line["messages"])).index("assistant")
     source, target = (load_image(line["images"][i]) for i in (first - 1, first))
     refs = embed(ar, [reference_view(source, config.reference_size)])[0]
@@ -169,7 +169,7 @@ def generation_stage(
     batch: int,
     official: bool = False,
 ) -> Stage:
-    """Reconstruct a picture from its embeddings; some batches see the empty prompt instead, but
+    """Reconstruct an image from its embeddings; some batches see the empty prompt instead, but
     for the official recipe."""
 
     def context(rng, rows):
@@ -268,7 +268,7 @@ def train_generation_decoder(folder: Any, own: Own, run: Run, fit: Fit = fit) ->
 
 
 def generation_samples(folder: Any, own: Own, run: Run) -> Shards:
-    """The embeddings and latents of all pictures of assistants; the models that make them go."""
+    """The embeddings and latents of all images of assistants; the models that make them go."""
     config, ar, vae = folder.config, folder.ar(), folder.vae()
     pictures = [
         {"images": [image], "where": line["where"]}

@@ -198,7 +198,7 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def agreed(*values: float) -> list[float]:
+def broadcast(*values: float) -> list[float]:
     """The values of process 0, so that all processes take the same decisions."""
     if world()[1] == 1:
         return list(values)
@@ -207,7 +207,7 @@ def agreed(*values: float) -> list[float]:
     return numbers.tolist()
 
 
-def average_over_ranks(*numbers: Tensor) -> None:
+def all_reduce_mean_(*numbers: Tensor) -> None:
     """Average tensors in place over processes."""
     _, size = world()
     if size > 1:
@@ -216,7 +216,7 @@ def average_over_ranks(*numbers: Tensor) -> None:
             x /= size
 
 
-def seeded(seed: int, stage: str, step: int, part: int) -> np.random.Generator:
+def make_rng(seed: int, stage: str, step: int, part: int) -> np.random.Generator:
     """The generator of a part of a step's batch; torch's own is seeded from it."""
     rng = np.random.default_rng([seed, zlib.crc32(stage.encode()), step, part])
     torch.manual_seed(int(rng.integers(2**62)))
@@ -321,7 +321,7 @@ def row_blocks(matrix: nn.Parameter) -> list[nn.Parameter]:
 
 
 @lru_cache(maxsize=1)
-def bf16_pays() -> bool:
+def bf16_is_faster() -> bool:
     """Whether this CPU multiplies matrices at least twice as fast in bf16 as in fp32: measured.
 
     On one thread and by the best of many: others may use the machine.
@@ -375,7 +375,7 @@ def fit(stage: Stage, run: Run) -> dict:
     """
     trainer = Trainer(stage, run)
     if not trainer.schedule.finished:
-        with deferred_interrupt() as interrupt, trainer.bar, trainer.telling_what_is_kept():
+        with deferred_interrupt() as interrupt, trainer.bar, trainer.mention_checkpoint():
             trainer.train(interrupt)
             trainer.finish()
         if interrupt.heard:
@@ -396,7 +396,7 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters]
         self.gradient = flat_gradient(self.parameters)
         self.optimizers = make_optimizers(stage)
-        seconds = None if run.seconds is None else agreed(max(1.0, run.seconds - run.spent))[0]
+        seconds = None if run.seconds is None else broadcast(max(1.0, run.seconds - run.spent))[0]
         self.schedule = Schedule(seconds, run.steps)
         self.metrics: dict[str, float] = {}  # the latest of each name
         self.window: list[dict[str, float]] = []  # of the steps since the last report
@@ -408,7 +408,7 @@ class Trainer:
         self.bar = tqdm(desc=stage.name, disable=silent, smoothing=0, **start)
 
     @contextmanager
-    def telling_what_is_kept(self) -> Iterator[None]:
+    def mention_checkpoint(self) -> Iterator[None]:
         """Within, what fails to be written or read also says what became of the work."""
         try:
             yield
@@ -423,10 +423,10 @@ class Trainer:
             numbers = self.take_step()
             if self.rank == 0:
                 self.window.append(numbers)
-            elapsed, stop = agreed(time.perf_counter() - start, interrupt.heard)
+            elapsed, stop = broadcast(time.perf_counter() - start, interrupt.heard)
             self.schedule.tick(elapsed)
             if self.rank == 0:
-                self.write_what_is_due(bool(stop))
+                self.log_and_checkpoint(bool(stop))
             if stop and not self.schedule.finished:
                 raise KeyboardInterrupt
 
@@ -445,22 +445,22 @@ class Trainer:
 
     def gradients(self) -> dict[str, float]:
         """Fill the gradients with those of one batch over all processes; its metrics."""
-        rng = self.seeded()
+        rng = self.make_rng()
         with mixed_precision(self.run.bf16):
             loss, metrics = self.stage.loss(rng, self.schedule.progress)
         self.gradient.zero_()
         loss.backward()
         metrics = {"loss": loss, **metrics}
         values = torch.tensor([float(torch.as_tensor(v).detach()) for v in metrics.values()])
-        average_over_ranks(self.gradient, values)
+        all_reduce_mean_(self.gradient, values)
         norm = self.gradient.norm()
         numbers = dict(zip(metrics, values.tolist(), strict=True)) | {"grad_norm": float(norm)}
         if not (math.isfinite(numbers["loss"]) and norm.isfinite()):
-            self.stop_at_nonfinite("the loss or its gradient", numbers)
+            self.raise_nonfinite("the loss or its gradient", numbers)
         self.gradient *= (1.0 / (norm + 1e-6)).clamp_max(1.0)
         return numbers
 
-    def stop_at_nonfinite(self, what: str, numbers: dict[str, float]) -> NoReturn:
+    def raise_nonfinite(self, what: str, numbers: dict[str, float]) -> NoReturn:
         """Dump the state that led there; FloatingPointError with the step and how to see it again.
 
         The four numbers of `batch` make the batch; the dump, put in the place of the checkpoint,
@@ -484,11 +484,11 @@ class Trainer:
             f"batch of seed, stage, step, rank {batch}{made_of}); {kept}, {left}"
         )
 
-    def seeded(self) -> np.random.Generator:
+    def make_rng(self) -> np.random.Generator:
         """The generator of this step and process; torch's own is seeded from it."""
-        return seeded(self.run.seed, self.stage.name, self.schedule.step, self.rank)
+        return make_rng(self.run.seed, self.stage.name, self.schedule.step, self.rank)
 
-    def write_what_is_due(self, stop: bool) -> None:
+    def log_and_checkpoint(self, stop: bool) -> None:
         """Progress, metrics, a checkpoint (at once on `stop`), a sample grid."""
         now = self.schedule
         self.bar.update(now.progress - self.bar.n)
@@ -515,7 +515,7 @@ class Trainer:
         """Write a checkpoint; of weights that are not finite a dump instead, and stop."""
         weights = [p.detach() for p in (*self.parameters, *self.average)]
         if not nn.utils.get_total_norm(weights, foreach=True).isfinite():
-            self.stop_at_nonfinite("a weight", {})
+            self.raise_nonfinite("a weight", {})
         self.checkpoint.save(self.state())
 
     def report(self) -> None:

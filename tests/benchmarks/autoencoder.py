@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks autoencoder
 
-A 256x256 picture. The peer's weights are views of ours; its encoder, which nothing calls, stays on
+A 256x256 image. The peer's weights are views of ours; its encoder, which nothing calls, stays on
 `meta`. Operations are those of the convolutions and of the one attention, seen by torch's counter.
 """
 

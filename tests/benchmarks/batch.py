@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks batch
 
-The prompts differ in length and language; both ways draw the same pictures. The cold start is a
-process of its own that imports, loads and draws: from nothing to a picture on the disk's cache.
+The prompts differ in length and language; both ways draw the same images. The cold start is a
+process of its own that imports, loads and draws: from nothing to an image on the disk's cache.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What is remembered of a drawn picture: three ways to keep it in a conversation, compared.
+"""What is remembered of a drawn image: three ways to keep it in a conversation, compared.
 
     python tests/benchmarks/conversation.py --cases 40
 
 A scene is drawn from an unseen caption; then, in the same conversation, the model is asked for the
 background and the number of objects, and told to change the background. Right is what fits the
-picture as the checker reads it; scenes that it cannot read are left out. `fresh` shows the picture
+image as the checker reads it; scenes that it cannot read are left out. `fresh` shows the image
 to a new conversation each time: what the model can do without a history.
 """
 
@@ -29,7 +29,7 @@ ASK = ("What color is the background?", "How many objects are there?")
 
 
 def ask(chat, text: str, images=()) -> tuple[str, object]:
-    """The words and the picture of a turn."""
+    """The words and the image of a turn."""
     events = list(chat.say(text, images))
     words = "".join(value for kind, value in events if kind == "text")
     return words, dict(events).get("image")
@@ -41,7 +41,7 @@ def read(image):
 
 
 def case(model: NexusGen, keep: str, caption: str, goal: str) -> dict | None:
-    """Rights and wrongs of one conversation; None when the picture cannot be read."""
+    """Rights and wrongs of one conversation; None when the image cannot be read."""
     chat = model.chat(keep="slots" if keep == "fresh" else keep)
     _, drawn = ask(chat, GENERATION_PROMPT["en"].format(caption))
     if drawn is None or not (seen := read(drawn)).known:

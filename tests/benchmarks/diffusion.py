@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks diffusion
 
-One velocity of a 512x512 picture told by 81 (generation) and by 405 embeddings (editing), and a
-whole sampling with classifier-free guidance: away from T5's 512 states, of a 256x256 picture in few
+One velocity of a 512x512 image told by 81 (generation) and by 405 embeddings (editing), and a
+whole sampling with classifier-free guidance: away from T5's 512 states, of a 256x256 image in few
 steps, since twenty at 512x512 would take an hour. The peer's loop is that of diffusers'
 `FluxPipeline` with true CFG: two passes a step, its own scheduler. Its weights are views of ours.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nexus_min.config import MMDiTConfig
 from nexus_min.model import flow
 from nexus_min.model.mmdit import MMDiT, context_ids_generation, image_ids, patchify, unpatchify
-from nexus_min.sampling import Context, guided, velocity_field
+from nexus_min.sampling import Context, classifier_free_guidance, velocity_field
 
 from .common import Row, alternate, core_share, difference, dtypes, name_of, need
 
@@ -187,7 +187,7 @@ def velocity(ours: MMDiT, theirs: nn.Module, side: int, text: int) -> Row:
 
 
 def sampling(ours: MMDiT, theirs: nn.Module, side: int, steps: int, rounds: int = 1) -> Row:
-    """A picture from noise with CFG, as `pipeline.NexusGen.denoise_steps` draws it.
+    """An image from noise with CFG, as `pipeline.NexusGen.denoise_steps` draws it.
 
     Both models have run before, in `velocity`.
     """
@@ -200,7 +200,7 @@ def sampling(ours: MMDiT, theirs: nn.Module, side: int, steps: int, rounds: int 
     def run_ours() -> None:
         settings = (side, side, GUIDANCE, sigmas[:-1].tolist())
         fields = [velocity_field(ours, told, *settings) for told in (positive, negative)]
-        *_, end = flow.denoise(guided(*fields, CFG), noise, sigmas)
+        *_, end = flow.denoise(classifier_free_guidance(*fields, CFG), noise, sigmas)
         found["ours"] = end.x
 
     def run_theirs() -> None:

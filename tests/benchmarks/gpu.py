@@ -26,7 +26,7 @@ from nexus_min.model.mmdit import PATCH, MMDiT, context_ids_generation
 from nexus_min.model.projector import GenerationAdapter, ImageEmbeddingMerger
 from nexus_min.offload import blocks
 from nexus_min.pipeline import NexusGen
-from nexus_min.sampling import Context, Drawing, Sampling, velocity_field
+from nexus_min.sampling import Context, ImageRequest, SamplingParams, velocity_field
 from nexus_min.weights import EditingDecoder, GenerationDecoder
 
 from .common import seconds
@@ -115,7 +115,7 @@ def steps(place: Place, config: NexusGenConfig, mmdit: MMDiT) -> Iterator[Found]
 
 
 def pictures(place: Place, config: NexusGenConfig, mmdit: MMDiT) -> Iterator[Found]:
-    """Generation with CFG and editing without, from embeddings to a picture on the host."""
+    """Generation with CFG and editing without, from embeddings to an image on the host."""
     c, width, slots = config.mmdit, config.ar.text.hidden_size, config.ar.num_image_slots
     adapter = place.make(lambda: GenerationAdapter(width, c.context_in_dim))
     merger = place.make(lambda: ImageEmbeddingMerger(config.ar.text, c.context_in_dim))
@@ -135,8 +135,8 @@ def pictures(place: Place, config: NexusGenConfig, mmdit: MMDiT) -> Iterator[Fou
         ("generation", None, 3.0, 3.3),
         ("editing", reference, 1.0, 1.9),
     ):
-        settings = Sampling().resolve(config, scale)  # 50 steps at full size
-        drawing = Drawing("", place.randn(1, slots, width), source, name, settings)
+        settings = SamplingParams().resolve(config, scale)  # 50 steps at full size
+        drawing = ImageRequest("", place.randn(1, slots, width), source, name, settings)
         took = place.timed(lambda d=drawing: list(model.draw(d)), rounds=1)
         side = config.image_size
         what = f"{name} at {side}x{side}, {settings.num_steps} steps, cfg {scale:g}"

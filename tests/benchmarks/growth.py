@@ -98,14 +98,14 @@ def decoder_tokens(sizes: Sequence[int] = (64, 128, 256, 512, 1024, 2048, 4096))
 
 
 def batch_sizes(sizes: Sequence[int] = (1, 2, 4, 8, 16)) -> Curve:
-    """One velocity of so many pictures by the tiny MMDiT."""
+    """One velocity of so many images by the tiny MMDiT."""
     config = NexusGenConfig.tiny().mmdit
     model, told, times = random_model(config), context(16, config), []
     field = velocity_field(model, told, 8, 8, times=(0.5,))
     for n in sizes:
         x, t = torch.randn(n, config.in_channels // 4, 8, 8), torch.full((n,), 0.5)
         times.append(timed(lambda x=x, t=t: [field(x, t) for _ in range(4)]) / 4)
-    return Curve("Tiny MMDiT, one velocity", "pictures a batch", sizes, times)
+    return Curve("Tiny MMDiT, one velocity", "images a batch", sizes, times)
 
 
 def step_numbers(sizes: Sequence[int] = (1, 2, 4, 8, 16, 32)) -> Curve:

@@ -50,7 +50,7 @@ def examples(task: str, n: int, rng: np.random.Generator, unseen: bool) -> list[
 
 
 def lines(folder: Path, n: int) -> Iterator[dict]:
-    """n examples of each task in the message-like format, their pictures beside the file."""
+    """n examples of each task in the message-like format, their images beside the file."""
     rng = np.random.default_rng(0)
     for task in KINDS:
         for i, ex in enumerate(examples(task, n, rng, unseen=False)):
@@ -62,7 +62,7 @@ def lines(folder: Path, n: int) -> Iterator[dict]:
 
 
 def drawn_right(model: NexusGen, batch: list[Example]) -> float:
-    """Share of pictures that hold the whole scene asked for."""
+    """Share of images that hold the whole scene asked for."""
     right: list[bool] = []
     for part in batches(batch):
         decoder = "editing" if part[0].task == "edit" else "generation"

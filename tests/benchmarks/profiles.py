@@ -4,8 +4,8 @@
     python -m tests.benchmarks.profiles --tiny    # the tiny model, also on a CPU: does it work?
 
 One model a line, with the parts that its task needs, through the same `NexusGen` that users call:
-a reply about a photograph, a picture with classifier-free guidance, an edit without. Seconds a step
-are the median of those after the first. Every profile has to draw the same picture: the last column
+a reply about a photograph, an image with classifier-free guidance, an edit without. Seconds a step
+are the median of those after the first. Every profile has to draw the same image: the last column
 is the largest difference, in levels of 255, from the first profile's of the same weights.
 """
 
@@ -133,10 +133,10 @@ def wait(place: Place) -> float:
 
 
 def work(model: NexusGen, task: str, photo: Image.Image, steps: int) -> tuple:
-    """The task's picture, or None, and the times at which its steps were done."""
+    """The task's image, or None, and the times at which its steps were done."""
     place, times = model.placement.place, []
     if task == "understand":
-        model.understand(photo, "What is in the picture?", max_new_tokens=REPLY)
+        model.understand(photo, "What is in the image?", max_new_tokens=REPLY)
         return None, times
     options = {"num_steps": steps, "fast_preamble": True}
     if task == "generate":
@@ -200,7 +200,7 @@ def lines(config: NexusGenConfig, place: Place, steps: int, tiny: bool) -> Itera
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="the tiny model, also on a CPU")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="of each picture")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="of each image")
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps must be at least 2: the first is not counted")

@@ -28,7 +28,7 @@ from .peers import ar_config, our_ar, their_ar
 
 ROUNDS = 2  # processes a side
 STEPS = {"tiny": 15, "150 M": 3}  # in each, after one that is not counted
-# (task, tokens of text before, tokens of the reply): questions, pictures, edits as 1 : 2 : 1
+# (task, tokens of text before, tokens of the reply): questions, images, edits as 1 : 2 : 1
 TASKS = {
     "tiny": [("und", 20, 12)] * 4 + [("gen", 30, 12)] * 8 + [("edit", 26, 12)] * 4,
     "150 M": [("und", 24, 60)] + [("gen", 40, 12), ("gen", 120, 12)] + [("edit", 40, 14)],

@@ -1,0 +1,70 @@
+"""What all commands share: a parser, and one line on stderr instead of a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+MAX_MESSAGE = 600  # characters of an error that are shown
+ERRORS = (ValueError, OSError, FloatingPointError)  # what a user can cause and mend
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines; ends each help text with the default, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_plain = action.default in (None, False, "", argparse.SUPPRESS)
+        return action.help if is_plain else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are a ValueError of one line."""
+
+    def __init__(self, *args, formatter_class=HelpFormatter, **options):
+        super().__init__(*args, formatter_class=formatter_class, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see --help)")
+
+
+def check_least(args: argparse.Namespace, **least: float) -> None:
+    """ValueError when a number is below its least value, or 2^62 and more."""
+    for name, low in least.items():
+        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value is not None and not value >= low:
+            raise ValueError(f"{option} must be at least {low}, not {value}")
+        if value is not None and value >= 2**62:
+            raise ValueError(f"{option} must be below 2^62, not {value}")
+
+
+def one_line(message: object, limit: int = MAX_MESSAGE) -> str:
+    """A message without line breaks and not too long."""
+    line = " ".join(str(message).split()) or type(message).__name__
+    return line if len(line) <= limit else f"{line[:limit]} ..."
+
+
+def write(stream, line: str, end: str = "\n") -> None:
+    """Write a line in the stream's encoding, escaping what that cannot hold."""
+    encoding = stream.encoding or "utf-8"
+    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + end)
+
+
+def exit_status(program: str, command: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """Run a command; 0 or its own status, 2 after one line about an error, 130 after Ctrl-C."""
+    try:
+        return command() or 0
+    except ERRORS as error:
+        message = one_line(error)
+    except (RuntimeError, MemoryError) as error:
+        from .offload import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        message = f"out of memory: {one_line(error)}"
+    except KeyboardInterrupt:
+        write(sys.stderr, f"{program}: {stopped}")
+        return 130
+    write(sys.stderr, f"{program}: error: {message}")
+    return 2
