@@ -265,12 +265,13 @@ def run_edit(args: argparse.Namespace) -> None:
 
 def run_chat(args: argparse.Namespace) -> None:
     """Talk over standard input and output; images are saved as chat-1.png, chat-2.png, ..."""
+    from .chat import Chat
     from .talk import HELP, Talk
 
     place_words(args)
     check_output(args.output)
     model = load_model(args)
-    chat = model.chat(keep=args.keep, decoder=args.decoder, **drawing(args))
+    chat = Chat(model, keep=args.keep, decoder=args.decoder, **drawing(args))
 
     def write(text: str) -> None:
         say(sys.stdout, text, end="")

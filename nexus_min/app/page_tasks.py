@@ -81,7 +81,7 @@ class Tasks:
         """A turn -> (conversation, what is shown of it, the latest image, facts)."""
         options = self.options(text, *form)
         if chat is None or chat.keep != keep:
-            chat = self.model.chat(keep=keep, max_new_tokens=options["max_new_tokens"])
+            chat = Chat(self.model, keep=keep, max_new_tokens=options["max_new_tokens"])
         options.pop("max_new_tokens")
         chat.sampling = SamplingParams(**options)
         past = [m | {"content": m["content"].replace(IMAGE, SIGN)} for m in chat.messages]

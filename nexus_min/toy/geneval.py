@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import batch
 from ..pipeline import NexusGen
 from . import score
 from .language import RELATIONS, related
@@ -183,7 +184,7 @@ def evaluate(
         for k in range(samples)
     ]
     rows = []
-    for result in model.batch(items, progress=progress):
+    for result in sorted(batch.run(model, items, progress=progress)):
         number, k = divmod(result.index, samples)
         line, home = lines[number], folder / f"{number:05d}"
         file = home / "samples" / f"{k:04d}.png"

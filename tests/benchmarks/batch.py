@@ -17,6 +17,7 @@ from statistics import median
 import torch
 from PIL import Image
 
+from nexus_min import batch
 from nexus_min.images import to_latent_image
 from nexus_min.pipeline import NexusGen
 
@@ -37,7 +38,7 @@ def batched(model: NexusGen, **options) -> Row:
     items = [{"task": "generate", "prompt": prompt, **options} for prompt in PROMPTS]
 
     def together() -> list[Image.Image]:
-        return [result.image for result in model.batch(items)]
+        return [result.image for result in sorted(batch.run(model, items))]
 
     def one_by_one() -> list[Image.Image]:
         return [model.generate(p, seed=i, **options) for i, p in enumerate(PROMPTS)]

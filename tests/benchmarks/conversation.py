@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from nexus_min.chat import KEEP
+from nexus_min.chat import KEEP, Chat
 from nexus_min.pipeline import NexusGen
 from nexus_min.tokenizer import EDITING_PROMPT, GENERATION_PROMPT
 from nexus_min.toy import score
@@ -42,14 +42,14 @@ def read(image):
 
 def case(model: NexusGen, keep: str, caption: str, goal: str) -> dict | None:
     """Rights and wrongs of one conversation; None when the image cannot be read."""
-    chat = model.chat(keep="slots" if keep == "fresh" else keep)
+    chat = Chat(model, keep="slots" if keep == "fresh" else keep)
     _, drawn = ask(chat, GENERATION_PROMPT["en"].format(caption))
     if drawn is None or not (seen := read(drawn)).known:
         return None
     images = [drawn] if keep == "fresh" else []
 
     def say(text: str):
-        return ask(model.chat() if keep == "fresh" else chat, text, images)
+        return ask(Chat(model) if keep == "fresh" else chat, text, images)
 
     told = [final(say(text)[0]) for text in ASK]
     instruction = f"Change the background to {goal}."

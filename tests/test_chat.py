@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_model import make_tiny, save_tiny
 
 from nexus_min.__main__ import main
-from nexus_min.chat import KEEP, SPELLED, TextStream
+from nexus_min.chat import KEEP, SPELLED, Chat, TextStream
 from nexus_min.model import autoregressive
 from nexus_min.pipeline import NexusGen
 from nexus_min.talk import Talk
@@ -49,7 +49,7 @@ def photo(shade: int = 90, size=(50, 30)) -> Image.Image:
 
 
 def chat(model, **options):
-    return model.chat(**{"num_steps": 1} | options)
+    return Chat(model, **{"num_steps": 1} | options)
 
 
 def last(events, kind: str):

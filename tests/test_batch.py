@@ -13,6 +13,7 @@ from tiny_model import make_tiny, save_tiny
 
 from nexus_min import batch as batches
 from nexus_min.__main__ import main
+from nexus_min.chat import Chat
 from nexus_min.pipeline import NexusGen
 
 FAST = {"fast_preamble": True, "num_steps": 2}
@@ -21,6 +22,11 @@ FAST = {"fast_preamble": True, "num_steps": 2}
 @pytest.fixture(scope="module")
 def tiny() -> NexusGen:
     return make_tiny()
+
+
+def results_of(model: NexusGen, items: list, **options) -> list[batches.Result]:
+    """The results in the order of the items."""
+    return sorted(batches.run(model, items, **options))
 
 
 def photo() -> Image.Image:
@@ -58,7 +64,7 @@ def alone(model: NexusGen, item: dict, index: int):
 
 def test_a_batch_is_its_items_one_by_one(tiny):
     items = mixed()
-    results = tiny.batch(items, batch_size=2)
+    results = results_of(tiny, items, batch_size=2)
     assert [r.index for r in results] == list(range(len(items)))
     assert not any(r.error for r in results)
     for i, (item, result) in enumerate(zip(items, results, strict=True)):
@@ -77,7 +83,7 @@ def test_alike_items_are_drawn_together(tiny, monkeypatch):
     monkeypatch.setattr(
         batches, "draw_together", lambda m, d: sizes.append((d[0].decoder, len(d))) or whole(m, d)
     )
-    tiny.batch([*mixed(), {"task": "generate", "prompt": "b", **FAST}], batch_size=3)
+    results_of(tiny, [*mixed(), {"task": "generate", "prompt": "b", **FAST}], batch_size=3)
     want = [("editing", 2), *[("generation", 1)] * 3, ("generation", 3)]
     assert sorted(sizes) == want  # cfg 2, a size, one left; an edit can go with the prompts
 
@@ -110,7 +116,7 @@ def bad_items() -> list:
 
 def test_bad_items_fail_alone(tiny):
     bad, good = bad_items(), {"task": "generate", "prompt": "a circle", "seed": 1, **FAST}
-    results = tiny.batch([item for item, _ in bad] + [good])
+    results = results_of(tiny, [item for item, _ in bad] + [good])
     for (item, message), result in zip(bad, results, strict=False):
         assert message in result.error and result.image is None, (item, result.error)
     want = alone(tiny, good, 0)
@@ -157,14 +163,14 @@ def test_running_out_of_memory_costs_its_item_and_says_what_to_do(tiny, monkeypa
     for name in ("decode", "predict_embeddings"):  # while it is drawn, and before
         with monkeypatch.context() as patch:
             patch.setattr(tiny, name, no_room)
-            [result] = tiny.batch(items)
+            [result] = results_of(tiny, items)
             assert "can't allocate memory" in result.error and tiny.advice() in result.error
-            chat = tiny.chat(decoder="generation")
+            chat = Chat(tiny, decoder="generation")
             patch.setattr(tiny, "reply", no_room)
             with pytest.raises(MemoryError, match="can't allocate") as told:
                 list(chat.say("a circle"))
             assert str(told.value).count(tiny.advice()) == 1 and not chat.messages
-    assert tiny.batch(items)[0].image
+    assert results_of(tiny, items)[0].image
 
 
 def test_a_picture_that_fails_fails_alone(tiny, monkeypatch):
@@ -181,10 +187,10 @@ def test_a_picture_that_fails_fails_alone(tiny, monkeypatch):
     marked = torch.tensor(0.0)
     seen = []
     monkeypatch.setattr(tiny, "decode", lambda x: seen.append(x[:, 0, 0, 0].clone()) or decode(x))
-    whole = tiny.batch(items, batch_size=5)
+    whole = results_of(tiny, items, batch_size=5)
     marked = seen[0][3]
     monkeypatch.setattr(tiny, "decode", short_of_memory)
-    results = tiny.batch(items, batch_size=5)
+    results = results_of(tiny, items, batch_size=5)
     assert [bool(r.error) for r in results] == [False, False, False, True, False]
     assert results[3].error == "an image holds NaN values"
     for a, b in zip(whole, results, strict=True):
@@ -194,7 +200,7 @@ def test_a_picture_that_fails_fails_alone(tiny, monkeypatch):
 
 def test_a_batch_size_of_none(tiny):
     with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
-        tiny.batch([], batch_size=0)
+        list(batches.run(tiny, [], batch_size=0))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +215,7 @@ def test_a_picture_too_large_costs_its_item_only(tiny, tmp_path, monkeypatch, as
     monkeypatch.chdir(tmp_path)
     photo().save("a.png")  # 50 x 30
     other = {"task": "generate", "prompt": "a", **FAST}
-    first, second = tiny.batch([asked, other], max_pixels=1499)
+    first, second = results_of(tiny, [asked, other], max_pixels=1499)
     assert "50 x 30 is not within 1..1499" in first.error and second.image
 
 
