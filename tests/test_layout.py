@@ -25,7 +25,7 @@ RANKS = (
     ("cli",),
     ("chat", "batch"),
     ("pipeline",),
-    ("train.data", "train.lora", "train.muon"),
+    ("train.data", "train.lora", "train.muon", "train.run_folder"),
     ("train.trainer",),
     ("train.finetune",),
     ("scale.fsdp",),

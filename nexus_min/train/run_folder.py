@@ -1,0 +1,143 @@
+"""The model of a run as it grows: parts are read from one folder, trained parts saved to another.
+
+Both folders have the official layout. `train_tiny.py` reads and writes the same folder; full-scale
+training starts from a release and links what it did not train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..config import NexusGenConfig
+from ..model.autoencoder import AutoEncoder
+from ..model.autoregressive import NexusGenAR
+from ..model.mmdit import MMDiT
+from ..tokenizer import QwenTokenizer
+from ..weights import (
+    AR_FOLDER,
+    FLUX_FOLDER,
+    FORMATS,
+    EditingDecoder,
+    GenerationDecoder,
+    load_config,
+    load_empty_prompt,
+    load_mmdit,
+    make_adapter,
+    make_merger,
+    read_part,
+    read_text_encoders,
+    read_tokenizer,
+    save_checkpoint,
+    text_context,
+)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) when not distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    """Wait for all processes, if there are several."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class RunFolder:
+    """The parts of the model in `source`, and where the trained ones go.
+
+    goal: the folder that trained parts are saved to; `source` when it is not given.
+    dtype: of what is saved; None keeps each tensor's own. A CPU reads all parts in fp32.
+    gather: module -> its whole state dict on process 0, for weights that are sharded.
+    link_rest: whether `goal` gets links to all other files of `source`.
+    new_config: the sizes of a model whose folder does not hold any part yet.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        goal: Path | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        gather: Callable[[nn.Module], dict[str, Tensor]] | None = None,
+        link_rest: bool = False,
+        new_config: NexusGenConfig | None = None,
+    ):
+        self.source, self.goal = source, goal or source
+        self.device, self.dtype = torch.device(device), dtype
+        self.gather, self.link_rest, self.new_config = gather, link_rest, new_config
+        on_cpu = self.device.type == "cpu"
+        self.load_kwargs = {"device": self.device, "dtype": torch.float32 if on_cpu else None}
+
+    @property
+    def config(self) -> NexusGenConfig:
+        """The model's sizes."""
+        is_new = self.new_config and not (self.source / "nexus_min.json").exists()
+        return self.new_config if is_new else load_config(self.source)
+
+    def ar(self) -> NexusGenAR:
+        return read_part("ar", self.source, self.config, self.load_kwargs)
+
+    def vae(self) -> AutoEncoder:
+        return read_part("autoencoder", self.source, self.config, self.load_kwargs)
+
+    def tokenizer(self) -> QwenTokenizer:
+        return read_tokenizer(self.source, self.config)
+
+    def generation(self) -> GenerationDecoder:
+        """The generation decoder; without a file, FLUX.1-dev with a new adapter."""
+        if self._has("generation_decoder"):
+            return read_part("generation", self.source, self.config, self.load_kwargs)
+        return GenerationDecoder(self._flux(), make_adapter(self.config).to(self.device))
+
+    def editing(self) -> EditingDecoder:
+        """The editing decoder; without a file, FLUX.1-dev with a new merger.
+
+        The merger's layer starts as the AR model's first, as in the official training.
+        """
+        if self._has("edit_decoder"):
+            return read_part("editing", self.source, self.config, self.load_kwargs)
+        merger = make_merger(self.config)
+        merger.layers[0].load_state_dict(self.ar().model.layers[0].state_dict())
+        return EditingDecoder(self._flux(), merger.to(self.device))
+
+    @torch.no_grad()
+    def empty_prompt(self) -> dict[str, Tensor]:
+        """CLIP's `pooled` [1, V] and T5's `context` [1, L, C] of the empty prompt."""
+        if stored := load_empty_prompt(self.source, self.config):
+            return stored
+        encoders = read_text_encoders(self.source, self.config, self.load_kwargs)
+        txt, _, pooled = text_context(encoders, *encoders.ids(""))
+        return {"pooled": pooled, "context": txt}
+
+    def save(self, config: NexusGenConfig, **parts) -> None:
+        """Write trained parts, named as for `save_checkpoint`; all processes wait until it is done."""
+        if self.gather:
+            parts = {
+                name: tuple(map(self.gather, part)) if isinstance(part, tuple) else self.gather(part)
+                for name, part in parts.items()
+            }
+        if rank_and_size()[0] == 0:
+            save_checkpoint(self.goal, config, **parts, dtype=self.dtype)
+            if self.link_rest:
+                self._link_rest()
+        barrier()
+
+    def _link_rest(self) -> None:
+        for file in self.source.rglob("*"):
+            link = self.goal / file.relative_to(self.source)
+            if file.is_file() and not link.exists():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(file.resolve())
+
+    def _has(self, stem: str) -> bool:
+        return any((self.source / AR_FOLDER / f"{stem}{end}").is_file() for end in FORMATS)
+
+    def _flux(self) -> MMDiT:
+        file = self.source / FLUX_FOLDER / "flux1-dev.safetensors"
+        return load_mmdit(file, self.config, **self.load_kwargs)
