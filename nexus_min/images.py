@@ -5,7 +5,7 @@ Official: `smart_resize` of qwen_vl_utils 0.0.11, `Qwen2VLImageProcessor` of tra
 `bound_image` of Nexus-Gen's `image_editing.py`.
 
 Conventions: patch rows hold (pixel/255 - mean) / std with CLIP's constants; images for the
-autoencoder lie in [-1, 1]; `patchify` takes [0, 1]. Sizes are (h, w); PIL's own are (w, h).
+autoencoder lie in [-1, 1]; `patch_rows` takes [0, 1]. Sizes are (h, w); PIL's own are (w, h).
 An image from outside is untrusted: `load_image` alone opens files.
 """
 
@@ -34,7 +34,7 @@ MAX_FILE_PIXELS = 50_000_000
 # Formats that Pillow decodes itself: none of them starts another program, as EPS would.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
-Picture = Image.Image | np.ndarray | Tensor  # an array or a tensor is uint8 [H, W, 3]
+ImageLike = Image.Image | np.ndarray | Tensor  # an array or a tensor is uint8 [H, W, 3]
 
 
 # --- sizes -------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def center_crop_view(image: Image.Image, size: int) -> Image.Image:
 # --- images -> tensors -----------------------------------------------------------------------
 
 
-def patchify(
+def patch_rows(
     images: Tensor, patch_size: int = 14, merge_size: int = 2, temporal_patch_size: int = 2
 ) -> tuple[Tensor, Tensor]:
     """Equal-sized images [B, 3, H, W] in [0, 1] -> (pixel_values [P, 3*2*14*14], grid_thw [B, 3]).
@@ -126,7 +126,7 @@ def patchify(
 
 
 def to_patches(
-    image: Picture | Sequence[Picture],
+    image: ImageLike | Sequence[ImageLike],
     patch_size: int = 14,
     merge_size: int = 2,
     temporal_patch_size: int = 2,
@@ -141,12 +141,12 @@ def to_patches(
         raise ValueError("to_patches needs at least one image")
     sizes = (patch_size, merge_size, temporal_patch_size)
     alike = groupby(map(to_unit_range, pictures), key=lambda picture: picture.shape)
-    parts = [patchify(torch.stack(list(group)), *sizes) for _, group in alike]
+    parts = [patch_rows(torch.stack(list(group)), *sizes) for _, group in alike]
     pixel_values, grid_thw = zip(*parts, strict=True)
     return torch.cat(pixel_values), torch.cat(grid_thw)
 
 
-def to_unit_range(picture: Picture) -> Tensor:
+def to_unit_range(picture: ImageLike) -> Tensor:
     """PIL image or uint8 [H, W, 3] -> fp32 [3, H, W] in [0, 1]."""
     if isinstance(picture, Image.Image):
         picture = np.array(to_rgb(picture))

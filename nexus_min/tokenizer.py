@@ -49,14 +49,16 @@ IGNORE = -100  # label of a token that is not to be learned
 Message = dict[str, str]  # {"role": one of ROLES, "content": text with <image> placeholders}
 
 
-def count_places(messages: Sequence[Message]) -> int:
+def count_placeholders(messages: Sequence[Message]) -> int:
     """Number of placeholders in all messages."""
     return sum(m["content"].count(IMAGE) for m in messages)
 
 
-def where_places(messages: Sequence[Message]) -> str:
+def locate_placeholders(messages: Sequence[Message]) -> str:
     """Which messages hold placeholders, for an error: " (messages[0], user: 2)"."""
-    held = [(f"messages[{i}], {m['role']}", count_places([m])) for i, m in enumerate(messages)]
+    held = [
+        (f"messages[{i}], {m['role']}", count_placeholders([m])) for i, m in enumerate(messages)
+    ]
     told = "; ".join(f"{name}: {n}" for name, n in held if n)
     return told and f" ({told})"
 
@@ -206,9 +208,9 @@ class QwenTokenizer:
             fits = isinstance(m, dict) and m.get("role") in ROLES
             if not (fits and isinstance(m.get("content"), str)):
                 raise ValueError(f"a message needs a role of {ROLES} and a text content, got {m}")
-        if (places := count_places(messages)) != len(counts):
+        if (places := count_placeholders(messages)) != len(counts):
             told = f"{places} {IMAGE} placeholders for {len(counts)} images"
-            raise ValueError(told + where_places(messages))
+            raise ValueError(told + locate_placeholders(messages))
         if not continued and (not messages or messages[0]["role"] != "system"):
             messages = [{"role": "system", "content": SYSTEM_PROMPT}, *messages]
         counts = iter(counts)

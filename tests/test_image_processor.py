@@ -21,7 +21,7 @@ from nexus_min.images import (
     bound_image,
     center_crop_view,
     load_image,
-    patchify,
+    patch_rows,
     reference_view,
     smart_resize,
     to_image,
@@ -162,7 +162,7 @@ def test_center_crop_view_takes_the_middle():
 def test_batched_path_equals_pil_path():
     images = [picture(56, 84, seed) for seed in range(4)]
     batch = torch.stack([torch.from_numpy(np.array(x)) for x in images]).permute(0, 3, 1, 2) / 255
-    rows, grid = patchify(batch)
+    rows, grid = patch_rows(batch)
     want_rows, want_grid = to_patches(images)
     assert torch.equal(grid, want_grid) and grid.tolist() == [[1, 4, 6]] * 4
     torch.testing.assert_close(rows, want_rows, atol=1e-6, rtol=0)
@@ -179,7 +179,7 @@ def test_pictures_of_several_sizes_and_types_follow_each_other():
 def test_row_order_and_columns():
     """Patch k of the natural order, spelled out: 2x2 units row by row, columns (c, t, p, p)."""
     image = torch.rand(1, 3, 56, 84)
-    rows, _ = patchify(image)
+    rows, _ = patch_rows(image)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     k = 0
@@ -194,7 +194,7 @@ def test_row_order_and_columns():
 
 def test_patchify_is_differentiable():
     image = torch.rand(2, 3, 28, 56, requires_grad=True)
-    patchify(image)[0].sum().backward()
+    patch_rows(image)[0].sum().backward()
     want = 2 / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)  # two frames
     torch.testing.assert_close(image.grad, want.expand(2, 3, 28, 56))
 
@@ -202,11 +202,11 @@ def test_patchify_is_differentiable():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: patchify(torch.zeros(1, 3, 30, 28)), "30, 28"),
-        (lambda: patchify(torch.zeros(3, 28, 28)), r"\[3, 28, 28\]"),
-        (lambda: patchify(torch.zeros(1, 4, 28, 28)), r"\[1, 4, 28, 28\]"),
-        (lambda: patchify(torch.zeros(1, 3, 28, 28, dtype=torch.uint8)), "uint8"),
-        (lambda: patchify(torch.zeros(0, 3, 28, 28)), "B >= 1"),
+        (lambda: patch_rows(torch.zeros(1, 3, 30, 28)), "30, 28"),
+        (lambda: patch_rows(torch.zeros(3, 28, 28)), r"\[3, 28, 28\]"),
+        (lambda: patch_rows(torch.zeros(1, 4, 28, 28)), r"\[1, 4, 28, 28\]"),
+        (lambda: patch_rows(torch.zeros(1, 3, 28, 28, dtype=torch.uint8)), "uint8"),
+        (lambda: patch_rows(torch.zeros(0, 3, 28, 28)), "B >= 1"),
         (lambda: to_patches([]), "at least one"),
         (lambda: to_patches(picture(28, 27)), "28, 27"),
         (lambda: to_patches(np.zeros((28, 28, 3), np.float32)), "float32"),

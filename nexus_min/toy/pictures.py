@@ -12,7 +12,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from ..images import patchify
+from ..images import patch_rows
 from ..model.vision import QwenViT
 from . import score
 from .world import OUTLINES, Scene, held_out, random_scene
@@ -77,7 +77,7 @@ def scenes(
 
 def embed_views(visual: QwenViT, images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
     """Images [B, 3, H, W] in [0, 1] -> image embeddings [B, N, C] of their view at `size` px."""
-    pixels, grid = patchify(resize(images, size, mode))
+    pixels, grid = patch_rows(resize(images, size, mode))
     tokens = visual(pixels, tuple(map(tuple, grid.tolist())))
     return rearrange(tokens, "(B N) C -> B N C", B=len(images))
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import NexusGenConfig
-from ..images import patchify
+from ..images import patch_rows
 from ..model.autoencoder import AutoEncoder
 from ..model.autoregressive import ARLoss, NexusGenAR, ar_loss, prefill_image_slots
 from ..model.flow import denoise, rf_loss, sample_t, schedule, time_shift
@@ -148,7 +148,7 @@ def predict_after_reply(
         pixels += view
     embeds = grid = None
     if pixels:
-        values, grid = patchify(resize(to_unit(pixels), config.target_size))
+        values, grid = patch_rows(resize(to_unit(pixels), config.target_size))
         embeds = ar.visual(values, tuple(map(tuple, grid.tolist())))
     length = max(map(len, rows))
     pad = config.ar.pad_token_id

@@ -32,7 +32,7 @@ from ..images import (
     smart_resize,
     to_patches,
 )
-from ..tokenizer import IGNORE, IMAGE, ROLES, QwenTokenizer, count_places, where_places
+from ..tokenizer import IGNORE, IMAGE, ROLES, QwenTokenizer, count_placeholders, locate_placeholders
 
 
 class Batch(NamedTuple):
@@ -71,9 +71,9 @@ def mistakes(line: Any) -> Iterator[str]:
         return
     if not any(m["role"] == "assistant" for m in messages):
         yield "`messages` need a turn of the assistant to learn from"
-    if images is not None and (places := count_places(messages)) != len(images):
+    if images is not None and (places := count_placeholders(messages)) != len(images):
         told = f"{places} {IMAGE} in `messages` for {len(images)} `images`"
-        yield told + where_places(messages)
+        yield told + locate_placeholders(messages)
 
 
 def message_mistakes(message: Any) -> Iterator[str]:
