@@ -119,7 +119,9 @@ class RunFolder:
         """Write trained parts, named as for `save_checkpoint`; all processes wait until it is done."""
         if self.gather:
             parts = {
-                name: tuple(map(self.gather, part)) if isinstance(part, tuple) else self.gather(part)
+                name: tuple(map(self.gather, part))
+                if isinstance(part, tuple)
+                else self.gather(part)
                 for name, part in parts.items()
             }
         if rank_and_size()[0] == 0:
