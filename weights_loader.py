@@ -38,10 +38,10 @@ from nexus_min.weights import (
     FLUX_FOLDER,
     MERGER_PREFIX,
     NEW_IN_NEXUS,
-    build,
     check,
     find_file,
     is_base,
+    join_keys,
     load_ar,
     load_autoencoder,
     load_clip,
@@ -54,10 +54,10 @@ from nexus_min.weights import (
     make_adapter,
     make_merger,
     names_hash,
+    on_meta,
     open_pickle,
     open_weights,
     save_checkpoint,
-    shown,
     to_diffsynth,
 )
 
@@ -122,9 +122,9 @@ def released_shapes(component: str, config: NexusGenConfig) -> dict[str, tuple[i
         "FLUX.1-dev": lambda: MMDiT(config.mmdit),
     }
     prefix = MERGER_PREFIX if component == "editing decoder" else ""
-    state = {prefix + k: tensor for k, tensor in build(models[component]).state_dict().items()}
+    state = {prefix + k: tensor for k, tensor in on_meta(models[component]).state_dict().items()}
     if component.endswith("decoder"):
-        state |= to_diffsynth(build(models["FLUX.1-dev"]).state_dict())
+        state |= to_diffsynth(on_meta(models["FLUX.1-dev"]).state_dict())
     return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
@@ -145,12 +145,14 @@ def inspect_weights(
     if is_base(entries):
         expected = {key: shape for key, shape in expected.items() if key not in NEW_IN_NEXUS}
         published, told = BASE_HASH, "the base model Qwen2.5-VL, not Nexus-Gen; it answers, but to"
-        row["remark"] = f"{told} draw it has to be trained: {shown(NEW_IN_NEXUS)} will be random"
+        row["remark"] = (
+            f"{told} draw it has to be trained: {join_keys(NEW_IN_NEXUS)} will be random"
+        )
     same = names_hash({key: e.shape for key, e in entries.items()}) == published
     row |= {
         "tensors": f"{len(entries)}/{len(expected)}",
         "bytes": readable(sum(f.stat().st_size for f in {e.file for e in entries.values()})),
-        "dtype": shown({str(e.dtype).removeprefix("torch.") for e in entries.values()}, 3),
+        "dtype": join_keys({str(e.dtype).removeprefix("torch.") for e in entries.values()}, 3),
         "names and shapes": "equal" if same else "differs",
     }
     if config != NexusGenConfig.v2():
@@ -158,7 +160,7 @@ def inspect_weights(
     check(file, f"the {row['component']}", expected, entries)
     odd = [key for key, e in entries.items() if not e.read().isfinite().all()] if values else []
     if odd:
-        raise ValueError(f"{file}: holds NaN or infinite values ({len(odd)}): {shown(odd)}")
+        raise ValueError(f"{file}: holds NaN or infinite values ({len(odd)}): {join_keys(odd)}")
 
 
 def inspect_tokenizer(row: dict[str, str], folder: Path, config: NexusGenConfig) -> None:
@@ -245,7 +247,7 @@ def safetensors_header(file: Path) -> tuple[bytes, dict[str, int]]:
     """First bytes of the safetensors file that a .bin becomes, and where in it each tensor ends."""
     entries, stat = open_pickle(find_file(file)), file.stat()
     if odd := [f"{key} {e.dtype}" for key, e in entries.items() if e.dtype not in FLOATS]:
-        raise ValueError(f"{file}: holds types that nothing here reads: {shown(odd)}")
+        raise ValueError(f"{file}: holds types that nothing here reads: {join_keys(odd)}")
     names, end, ends = {dtype: name for name, dtype in DTYPES.items()}, 0, {}
     facts = {"source_bytes": str(stat.st_size), "source_mtime_ns": str(stat.st_mtime_ns)}
     header = {"__metadata__": {"format": "pt", **facts}}
@@ -382,7 +384,9 @@ def hub_files(folder: Path, base: bool, endpoint: str | None) -> list[HubFile]:
             info = HfApi(endpoint).model_info(repo, files_metadata=True, timeout=30)
         there = {s.rfilename: s for s in info.siblings or () if s.size is not None and s.blob_id}
         if absent := [name for name in names if name not in there]:
-            raise ValueError(f"{repo}: the hub has no {shown(absent)}; see its page for the reason")
+            raise ValueError(
+                f"{repo}: the hub has no {join_keys(absent)}; see its page for the reason"
+            )
         for name in names:
             s, url = there[name], hf_hub_url(repo, name, revision=info.sha, endpoint=endpoint)
             sha256 = s.lfs.sha256 if s.lfs else None

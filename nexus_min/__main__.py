@@ -373,7 +373,7 @@ def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
     """The parts of the model that a command needs, by default all."""
     import torch
 
-    from .offload import choose, needs
+    from .offload import choose, memory_needed
     from .pipeline import PARTS, NexusGen
 
     parts, device = parts or PARTS, find_device(args.device, args.model)
@@ -381,10 +381,10 @@ def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
     model = NexusGen.load(args.model, device, dtype, parts, args.memory or "auto", args.fp8)
     profile, reason = "resident", ""
-    if model.placement is not None:
-        profile, reason = model.placement.profile, model.placement.reason
+    if model.offloader is not None:
+        profile, reason = model.offloader.profile, model.offloader.reason
     elif args.memory == "auto":  # on the CPU, where there is nothing to choose, only if asked
-        profile, reason = choose(needs({name: model.part(name) for name in parts}), None)
+        profile, reason = choose(memory_needed({name: model.part(name) for name in parts}), None)
     if reason:
         say(sys.stderr, f"{PROGRAM}: memory {profile}: {reason}")
     return model

@@ -32,7 +32,9 @@ from .model.mmdit import MMDiT, Modulation
 from .model.text_encoders import T5Encoder
 
 PROFILES = ("auto", "resident", "staged", "stream")
-ROOM = 3 << 30  # bytes left for activations, the cache of keys and values, and kernels
+ACTIVATION_RESERVE = (
+    3 << 30
+)  # bytes left for activations, the cache of keys and values, and kernels
 FP8 = torch.float8_e4m3fn
 
 # ------------------------------------------------------------------------------------------- fp8
@@ -71,7 +73,7 @@ def to_fp8(mmdit: MMDiT) -> MMDiT:
 # ---------------------------------------------------------------------------------------- visits
 
 
-class Place(NamedTuple):
+class Target(NamedTuple):
     """Where weights work, and in which type; those stored in 8 bits keep theirs."""
 
     device: torch.device
@@ -91,14 +93,14 @@ class Weights:
     def __init__(self, parameters: Iterable[nn.Parameter]):
         self.home = [(p, p.data) for p in parameters]
 
-    def copies(self, place: Place, waiting: bool = True) -> list[Tensor]:
-        return [place.copy(data, waiting) for _, data in self.home]
+    def copies(self, target: Target, waiting: bool = True) -> list[Tensor]:
+        return [target.copy(data, waiting) for _, data in self.home]
 
     def use(self, copies: Sequence[Tensor]) -> None:
         for (p, _), copy in zip(self.home, copies, strict=True):
             p.data = copy
 
-    def go_home(self) -> None:
+    def to_host(self) -> None:
         for p, data in self.home:
             p.data = data
 
@@ -110,28 +112,28 @@ class Stream:
     overlaps the arithmetic. At most two are there at once.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], weights: Sequence[Weights], place: Place):
-        self.weights, self.place = weights, place
-        self.side = torch.cuda.Stream(place.device) if place.device.type == "cuda" else None
+    def __init__(self, modules: Sequence[nn.Module], weights: Sequence[Weights], target: Target):
+        self.weights, self.target = weights, target
+        self.side = torch.cuda.Stream(target.device) if target.device.type == "cuda" else None
         self.thread = ThreadPoolExecutor(1)
         self.coming: tuple[int, Future] | None = None
         for i, module in enumerate(modules):
-            module.register_forward_pre_hook(partial(self.arrive, i))
-            module.register_forward_hook(partial(self.leave, i), always_call=True)
+            module.register_forward_pre_hook(partial(self.to_device, i))
+            module.register_forward_hook(partial(self.to_host, i), always_call=True)
 
     def fetch(self, i: int) -> tuple[list[Tensor], Any]:
         """Copies of module i, and the event after which they are whole."""
         with torch.cuda.stream(self.side) if self.side else nullcontext():
-            copies = self.weights[i].copies(self.place, waiting=False)
+            copies = self.weights[i].copies(self.target, waiting=False)
             return copies, self.side.record_event() if self.side else None
 
-    def arrive(self, i: int, *_) -> None:
+    def to_device(self, i: int, *_) -> None:
         coming, self.coming = self.coming, None  # a fetch that fails is not asked for again
         if coming is None or coming[0] != i:
             coming = i, self.thread.submit(self.fetch, i)
         copies, event = coming[1].result()
         if event is not None:
-            now = torch.cuda.current_stream(self.place.device)
+            now = torch.cuda.current_stream(self.target.device)
             now.wait_event(event)
             for copy in copies:  # not to be reused before the arithmetic that reads them is done
                 copy.record_stream(now)
@@ -139,8 +141,8 @@ class Stream:
         following = (i + 1) % len(self.weights)
         self.coming = following, self.thread.submit(self.fetch, following)
 
-    def leave(self, i: int, *_) -> None:
-        self.weights[i].go_home()
+    def to_host(self, i: int, *_) -> None:
+        self.weights[i].to_host()
 
     def stop(self) -> None:
         """Drop what is on its way, and what an interrupted pass has left."""
@@ -148,26 +150,26 @@ class Stream:
             self.coming[1].cancel() or self.coming[1].exception()
         self.coming = None
         for weights in self.weights:
-            weights.go_home()
+            weights.to_host()
 
 
-class Visit:
+class OffloadedModule:
     """One part of the model, to be brought to a place and sent home; `streams` come and go."""
 
-    def __init__(self, module: nn.Module, place: Place, streams: Sequence[Sequence[nn.Module]]):
-        self.place, self.streams = place, []
+    def __init__(self, module: nn.Module, target: Target, streams: Sequence[Sequence[nn.Module]]):
+        self.target, self.streams = target, []
         taken: set[nn.Parameter] = set()
         for modules in streams:
             own = [[p for p in m.parameters() if p not in taken] for m in modules]
             taken.update(p for parameters in own for p in parameters)
-            self.streams.append(Stream(modules, [Weights(ps) for ps in own], place))
+            self.streams.append(Stream(modules, [Weights(ps) for ps in own], target))
         self.rest = Weights(p for p in module.parameters() if p not in taken)
 
-    def arrive(self) -> None:
-        self.rest.use(self.rest.copies(self.place))
+    def to_device(self) -> None:
+        self.rest.use(self.rest.copies(self.target))
 
-    def leave(self) -> None:
-        self.rest.go_home()
+    def to_host(self) -> None:
+        self.rest.to_host()
         for stream in self.streams:
             stream.stop()
 
@@ -208,7 +210,7 @@ def size(parameters: Iterable[Tensor], dtype: torch.dtype | None = None) -> int:
     return sum(p.numel() * width.get(p.dtype, (dtype or p.dtype).itemsize) for p in parameters)
 
 
-def needs(parts: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, int]:
+def memory_needed(parts: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, int]:
     """Bytes on the device under each profile, without activations, in `dtype` or as they are."""
 
     def of(part: Any, without: Sequence[nn.Module]) -> int:
@@ -226,16 +228,16 @@ def needs(parts: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, 
 
 
 def choose(wanted: dict[str, int], free: int | None) -> tuple[str, str]:
-    """The first profile that leaves `ROOM` of the `free` bytes (else stream), and why.
+    """The first profile that leaves `ACTIVATION_RESERVE` bytes free (else stream), and the reason.
 
     None free: resident, on a device that shares the host's memory.
     """
     if free is None:
         need = wanted["resident"] / 1e9
         return "resident", f"{need:.2f} GB of weights, on a device that shares the host's memory"
-    fits = [name for name, need in wanted.items() if need + ROOM <= free]
+    fits = [name for name, need in wanted.items() if need + ACTIVATION_RESERVE <= free]
     name = fits[0] if fits else "stream"
-    rest = f"of {free / 1e9:.1f} GB free, {ROOM / 1e9:.1f} kept for activations"
+    rest = f"of {free / 1e9:.1f} GB free, {ACTIVATION_RESERVE / 1e9:.1f} kept for activations"
     rest += "" if fits else "; none fits, stream comes nearest"
     return name, f"{estimate(wanted)}; {rest}"
 
@@ -247,7 +249,7 @@ def estimate(wanted: dict[str, int]) -> str:
 
 
 def advice(profile: str, wanted: dict[str, int]) -> str:
-    """What to do when memory ran out under a profile; `wanted` as from `needs`."""
+    """What to do when memory ran out under a profile; `wanted` as from `memory_needed`."""
     smaller = {"auto": "staged", "resident": "staged", "staged": "stream"}.get(profile)
     told = f"the next smaller is {smaller}: --memory {smaller}" if smaller else "try --fp8"
     rest = f"weights alone: {estimate(wanted)}; this was {profile}, {told}"
@@ -283,60 +285,60 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
-class Placement:
-    """Keeps track of which part is where. `bring` before a part works; nothing else to do."""
+class Offloader:
+    """Keeps track of which part is where. `onload` before a part works; nothing else to do."""
 
-    def __init__(self, profile: str, place: Place, reason: str = ""):
-        self.profile, self.place, self.reason = profile, place, reason
-        self.visits: list[tuple[Any, Visit]] = []
-        self.present: Visit | None = None
+    def __init__(self, profile: str, target: Target, reason: str = ""):
+        self.profile, self.target, self.reason = profile, target, reason
+        self.parts: list[tuple[Any, OffloadedModule]] = []
+        self.current: OffloadedModule | None = None
 
     @classmethod
-    def of(cls, memory: str, parts: dict[str, Any], place: Place) -> Placement:
+    def of(cls, memory: str, parts: dict[str, Any], target: Target) -> Offloader:
         """The profile asked for, or chosen by the device's free memory; with all `parts`."""
         profile, reason = memory, ""
         if memory == "auto":
-            profile, reason = choose(needs(parts, place.dtype), free_bytes(place.device))
-        self = cls(profile, place, reason)
+            profile, reason = choose(memory_needed(parts, target.dtype), free_bytes(target.device))
+        self = cls(profile, target, reason)
         for part in parts.values():
             self.add(part)
         return self
 
-    def visit(self, part: Any) -> Visit:
+    def wrap(self, part: Any) -> OffloadedModule:
         """How a part travels under this profile."""
         streams = {"staged": [modulations(part)], "stream": [modulations(part), blocks(part)]}
         towers = nn.ModuleList(modules_of(part))
-        return Visit(towers, self.place, streams.get(self.profile, ()))
+        return OffloadedModule(towers, self.target, streams.get(self.profile, ()))
 
     def add(self, part: Any) -> None:
         """Take charge of a part: it goes to the device now (resident) or when it is brought."""
-        visit = self.visit(part)
+        wrap = self.wrap(part)
         if self.profile == "resident":
-            visit.arrive()
+            wrap.to_device()
         else:
-            self.visits.append((part, visit))
+            self.parts.append((part, wrap))
 
-    def bring(self, wanted: Any) -> None:
+    def onload(self, wanted: Any) -> None:
         """Have a part, or the part with this tower, on the device, alone."""
-        for part, visit in self.visits:
-            if any(wanted is x for x in (part, *modules_of(part))) and visit is not self.present:
-                self.clear()
-                visit.arrive()
-                self.present = visit
+        for part, wrap in self.parts:
+            if any(wanted is x for x in (part, *modules_of(part))) and wrap is not self.current:
+                self.offload_all()
+                wrap.to_device()
+                self.current = wrap
 
     @contextmanager
-    def guest(self, part: Any) -> Iterator[None]:
+    def temporary(self, part: Any) -> Iterator[None]:
         """Have a part on the device that is not kept."""
-        self.clear()
-        visit = self.visit(part)
-        visit.arrive()
+        self.offload_all()
+        wrap = self.wrap(part)
+        wrap.to_device()
         try:
             yield
         finally:
-            visit.leave()
+            wrap.to_host()
 
-    def clear(self) -> None:
+    def offload_all(self) -> None:
         """Send home what is on the device."""
-        if self.present is not None:
-            self.present.leave()
-        self.present = None
+        if self.current is not None:
+            self.current.to_host()
+        self.current = None

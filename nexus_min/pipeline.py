@@ -33,7 +33,7 @@ from .images import bound_image, load_image, reference_view, to_image, to_patche
 from .model import autoregressive, flow
 from .model.decoder import KVCache
 from .model.mmdit import MMDiT, context_ids_editing, context_ids_generation
-from .offload import PROFILES, Place, Placement, advice, explain_oom, needs, to_fp8
+from .offload import PROFILES, Offloader, Target, advice, explain_oom, memory_needed, to_fp8
 from .sampling import (
     Context,
     ImageRequest,
@@ -119,7 +119,7 @@ class NexusGen:
     empty_prompt: dict[str, Tensor] | None = None  # CLIP's pooled [1, V], T5's context [1, L, C]
     text_encoders: TextEncoders | None = None
     read_text_encoders: Callable[[], TextEncoders] | None = None  # for one negative prompt each
-    placement: Placement | None = None  # None: every part works where its weights are
+    offloader: Offloader | None = None  # None: every part works where its weights are
 
     @classmethod
     def load(
@@ -134,7 +134,7 @@ class NexusGen:
         """The shipped tiny model, or a folder laid out as the official release.
 
         dtype None is fp32 on the CPU and bf16 elsewhere. `parts` says what to load, of `PARTS`:
-        understanding needs "ar" alone. `memory` is a profile of `placement` ("auto": the first that
+        understanding needs "ar" alone. `memory` is a profile of `offload` ("auto": the first that
         fits the device), fp8 stores the decoders' matrices in 8 bits. ValueError for a folder that
         is not there, lacks a file, or holds one of other sizes than its configuration says.
         """
@@ -154,7 +154,7 @@ class NexusGen:
         def advise() -> str:  # by the sizes of all parts, also of those that are not there yet
             sizes = stored | {"device": "meta"}
             read = {name: read_part(name, folder, config, sizes) for name in parts}
-            return advice("resident" if at_once else memory, needs(read, dtype))
+            return advice("resident" if at_once else memory, memory_needed(read, dtype))
 
         with explain_oom(advise):
             for name in parts:
@@ -165,7 +165,7 @@ class NexusGen:
         if not at_once:
             loaded = {name: getattr(self, name) for name in parts}
             with explain_oom(advise):
-                self.placement = Placement.of(memory, loaded, Place(device, dtype))
+                self.offloader = Offloader.of(memory, loaded, Target(device, dtype))
         if has_text_encoders(folder):
             self.read_text_encoders = lambda: read_text_encoders(folder, config, place)
         if "generation" in parts or "editing" in parts:
@@ -189,9 +189,9 @@ class NexusGen:
     def advice(self) -> str:
         """What to do when a call runs out of memory."""
         parts = {name: part for name in PARTS if (part := getattr(self, name)) is not None}
-        if self.placement is None:
-            return advice("resident", needs(parts, None))
-        return advice(self.placement.profile, needs(parts, self.placement.place.dtype))
+        if self.offloader is None:
+            return advice("resident", memory_needed(parts, None))
+        return advice(self.offloader.profile, memory_needed(parts, self.offloader.target.dtype))
 
     def part(self, name: str) -> Any:
         """The component of that name. ValueError when this model was loaded without it."""
@@ -202,8 +202,8 @@ class NexusGen:
     def part_on_device(self, name: str) -> Any:
         """The component of that name, where it works. ValueError when this model has none."""
         part = self.part(name)
-        if self.placement is not None:
-            self.placement.bring(part)
+        if self.offloader is not None:
+            self.offloader.onload(part)
         return part
 
     # ---- the autoregressive half ---------------------------------------------------------------
@@ -341,7 +341,7 @@ class NexusGen:
             encoders = self.read_text_encoders()
         if encoders is None:
             raise ValueError(f"this model has no {NOUNS['text_encoders']}")
-        with self.placement.guest(encoders) if self.placement else nullcontext():
+        with self.offloader.temporary(encoders) if self.offloader else nullcontext():
             return text_context(encoders, *encoders.ids(prompt))
 
     @torch.no_grad()
@@ -371,8 +371,8 @@ class NexusGen:
         `negative` is what cfg leads away from; default: the context of `sampling.negative_prompt`.
         """
         negative = negative or self.negative_of(sampling)
-        if self.placement is not None:
-            self.placement.bring(mmdit)
+        if self.offloader is not None:
+            self.offloader.onload(mmdit)
         sigmas = flow.schedule(sampling.num_steps)
         settings = (*noise.shape[-2:], sampling.guidance, sigmas[:-1].tolist())
         away = None

@@ -120,7 +120,7 @@ def names_hash(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 @dataclass(frozen=True)
-class Entry:
+class LazyTensor:
     """One stored tensor that has not been read: where it lies, what it is, and how to read it."""
 
     file: Path
@@ -155,22 +155,22 @@ def find_file(path: str | Path, stems: tuple[str, ...] = ()) -> Path:
     return next(file for end in FORMATS if (file := path / f"{found[0]}{end}").is_file())
 
 
-def open_weights(file: Path) -> dict[str, Entry]:
+def open_weights(file: Path) -> dict[str, LazyTensor]:
     """Key -> entry for one file, or for all shards of an index; headers only."""
     if file.name.endswith(".index.json"):
         return open_shards(file)
-    seen = stamp(file)
+    seen = file_id(file)
     entries = open_safetensors(file) if file.suffix == ".safetensors" else open_pickle(file)
 
-    def read(entry: Entry) -> Tensor:
-        if stamp(file) != seen:  # a mapped file that was cut short would kill the process
+    def read(entry: LazyTensor) -> Tensor:
+        if file_id(file) != seen:  # a mapped file that was cut short would kill the process
             raise ValueError(f"{file}: changed while it was being read; load it again")
         return entry.read()
 
     return {key: replace(entry, read=partial(read, entry)) for key, entry in entries.items()}
 
 
-def stamp(file: Path) -> tuple[int, int, int] | None:
+def file_id(file: Path) -> tuple[int, int, int] | None:
     """Changes when the file is written to or replaced; None when it is not there."""
     try:
         facts = file.stat()
@@ -179,7 +179,7 @@ def stamp(file: Path) -> tuple[int, int, int] | None:
     return facts.st_ino, facts.st_size, facts.st_mtime_ns
 
 
-def open_safetensors(file: Path) -> dict[str, Entry]:
+def open_safetensors(file: Path) -> dict[str, LazyTensor]:
     """Entries of a safetensors file; tensors on the CPU will be views of the mapped file."""
     try:
         with safe_open(file, framework="pt"), open(file, "rb") as data:  # the first checks all
@@ -200,11 +200,11 @@ def open_safetensors(file: Path) -> dict[str, Entry]:
         if key != "__metadata__":
             shape, dtype = tuple(found["shape"]), DTYPES.get(found["dtype"], found["dtype"])
             read = partial(view, *found["data_offsets"], shape, dtype)
-            entries[key] = Entry(file, shape, dtype, read)
+            entries[key] = LazyTensor(file, shape, dtype, read)
     return entries
 
 
-def open_pickle(file: Path) -> dict[str, Entry]:
+def open_pickle(file: Path) -> dict[str, LazyTensor]:
     """Entries of a `torch.save` dict, mapped; code inside is refused, never run."""
     version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
     if version < (2, 6):  # before that, weights_only could be made to run code (CVE-2025-32434)
@@ -228,11 +228,13 @@ def open_pickle(file: Path) -> dict[str, Entry]:
         raise ValueError(f"{file}: not a flat dict of tensors; use the official file")
     odd = [k for k, t in tensors.items() if t.layout != torch.strided or t.device.type != "cpu"]
     if odd:  # sparse, or without data
-        raise ValueError(f"{file}: not plain tensors: {shown(odd)}; use the official file")
-    return {key: Entry(file, tuple(t.shape), t.dtype, lambda t=t: t) for key, t in tensors.items()}
+        raise ValueError(f"{file}: not plain tensors: {join_keys(odd)}; use the official file")
+    return {
+        key: LazyTensor(file, tuple(t.shape), t.dtype, lambda t=t: t) for key, t in tensors.items()
+    }
 
 
-def open_shards(index: Path) -> dict[str, Entry]:
+def open_shards(index: Path) -> dict[str, LazyTensor]:
     """Entries of all shards that a Hugging Face index names; every promise of it is checked."""
     try:
         promised = json.loads(index.read_text())["weight_map"]
@@ -244,17 +246,17 @@ def open_shards(index: Path) -> dict[str, Entry]:
     if any(name.endswith(".index.json") for name in shards):
         raise ValueError(f"{index}: names an index as a shard; download it again")
     if any(Path(name).name != name for name in shards):
-        raise ValueError(f"{index}: names shards outside its own folder: {shown(shards)}")
+        raise ValueError(f"{index}: names shards outside its own folder: {join_keys(shards)}")
     absent = [name for name in shards if not (index.parent / name).is_file()]
     if absent:
-        raise ValueError(f"{index}: names absent shards: {shown(absent)}; download them")
+        raise ValueError(f"{index}: names absent shards: {join_keys(absent)}; download them")
     entries = {}
     for name in shards:
         entries |= open_weights(index.parent / name)
     wrong = [k for k, name in promised.items() if k not in entries or entries[k].file.name != name]
     if wrong:
         raise ValueError(
-            f"{index}: its shards do not hold what it says: {shown(wrong)}; download all again"
+            f"{index}: its shards do not hold what it says: {join_keys(wrong)}; download all again"
         )
     return entries
 
@@ -273,7 +275,7 @@ HINTS = {
 NOT_ITS_SIZE = "give the config of its size, or use the official file"
 
 
-def shown(keys, limit: int = 20) -> str:
+def join_keys(keys, limit: int = 20) -> str:
     """The keys in one line, the tail of a very long list counted."""
     keys = sorted(map(str, keys))
     more = f" and {len(keys) - limit} more" if len(keys) > limit else ""
@@ -293,7 +295,7 @@ def check(source, kind: str, expected: Mapping[str, tuple[int, ...]], entries: M
         ],
         "wrong dtype": [f"{k} {e.dtype}" for k, e in both.items() if e.dtype not in FLOATS],
     }
-    told = [f"{name} ({len(keys)}): {shown(keys)}" for name, keys in faults.items() if keys]
+    told = [f"{name} ({len(keys)}): {join_keys(keys)}" for name, keys in faults.items() if keys]
     if told:
         unexpected = faults["unexpected"]
         hints = [t for mark, t in HINTS.items() if any(re.search(mark, k) for k in unexpected)]
@@ -301,10 +303,10 @@ def check(source, kind: str, expected: Mapping[str, tuple[int, ...]], entries: M
         raise ValueError(f"{source}: does not fit {kind}: {'; '.join(told)}. {advice}")
 
 
-def fit(
+def check_and_assign(
     model: nn.Module,
     source: Path,
-    entries: dict[str, Entry],
+    entries: dict[str, LazyTensor],
     file_name: Callable[[str], str] = str,
     swapped: Callable[[str], bool] = lambda name: False,
     device: str | torch.device = "cpu",
@@ -322,8 +324,10 @@ def fit(
     stored = Counter(entry.dtype for entry in entries.values())
     if dtype is None and len(stored) > 1:
         rare = min(stored, key=stored.get)
-        odd = shown([key for key, entry in entries.items() if entry.dtype == rare], 3)
-        raise ValueError(f"{source}: mixes {shown(stored)} ({rare}: {odd}); choose one with dtype=")
+        odd = join_keys([key for key, entry in entries.items() if entry.dtype == rare], 3)
+        raise ValueError(
+            f"{source}: mixes {join_keys(stored)} ({rare}: {odd}); choose one with dtype="
+        )
     goal = None if dtype == AS_STORED else dtype
     state = {}
     for key, name in names.items():
@@ -343,7 +347,7 @@ class NoInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def build(make: Callable[[], nn.Module]) -> nn.Module:
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
     """The model without memory: names and shapes only. ValueError when no model has such sizes."""
     try:
         with torch.device("meta"), NoInit():
@@ -354,7 +358,7 @@ def build(make: Callable[[], nn.Module]) -> nn.Module:
         raise ValueError(f"the sizes of the configuration make no model ({reason})") from error
 
 
-def part(config, name: str):
+def sub_config(config, name: str):
     """The tower's own config: given as such, inside a NexusGenConfig, or the official full size."""
     config = NexusGenConfig.v2() if config is None else config
     return getattr(config, name) if isinstance(config, NexusGenConfig) else config
@@ -370,11 +374,11 @@ NEW_IN_NEXUS = ("vision_head.weight", "image_prefill_embeds.weight")
 def load_ar(path, config=None, *, device="cpu", dtype=None) -> NexusGenAR:
     """Nexus-GenV2's AR model, or the base Qwen2.5-VL-Instruct with the two new matrices drawn."""
     file = find_file(path, ("model",))
-    model = build(lambda: NexusGenAR(part(config, "ar")))
+    model = on_meta(lambda: NexusGenAR(sub_config(config, "ar")))
     entries = open_weights(file)
     if is_base(entries):
-        entries |= fresh_entries(file, model, entries["lm_head.weight"].dtype)
-    return fit(model, file, entries, device=device, dtype=dtype)
+        entries |= init_missing(file, model, entries["lm_head.weight"].dtype)
+    return check_and_assign(model, file, entries, device=device, dtype=dtype)
 
 
 def is_base(entries: Mapping) -> bool:
@@ -382,13 +386,15 @@ def is_base(entries: Mapping) -> bool:
     return "lm_head.weight" in entries and not any(name in entries for name in NEW_IN_NEXUS)
 
 
-def fresh_entries(file: Path, model: NexusGenAR, dtype: torch.dtype) -> dict[str, Entry]:
+def init_missing(file: Path, model: NexusGenAR, dtype: torch.dtype) -> dict[str, LazyTensor]:
     """What the base model lacks: N(0, 0.02^2), Qwen's initializer_range, from a fixed seed."""
-    logger.warning("%s is a base model: %s are drawn from N(0, 0.02^2)", file, shown(NEW_IN_NEXUS))
+    logger.warning(
+        "%s is a base model: %s are drawn from N(0, 0.02^2)", file, join_keys(NEW_IN_NEXUS)
+    )
     generator = torch.Generator().manual_seed(0)
 
-    def entry(shape: tuple[int, ...]) -> Entry:
-        return Entry(
+    def entry(shape: tuple[int, ...]) -> LazyTensor:
+        return LazyTensor(
             file, shape, dtype, lambda: (0.02 * torch.randn(shape, generator=generator)).to(dtype)
         )
 
@@ -398,11 +404,11 @@ def fresh_entries(file: Path, model: NexusGenAR, dtype: torch.dtype) -> dict[str
 def load_mmdit(path, config=None, *, device="cpu", dtype=None) -> MMDiT:
     """The MMDiT of a decoder file (DiffSynth names), or `flux1-dev` (black-forest-labs names)."""
     file = find_file(path, ("generation_decoder", "edit_decoder", "flux1-dev"))
-    model, entries = build(lambda: MMDiT(part(config, "mmdit"))), open_weights(file)
+    model, entries = on_meta(lambda: MMDiT(sub_config(config, "mmdit"))), open_weights(file)
     if not any(key.startswith(DIT_PREFIX) for key in entries):
-        return fit(model, file, entries, device=device, dtype=dtype)
+        return check_and_assign(model, file, entries, device=device, dtype=dtype)
     entries = {k: v for k, v in entries.items() if not k.startswith(("adapter.", MERGER_PREFIX))}
-    return fit(
+    return check_and_assign(
         model, file, entries, lambda n: DIT_PREFIX + diffsynth_name(n), is_swapped, device, dtype
     )
 
@@ -410,38 +416,38 @@ def load_mmdit(path, config=None, *, device="cpu", dtype=None) -> MMDiT:
 def load_generation_adapter(path, config=None, *, device="cpu", dtype=None) -> GenerationAdapter:
     """The adapter inside the generation decoder; `config` is a NexusGenConfig."""
     file = find_file(path, ("generation_decoder",))
-    model = build(lambda: make_adapter(config or NexusGenConfig.v2()))
+    model = on_meta(lambda: make_adapter(config or NexusGenConfig.v2()))
     entries = {k: v for k, v in open_weights(file).items() if not k.startswith(DIT_PREFIX)}
-    return fit(model, file, entries, device=device, dtype=dtype)
+    return check_and_assign(model, file, entries, device=device, dtype=dtype)
 
 
 def load_embedding_merger(path, config=None, *, device="cpu", dtype=None) -> ImageEmbeddingMerger:
     """The merger inside the editing decoder; `config` is a NexusGenConfig."""
     file = find_file(path, ("edit_decoder",))
-    model = build(lambda: make_merger(config or NexusGenConfig.v2()))
+    model = on_meta(lambda: make_merger(config or NexusGenConfig.v2()))
     entries = {k: v for k, v in open_weights(file).items() if not k.startswith(DIT_PREFIX)}
-    return fit(model, file, entries, MERGER_PREFIX.__add__, device=device, dtype=dtype)
+    return check_and_assign(model, file, entries, MERGER_PREFIX.__add__, device=device, dtype=dtype)
 
 
 def load_autoencoder(path, config=None, *, device="cpu", dtype=None) -> AutoEncoder:
     """FLUX.1-dev's `ae.safetensors`."""
     file = find_file(path, ("ae",))
-    model = build(lambda: AutoEncoder(part(config, "autoencoder")))
-    return fit(model, file, open_weights(file), device=device, dtype=dtype)
+    model = on_meta(lambda: AutoEncoder(sub_config(config, "autoencoder")))
+    return check_and_assign(model, file, open_weights(file), device=device, dtype=dtype)
 
 
 def load_clip(path, config=None, *, device="cpu", dtype=None) -> CLIPTextModel:
     """FLUX.1-dev's `text_encoder/`."""
     file = find_file(path, ("model",))
-    model = build(lambda: CLIPTextModel(part(config, "clip")))
-    return fit(model, file, open_weights(file), device=device, dtype=dtype)
+    model = on_meta(lambda: CLIPTextModel(sub_config(config, "clip")))
+    return check_and_assign(model, file, open_weights(file), device=device, dtype=dtype)
 
 
 def load_t5(path, config=None, *, device="cpu", dtype=None) -> T5Encoder:
     """FLUX.1-dev's `text_encoder_2/`."""
     file = find_file(path, ("model",))
-    model = build(lambda: T5Encoder(part(config, "t5")))
-    return fit(model, file, open_weights(file), device=device, dtype=dtype)
+    model = on_meta(lambda: T5Encoder(sub_config(config, "t5")))
+    return check_and_assign(model, file, open_weights(file), device=device, dtype=dtype)
 
 
 def make_adapter(config: NexusGenConfig) -> GenerationAdapter:
@@ -539,15 +545,15 @@ def save_checkpoint(
     anything is written, when a component does not fit `config`.
     """
     folder = Path(folder)
-    home, flux = folder / AR_FOLDER, folder / FLUX_FOLDER
+    ar_dir, flux = folder / AR_FOLDER, folder / FLUX_FOLDER
     files = {
-        home / "model.safetensors": ar and fitting(ar, lambda: NexusGenAR(config.ar)),
-        home / "generation_decoder.safetensors": generation
+        ar_dir / "model.safetensors": ar and checked_state(ar, lambda: NexusGenAR(config.ar)),
+        ar_dir / "generation_decoder.safetensors": generation
         and decoder_tensors(*generation, config, make_adapter, ""),
-        home / "edit_decoder.safetensors": editing
+        ar_dir / "edit_decoder.safetensors": editing
         and decoder_tensors(*editing, config, make_merger, MERGER_PREFIX),
         flux / "ae.safetensors": autoencoder
-        and fitting(autoencoder, lambda: AutoEncoder(config.autoencoder)),
+        and checked_state(autoencoder, lambda: AutoEncoder(config.autoencoder)),
         folder / "empty_prompt.safetensors": empty_prompt,
     }
     files = {file: state for file, state in files.items() if state}
@@ -556,16 +562,18 @@ def save_checkpoint(
         replace_file(file, lambda path, text=text: path.write_text(text))
     for file, state in files.items():
         save_tensors(file, state, dtype, metadata)
-    copies = [home / "tokenizer.json"] if tokenizer_file is not None else []
+    copies = [ar_dir / "tokenizer.json"] if tokenizer_file is not None else []
     for file in copies:
         replace_file(file, lambda path: shutil.copyfile(tokenizer_file, path))
     return [*files, *texts, *copies]
 
 
-def fitting(component: nn.Module | Mapping[str, Tensor], make: Callable[[], nn.Module]) -> dict:
+def checked_state(
+    component: nn.Module | Mapping[str, Tensor], make: Callable[[], nn.Module]
+) -> dict:
     """The component's tensors, checked against the model that `make` builds."""
     state = component.state_dict() if isinstance(component, nn.Module) else dict(component)
-    model = build(make)
+    model = on_meta(make)
     shapes = {k: tuple(p.shape) for k, p in model.state_dict().items()}
     check("save_checkpoint", f"{type(model).__name__} of the config", shapes, state)
     return state
@@ -573,8 +581,8 @@ def fitting(component: nn.Module | Mapping[str, Tensor], make: Callable[[], nn.M
 
 def decoder_tensors(mmdit, projector, config: NexusGenConfig, make: Callable, prefix: str) -> dict:
     """One decoder file: the MMDiT under DiffSynth's names, its projector under `prefix`."""
-    tensors = to_diffsynth(fitting(mmdit, lambda: MMDiT(config.mmdit)))
-    own = fitting(projector, lambda: make(config))
+    tensors = to_diffsynth(checked_state(mmdit, lambda: MMDiT(config.mmdit)))
+    own = checked_state(projector, lambda: make(config))
     return tensors | {prefix + key: tensor for key, tensor in own.items()}
 
 
@@ -672,21 +680,21 @@ def model_folder(model: str | Path) -> Path:
     return folder
 
 
-def read_part(name: str, folder: Path, config: NexusGenConfig, place: dict) -> Any:
+def read_part(name: str, folder: Path, config: NexusGenConfig, load_kwargs: dict) -> Any:
     """One of `PARTS` from its official file. ValueError for another name."""
-    home = folder / AR_FOLDER
+    ar_dir = folder / AR_FOLDER
     if name == "ar":
-        return load_ar(home, config, **place)
+        return load_ar(ar_dir, config, **load_kwargs)
     if name == "autoencoder":
-        return load_autoencoder(folder / FLUX_FOLDER, config, **place)
+        return load_autoencoder(folder / FLUX_FOLDER, config, **load_kwargs)
     if name == "generation":
-        file = find_file(home, ("generation_decoder",))
-        adapter = load_generation_adapter(file, config, **place)
-        return GenerationDecoder(load_mmdit(file, config, **place), adapter)
+        file = find_file(ar_dir, ("generation_decoder",))
+        adapter = load_generation_adapter(file, config, **load_kwargs)
+        return GenerationDecoder(load_mmdit(file, config, **load_kwargs), adapter)
     if name == "editing":
-        file = find_file(home, ("edit_decoder",))
-        merger = load_embedding_merger(file, config, **place)
-        return EditingDecoder(load_mmdit(file, config, **place), merger)
+        file = find_file(ar_dir, ("edit_decoder",))
+        merger = load_embedding_merger(file, config, **load_kwargs)
+        return EditingDecoder(load_mmdit(file, config, **load_kwargs), merger)
     raise ValueError(f"parts are {', '.join(PARTS)}, got {name!r}")
 
 
@@ -707,12 +715,12 @@ def tokenizer_of(path: Path, read: Callable[[Path], Any]) -> Any:
         raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from error
 
 
-def read_text_encoders(folder: Path, config: NexusGenConfig, place: dict) -> TextEncoders:
+def read_text_encoders(folder: Path, config: NexusGenConfig, load_kwargs: dict) -> TextEncoders:
     """CLIP, T5 and their tokenizers of FLUX.1-dev."""
     flux = folder / FLUX_FOLDER
     return TextEncoders(
-        load_clip(flux / "text_encoder", config, **place),
-        load_t5(flux / "text_encoder_2", config, **place),
+        load_clip(flux / "text_encoder", config, **load_kwargs),
+        load_t5(flux / "text_encoder_2", config, **load_kwargs),
         tokenizer_of(flux / "tokenizer", clip_tokenizer),
         tokenizer_of(flux / "tokenizer_2", t5_tokenizer),
     )

@@ -143,8 +143,8 @@ def loader_target(folder: Path) -> Target:
     def read(data: bytes, rng: random.Random) -> None:
         file, seeds = rng.choice(kinds)
         file.write_bytes(mutate(seeds, rng))
-        model = weights.build(lambda: torch.nn.Linear(3, 2))
-        weights.fit(model, file, weights.open_weights(file), dtype=torch.float32)
+        model = weights.on_meta(lambda: torch.nn.Linear(3, 2))
+        weights.check_and_assign(model, file, weights.open_weights(file), dtype=torch.float32)
         model.requires_grad_(False)(torch.ones(1, 3))  # touches every byte
 
     return [b"-"], read

@@ -35,12 +35,12 @@ from nexus_min.weights import (
     AR_FOLDER,
     FLUX_FOLDER,
     MERGER_PREFIX,
-    build,
     config_files,
     decoder_tensors,
     load_mmdit,
     make_adapter,
     make_merger,
+    on_meta,
 )
 
 Write = Callable[[Mapping[str, Tensor], Path], None]
@@ -159,7 +159,7 @@ def first(
 ) -> tuple[NexusGenConfig, dict[str, Tensor]]:
     """The first config whose model has `enough` bytes in bf16, and its tensors, on `meta`."""
     for config in configs:
-        state = bf16(build(partial(make, config)).state_dict())
+        state = bf16(on_meta(partial(make, config)).state_dict())
         if num_bytes(state) >= enough:
             return config, state
 

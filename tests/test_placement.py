@@ -8,11 +8,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny
 
-from nexus_min import offload as placement
-from nexus_min import pipeline
+from nexus_min import offload, pipeline
 from nexus_min.config import NexusGenConfig
 from nexus_min.model.mmdit import MMDiT
-from nexus_min.offload import FP8, ROOM, FP8Linear, Place, choose, modulations, needs, to_fp8
+from nexus_min.offload import (
+    ACTIVATION_RESERVE,
+    FP8,
+    FP8Linear,
+    Target,
+    choose,
+    memory_needed,
+    modulations,
+    to_fp8,
+)
 from nexus_min.pipeline import NexusGen
 
 OPTIONS = {"num_steps": 3, "cfg_scale": 2.0, "max_new_tokens": 4}
@@ -83,7 +91,7 @@ def test_one_part_is_there_at_a_time_and_modulations_only_ahead(folder, profile)
             assert "img_in.weight" in there and not any("mod" in n.lower() for n in there)
             block = any("blocks" in n for n in there)
             assert block == (profile == "staged")
-    model.placement.clear()
+    model.offloader.offload_all()
     assert not away(mmdit, home["dit"]) and not away(model.autoencoder, homes(model.autoencoder))
 
 
@@ -91,7 +99,7 @@ def test_a_stream_holds_two_blocks_at_most(folder, monkeypatch):
     model = NexusGen.load(folder, memory="stream", parts=["ar", "generation", "autoencoder"])
     mmdit, most = model.generation.mmdit, []
     home = homes(mmdit)
-    plain = placement.F.linear
+    plain = offload.F.linear
 
     def watching(*args):
         there = {n.split(".")[1] for n in away(mmdit, home) if n.startswith("single_blocks")}
@@ -156,8 +164,8 @@ def test_a_copy_that_fails_is_not_taken_for_there(folder, monkeypatch, profile):
     parts = ["ar", "generation", "autoencoder"]
     model = NexusGen.load(folder, dtype=torch.bfloat16, memory=profile, parts=parts)
     options = {"fast_preamble": True, "num_steps": 2, "cfg_scale": 1.0}
-    want, plain, count = latents(model.generate_steps("a circle", **options)), Place.copy, [0]
-    model.placement.clear()
+    want, plain, count = latents(model.generate_steps("a circle", **options)), Target.copy, [0]
+    model.offloader.offload_all()
 
     def failing(*args, **more):
         count[0] -= 1
@@ -165,7 +173,7 @@ def test_a_copy_that_fails_is_not_taken_for_there(folder, monkeypatch, profile):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return plain(*args, **more)
 
-    monkeypatch.setattr(Place, "copy", failing)
+    monkeypatch.setattr(Target, "copy", failing)
     count[0] = 2
     with pytest.raises(MemoryError, match="CUDA out of memory.; weights alone: resident needs"):
         model.generate("a circle", **options)
@@ -186,7 +194,7 @@ def test_loading_without_memory_tells_what_all_parts_need(folder, monkeypatch):
     ) as e:
         NexusGen.load(folder)
     parts = {name: read(name, folder, NexusGenConfig.tiny(), {}) for name in pipeline.PARTS}
-    assert placement.estimate(needs(parts, torch.float32)) in str(e.value)
+    assert offload.estimate(memory_needed(parts, torch.float32)) in str(e.value)
 
 
 # ---- fp8 ---------------------------------------------------------------------------------------
@@ -233,7 +241,7 @@ def test_needs_count_what_each_profile_holds():
     with torch.device("meta"):
         config = NexusGenConfig.v2()
         parts = {"generation": MMDiT(config.mmdit)}
-    need = needs(parts, torch.bfloat16)
+    need = memory_needed(parts, torch.bfloat16)
     assert need["resident"] == 2 * 11_901_408_320
     largest = 2 * (3072 * 6 * 3072 + 6 * 3072)  # bytes of a double block's modulation
     away = sum(p.numel() for m in modulations(parts["generation"]) for p in m.parameters())
@@ -253,8 +261,10 @@ def test_auto_takes_the_first_that_fits(free, profile):
 
 
 def test_auto_leaves_room():
-    assert choose({"resident": 10, "staged": 5, "stream": 1}, 10 + ROOM)[0] == "resident"
-    assert choose({"resident": 10, "staged": 5, "stream": 1}, 9 + ROOM)[0] == "staged"
+    assert (
+        choose({"resident": 10, "staged": 5, "stream": 1}, 10 + ACTIVATION_RESERVE)[0] == "resident"
+    )
+    assert choose({"resident": 10, "staged": 5, "stream": 1}, 9 + ACTIVATION_RESERVE)[0] == "staged"
 
 
 def test_an_unknown_profile_is_a_clear_error(folder):

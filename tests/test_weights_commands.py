@@ -98,7 +98,9 @@ def test_check_passes_a_release(capsys, release):
 
 def test_check_reads_no_tensor(capsys, release, monkeypatch):
     def closed(entries: dict) -> dict:
-        return {k: w.Entry(e.file, e.shape, e.dtype, lambda: 1 / 0) for k, e in entries.items()}
+        return {
+            k: w.LazyTensor(e.file, e.shape, e.dtype, lambda: 1 / 0) for k, e in entries.items()
+        }
 
     for name in ("open_safetensors", "open_pickle"):
         opened = getattr(w, name)
@@ -401,14 +403,14 @@ def stop_at(monkeypatch, number: int) -> list[str]:
     read, opened = [], w.open_pickle
 
     def watched(file: Path) -> dict:
-        def watch(key: str, e: w.Entry) -> w.Entry:
+        def watch(key: str, e: w.LazyTensor) -> w.LazyTensor:
             def reading():
                 if len(read) == number:
                     raise KeyboardInterrupt
                 read.append(key)
                 return e.read()
 
-            return w.Entry(e.file, e.shape, e.dtype, reading)
+            return w.LazyTensor(e.file, e.shape, e.dtype, reading)
 
         return {key: watch(key, e) for key, e in opened(file).items()}
 

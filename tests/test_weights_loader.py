@@ -93,7 +93,7 @@ def full_size(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def shapes(make) -> dict[str, tuple[int, ...]]:
-    return {k: tuple(p.shape) for k, p in w.build(make).state_dict().items()}
+    return {k: tuple(p.shape) for k, p in w.on_meta(make).state_dict().items()}
 
 
 def decoder_shapes() -> dict[str, tuple[int, ...]]:
@@ -339,7 +339,7 @@ def test_nothing_is_read_before_the_check(saved, monkeypatch):
 
     def watched(file):
         def watch(key, e):
-            return w.Entry(e.file, e.shape, e.dtype, lambda: read.append(key) or e.read())
+            return w.LazyTensor(e.file, e.shape, e.dtype, lambda: read.append(key) or e.read())
 
         return {k: watch(k, e) for k, e in original(file).items()}
 
@@ -484,11 +484,11 @@ def test_a_file_that_changes_between_check_and_load(tmp_path, saved, kind):
 
     for change in (cut, replaced, overwritten, file.unlink):
         write()
-        model = w.build(lambda: AutoEncoder(TINY.autoencoder))
+        model = w.on_meta(lambda: AutoEncoder(TINY.autoencoder))
         entries = w.open_weights(file)
         change()
         with pytest.raises(ValueError, match=f"x.{kind}: changed while it was being read"):
-            w.fit(model, file, entries)
+            w.check_and_assign(model, file, entries)
 
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

@@ -95,8 +95,9 @@ class Tasks:
     def watch(self, events: Iterator) -> Iterator[tuple[Any, str, str]]:
         """(image so far, text so far, facts) whenever one of them is new."""
         image, text, facts, every, start = None, "", "", 1, time.perf_counter()
-        place = self.model.placement  # the autoencoder may visit only where it displaces nothing
-        previews = place is None or place.profile == "resident"
+        offloader = self.model.offloader
+        # a preview must not displace the part at work
+        previews = offloader is None or offloader.profile == "resident"
         with closing(events):
             for kind, value in events:
                 if kind == "text":

@@ -1,4 +1,4 @@
-"""Peak bytes on a GPU and seconds of every placement profile; full size, random bf16 weights.
+"""Peak bytes on a GPU and seconds of every memory profile; full size, random bf16 weights.
 
     python -m tests.benchmarks.profiles           # needs 80 GB of host memory, and a GPU
     python -m tests.benchmarks.profiles --tiny    # the tiny model, also on a CPU: does it work?
@@ -33,7 +33,7 @@ from nexus_min.model.autoencoder import AutoEncoder
 from nexus_min.model.autoregressive import NexusGenAR
 from nexus_min.model.mmdit import MMDiT
 from nexus_min.model.projector import GenerationAdapter, ImageEmbeddingMerger
-from nexus_min.offload import Place, Placement, needs, to_fp8
+from nexus_min.offload import Offloader, Target, memory_needed, to_fp8
 from nexus_min.pipeline import NexusGen
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.weights import PARTS, TINY, EditingDecoder, GenerationDecoder
@@ -100,7 +100,7 @@ class Found(NamedTuple):
 
     profile: str
     task: str
-    weights: float  # GB, as `placement.needs` says
+    weights: float  # GB, as `offload.memory_needed` says
     peak: float  # GB on the device
     arrival: float  # seconds until the model is placed
     total: float  # seconds of the task
@@ -125,16 +125,16 @@ HEADER = (
 )
 
 
-def wait(place: Place) -> float:
+def wait(target: Target) -> float:
     """The time when the device is done."""
-    if place.device.type == "cuda":
+    if target.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def work(model: NexusGen, task: str, photo: Image.Image, steps: int) -> tuple:
     """The task's image, or None, and the times at which its steps were done."""
-    place, times = model.placement.place, []
+    target, times = model.offloader.target, []
     if task == "understand":
         model.understand(photo, "What is in the image?", max_new_tokens=REPLY)
         return None, times
@@ -146,39 +146,39 @@ def work(model: NexusGen, task: str, photo: Image.Image, steps: int) -> tuple:
     image = None
     for kind, value in events:
         if kind == "step":
-            times.append(wait(place))
+            times.append(wait(target))
         elif kind == "image":
             image = np.asarray(value)
     return image, times
 
 
-def measure(name: str, task: str, model: NexusGen, place: Place, steps: int) -> Found:
+def measure(name: str, task: str, model: NexusGen, target: Target, steps: int) -> Found:
     """One task under one profile, which leaves nothing on the device."""
-    profile, gpu = name.split(",")[0], place.device.type == "cuda"
+    profile, gpu = name.split(",")[0], target.device.type == "cuda"
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 1000, 3), np.uint8))
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     parts = {part: getattr(model, part) for part in TASKS[task]}
-    weights, start = needs(parts, place.dtype)[profile], wait(place)
-    model.placement = Placement.of(profile, parts, place)
-    placed = wait(place)
+    weights, start = memory_needed(parts, target.dtype)[profile], wait(target)
+    model.offloader = Offloader.of(profile, parts, target)
+    placed = wait(target)
     image, times = work(model, task, photo, steps)
-    done = wait(place)
+    done = wait(target)
     peak = torch.cuda.max_memory_allocated() if gpu else 0
     step = median(b - a for a, b in pairwise(times)) if times else None
-    model.placement.clear()
+    model.offloader.offload_all()
     return Found(name, task, weights / 1e9, peak / 1e9, placed - start, done - placed, step, image)
 
 
-def lines(config: NexusGenConfig, place: Place, steps: int, tiny: bool) -> Iterator[str]:
+def lines(config: NexusGenConfig, target: Target, steps: int, tiny: bool) -> Iterator[str]:
     """A line for every profile and task, in bf16 and then with the decoders in fp8."""
-    parts, c = make_parts(config, place.dtype), config.mmdit
+    parts, c = make_parts(config, target.dtype), config.mmdit
     empty = {
         "pooled": torch.randn(1, c.vec_in_dim),
         "context": torch.randn(1, T5_TOKENS, c.context_in_dim),
     }
-    empty = {name: x.to(*place) for name, x in empty.items()}
+    empty = {name: x.to(*target) for name, x in empty.items()}
     model = NexusGen(config, read_tokenizer(config, tiny), empty_prompt=empty)
     for fp8 in (False, True):
         if fp8:
@@ -191,7 +191,7 @@ def lines(config: NexusGenConfig, place: Place, steps: int, tiny: bool) -> Itera
                 if (wanted == PARTS and profile != "resident") or (fp8 and task == "understand"):
                     continue  # the same as another line
                 own = replace(model, **{part: again(parts[part]) for part in wanted})
-                found = measure(name, task, own, place, steps)
+                found = measure(name, task, own, target, steps)
                 del own
                 yield found.line(first.setdefault(task, found.image))
 
@@ -208,11 +208,13 @@ def main() -> None:
     if not gpu and not args.tiny:
         print("no GPU here: nothing measured (--tiny runs the same code on the CPU)")
         return
-    place = Place(torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32)
+    target = Target(
+        torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
+    )
     print(torch.cuda.get_device_name() if gpu else "CPU: no peaks", f"torch {torch.__version__}")
     config = NexusGenConfig.tiny() if args.tiny else NexusGenConfig.v2()
     print(HEADER)
-    for line in lines(config, place, args.steps, args.tiny):
+    for line in lines(config, target, args.steps, args.tiny):
         print(line, flush=True)
     print(f"peak RSS of the host: {peak_rss() / 1e9:.1f} GB")
 
