@@ -1,6 +1,6 @@
 """What every notebook shares: one look of all plots, strips of images, one seed.
 
-Colours are those of Okabe and Ito, which the colour-blind tell apart; maps of numbers use viridis
+Colors are those of Okabe and Ito, which the color-blind tell apart; maps of numbers use viridis
 (one sign) or PuOr (two signs). Plots are kept in the file, so they are small.
 """
 
@@ -15,13 +15,13 @@ import torch
 
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILION, YELLOW, BLACK = "#56B4E9", "#D55E00", "#F0E442", "#000000"
-COLOURS = [BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, YELLOW, BLACK]
+COLORS = [BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, YELLOW, BLACK]
 
 STYLE = {
     "figure.dpi": 80,
     "figure.figsize": (6, 3),
     "figure.constrained_layout.use": True,
-    "axes.prop_cycle": plt.cycler(color=COLOURS),
+    "axes.prop_cycle": plt.cycler(color=COLORS),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
@@ -83,7 +83,7 @@ def heatmap(
 ):
     """A map of numbers [rows, columns] on `ax`; signed: 0 is white; numbers: written on the cells.
 
-    With a label there is a colour bar: that of `ax`, or of all axes that it stands `beside`.
+    With a label there is a color bar: that of `ax`, or of all axes that it stands `beside`.
     """
     values = np.asarray(values)
     if signed:
@@ -95,6 +95,6 @@ def heatmap(
         ax.figure.colorbar(image, ax=place, label=label, fraction=0.046, pad=0.03)
     middle = (values.max() + values.min()) / 2
     for (row, column), value in np.ndenumerate(values) if numbers else ():
-        colour = "white" if value < middle else "black"  # of viridis the low end is dark
-        ax.text(column, row, value, ha="center", va="center", color=colour, fontsize=7)
+        color = "white" if value < middle else "black"  # of viridis the low end is dark
+        ax.text(column, row, value, ha="center", va="center", color=color, fontsize=7)
     return image

@@ -14,7 +14,7 @@ differ in what they read at the image positions only:
 so there are three errors on held-out scenes: naive teacher-forced, naive free-running, prefilled.
 The whole is done with two kinds of captions of the same images. A *full* one names all but the
 exact place of an object in its cell and the texture that half of the backgrounds have; a *vague*
-one names shapes and colours only, and leaves places, sizes, background and style open.
+one names shapes and colors only, and leaves places, sizes, background and style open.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def words(rng: np.random.Generator, scene: Scene, kind: str) -> str:
     if kind == "full":
         return caption(rng, scene, zh=False)
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
-    return " and ".join(a(noun(o.shape, o.colour, None, False)) for o in objects)
+    return " and ".join(a(noun(o.shape, o.color, None, False)) for o in objects)
 
 
 def encode(model: NexusGen, rng: np.random.Generator, scenes: list[Scene], kind: str) -> Data:
@@ -146,7 +146,7 @@ def again(rng: np.random.Generator, scene: Scene, kind: str) -> Scene:
     new = random_scene(rng, len(scene.objects), DETAIL)
     pairs = zip(new.objects, scene.objects, strict=True)
     if kind == "vague":
-        objects = tuple(replace(n, shape=o.shape, colour=o.colour) for n, o in pairs)
+        objects = tuple(replace(n, shape=o.shape, color=o.color) for n, o in pairs)
         return replace(new, objects=objects)
     objects = tuple(replace(o, dx=n.dx, dy=n.dy) for n, o in pairs)
     return replace(scene, objects=objects, texture=new.texture)

@@ -23,7 +23,7 @@ from nexus_min.toy.world import Object, Scene, render
 OUTPUT = Path(__file__).with_name("overview.png")
 WIDTH, HEIGHT = 2.3, 0.62
 GREY = "#666666"
-BOXES = {  # name: (x, y, text, colour)
+BOXES = {  # name: (x, y, text, color)
     "words": (0.2, 4.6, "prompt, question\ntokenizer.py", GREY),
     "image": (0.2, 3.3, "image\nimage_processor.py", GREY),
     "vision": (3.1, 3.3, "vision tower\nvision.py", BLUE),
@@ -58,8 +58,8 @@ def centre(name: str) -> np.ndarray:
 
 def draw_flow(ax) -> None:
     """Boxes with their file names, and the arrows between them."""
-    for x, y, text, colour in BOXES.values():
-        style = {"boxstyle": "round,pad=0.05", "fc": colour + "22", "ec": colour, "lw": 1.3}
+    for x, y, text, color in BOXES.values():
+        style = {"boxstyle": "round,pad=0.05", "fc": color + "22", "ec": color, "lw": 1.3}
         ax.add_patch(FancyBboxPatch((x, y), WIDTH, HEIGHT, **style))
         head, _, file = text.partition("\n")
         ax.text(x + WIDTH / 2, y + HEIGHT * (0.68 if file else 0.5), head, ha="center", va="center")

@@ -96,7 +96,7 @@ def bad_items() -> list:
         ({"task": "edit", "prompt": "a"}, "the task edit needs image and instruction"),
         ({"task": "generate", "prompt": " "}, "the prompt is empty"),
         ({"task": "generate", "prompt": 3}, "prompt must be a text, not int"),
-        ({"task": "generate", "prompt": "a", "colour": 1}, "colour"),
+        ({"task": "generate", "prompt": "a", "color": 1}, "color"),
         ({"task": "generate", "prompt": "a", "seed": -1}, "the seed must be"),
         ({"task": "generate", "prompt": "a", "height": "x"}, "height must be a whole number"),
         ({"task": "generate", "prompt": "a", "height": 64.5}, "height must be a whole number"),

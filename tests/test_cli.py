@@ -290,7 +290,7 @@ def test_unknown_words_warn_when_the_model_lists_its_own(here, capsys, folder, t
 BAD = {
     "no command": ([], "COMMAND"),
     "unknown command": (["paint", "x"], "invalid choice"),
-    "unknown option": (["generate", "a", "--colour", "red"], "--colour"),
+    "unknown option": (["generate", "a", "--color", "red"], "--color"),
     "no prompt": (["generate"], "generate needs --prompt"),
     "like nothing": (["generate", "--like", "missing.png"], "missing.png': no such file"),
     "like a folder": (["generate", "--like", "folder.png"], "folder.png': it is not a file"),

@@ -22,7 +22,7 @@ def line(tag: str, include: list, exclude: tuple = (), prompt: str = "a") -> dic
 
 
 def scene(*objects: tuple) -> Scene:
-    return Scene(tuple(Object(shape, colour, "large", cell) for shape, colour, cell in objects))
+    return Scene(tuple(Object(shape, color, "large", cell) for shape, color, cell in objects))
 
 
 @pytest.mark.parametrize("kind", CATEGORIES)

@@ -291,10 +291,10 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_becomes_rgb(mode):
-    image, colour = MODES[mode]
+    image, color = MODES[mode]
     got = load_image(image)
     assert got.mode == "RGB" and got.size == (6, 4)
-    assert got.getcolors() == [(24, colour)]
+    assert got.getcolors() == [(24, color)]
 
 
 @pytest.mark.parametrize("mode", Image.MODES)
@@ -303,7 +303,7 @@ def test_no_mode_of_pillow_is_left_out(mode):
     assert got.mode == "RGB" and got.size == (6, 4) and len(got.getcolors()) == 1
 
 
-def test_rgb_with_a_transparent_colour():
+def test_rgb_with_a_transparent_color():
     image = Image.new("RGB", (6, 4), RED)
     got = load_image(encoded(image, transparency=RED))
     assert got.getcolors() == [(24, WHITE)]
@@ -377,7 +377,7 @@ def test_the_callers_picture_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    "array, colour",
+    "array, color",
     [
         (np.full((4, 6), 90, np.uint8), (90, 90, 90)),
         (np.full((4, 6, 1), 90, np.uint8), (90, 90, 90)),
@@ -389,8 +389,8 @@ def test_the_callers_picture_is_left_alone():
         (np.full((4, 6, 3), 65535, np.uint16), WHITE),
     ],
 )
-def test_arrays(array, colour):
-    assert load_image(array).getcolors() == [(24, colour)]
+def test_arrays(array, color):
+    assert load_image(array).getcolors() == [(24, color)]
 
 
 # --- load_image: what cannot be read -----------------------------------------------------------
@@ -479,7 +479,7 @@ def test_a_bomb_met_while_decoding_is_an_error(monkeypatch):
 
 @pytest.mark.parametrize("chunk", [b"zTXt", b"iCCP"])
 def test_a_bomb_of_text(chunk):
-    """64 MB of zeros in 64 KB of a text or of a colour profile."""
+    """64 MB of zeros in 64 KB of a text or of a color profile."""
     body = b"name\0\0" + zlib.compress(bytes(1 << 26))
     text = struct.pack(">I", len(body)) + chunk + body + struct.pack(">I", zlib.crc32(chunk + body))
     whole = encoded(picture(5, 10))

@@ -489,7 +489,7 @@ def test_understand_takes_none_one_or_several_pictures(tiny, photo, monkeypatch)
 
 def test_understand_decodes_the_reply(tiny, photo, monkeypatch):
     draws(tiny, monkeypatch, [*tiny.tokenizer.encode(" red"), tiny.config.ar.eos_token_id])
-    assert tiny.understand(photo, "what colour?") == "red"
+    assert tiny.understand(photo, "what color?") == "red"
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 400), (200, 1), (5, 7), (1200, 900)])

@@ -67,7 +67,7 @@ def test_it_edits_unseen_pictures(model, zh):
     """Below the measured scores, as rounding differs between machines."""
     tally = evaluate.score_edits(model, "background", zh, 10, 123)[0]
     assert tally.right >= 7, tally.line()
-    kinds = ("recolour", "add", "remove", "move")
+    kinds = ("recolor", "add", "remove", "move")
     tallies = [evaluate.score_edits(model, kind, zh, 10, 123)[0] for kind in kinds]
     assert sum(t.right for t in tallies) >= 24, [t.line() for t in tallies]
     told = {kind: t.notes.get("told") for kind, t in zip(kinds, tallies, strict=True)}
@@ -77,7 +77,7 @@ def test_it_edits_unseen_pictures(model, zh):
 
 def test_chinese(model):
     reading = read(np.asarray(model.generate("一个红色圆形"))[None])[0]
-    assert [(o.shape, o.colour) for o in reading.scene.objects] == [("circle", "red")]
+    assert [(o.shape, o.color) for o in reading.scene.objects] == [("circle", "red")]
 
 
 def picture(kind: str) -> Image.Image:
@@ -124,7 +124,7 @@ def test_readme_commands_draw_edit_and_answer(tmp_path):
     prompt, output = re.fullmatch(r'"(.+)" --output (\S+)', lines[0]).groups()
     assert command("generate", prompt, "--output", output, cwd=tmp_path).stdout.strip() == output
     objects = read(np.asarray(Image.open(tmp_path / output))[None])[0].scene.objects
-    assert {(o.shape, o.colour) for o in objects} == {("star", "red"), ("circle", "blue")}
+    assert {(o.shape, o.color) for o in objects} == {("star", "red"), ("circle", "blue")}
     edit = command("edit", output, "Change the background to gray.", "-o", "n.png", cwd=tmp_path)
     assert edit.returncode == 0, edit.stderr
     answer = command("understand", "n.png", "What color is the background?", cwd=tmp_path)

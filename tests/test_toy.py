@@ -14,7 +14,7 @@ from nexus_min.toy.tasks import Example, generation_example
 from nexus_min.toy.world import (
     BACKGROUNDS,
     CENTRES,
-    COLOURS,
+    COLORS,
     CROP,
     JITTER,
     RADIUS,
@@ -32,7 +32,7 @@ from nexus_min.toy.world import (
 )
 
 LOOKS = list(product(SHAPES, RADIUS, STYLES))
-PAINT = {**COLOURS, **BACKGROUNDS}
+PAINT = {**COLORS, **BACKGROUNDS}
 
 
 def pictures(scenes: list[Scene]) -> np.ndarray:
@@ -42,7 +42,7 @@ def pictures(scenes: list[Scene]) -> np.ndarray:
 def test_a_choice_is_numpys_own():
     """Seeds mean the same scenes and prompts as when `rng.choice` drew them."""
     ours, theirs = np.random.default_rng(3), np.random.default_rng(3)
-    for items in [SHAPES, tuple(COLOURS), JITTER] * 20:
+    for items in [SHAPES, tuple(COLORS), JITTER] * 20:
         assert choice(ours, items) == theirs.choice(items)
     assert ours.random() == theirs.random()
 
@@ -89,10 +89,10 @@ def test_scales_agree(scale):
         assert score.read(np.round(small).astype(np.uint8)[None])[0].is_exactly(scene)
 
 
-def test_a_pictures_colours_are_the_palettes():
-    for colour, background in product(COLOURS, BACKGROUNDS):
-        image = render(Scene((Object("square", colour),), background))
-        assert tuple(image[32, 32]) == COLOURS[colour]
+def test_a_pictures_colors_are_the_palettes():
+    for color, background in product(COLORS, BACKGROUNDS):
+        image = render(Scene((Object("square", color),), background))
+        assert tuple(image[32, 32]) == COLORS[color]
         assert tuple(image[2, 2]) == BACKGROUNDS[background]
 
 
@@ -134,7 +134,7 @@ def test_the_checker_is_exact_on_the_truth(style, textured):
 
 
 def test_noise_on_a_strong_texture_is_not_an_unknown_object():
-    # seen to fail by chance: in empty gray cells up to 12 pixels look like no known colour
+    # seen to fail by chance: in empty gray cells up to 12 pixels look like no known color
     texture = Texture(angle=1.889, period=11.74, phase=4.868, amplitude=20.0, checks=False)
     one = Object("cross", "yellow", "large", 6, 1.5, 0.0)
     scene = Scene((one,), "gray", texture=texture)
@@ -145,10 +145,10 @@ def test_noise_on_a_strong_texture_is_not_an_unknown_object():
 def test_every_template_is_read_at_every_jitter():
     places = list(product(JITTER, JITTER))
     for number, (shape, size, style) in enumerate(LOOKS):
-        colour = list(COLOURS)[number % 8]
+        color = list(COLORS)[number % 8]
         background = list(BACKGROUNDS)[number % 4]
         scenes = [
-            Scene((Object(shape, colour, size, i % 9, dx, dy),), background, style)
+            Scene((Object(shape, color, size, i % 9, dx, dy),), background, style)
             for i, (dx, dy) in enumerate(places)
         ]
         for scene, reading in zip(scenes, score.read(pictures(scenes)), strict=True):
@@ -193,7 +193,7 @@ def test_other_attributes_are_noticed():
         free = next(c for c in range(9) if c not in {o.cell for o in scene.objects})
         changed = {
             "size": {"small": "large", "large": "small"}[first.size],
-            "colour": next(c for c in COLOURS if c != first.colour),
+            "color": next(c for c in COLORS if c != first.color),
             "shape": next(s for s in SHAPES if s != first.shape),
             "cell": free,
         }
@@ -202,8 +202,8 @@ def test_other_attributes_are_noticed():
         wrong = [replace(scene, objects=o) for o in others]
         wrong.append(replace(scene, style=STYLES[1 - STYLES.index(scene.style)]))
         wrong.append(replace(scene, background="gray" if scene.background != "gray" else "black"))
-        if rest and first.colour != rest[0].colour:
-            swapped = replace(first, colour=rest[0].colour), replace(rest[0], colour=first.colour)
+        if rest and first.color != rest[0].color:
+            swapped = replace(first, color=rest[0].color), replace(rest[0], color=first.color)
             wrong.append(replace(scene, objects=(*swapped, *rest[1:])))
         for other, reading in zip(wrong, score.read(pictures(wrong)), strict=True):
             assert not reading.is_exactly(scene)
@@ -211,19 +211,19 @@ def test_other_attributes_are_noticed():
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
-def test_blobs_in_unknown_colours_are_noticed(background):
+def test_blobs_in_unknown_colors_are_noticed(background):
     scene = Scene((Object("star", "red", "large", 0),), background)
-    mean = np.mean([BACKGROUNDS[background], COLOURS["red"]], 0)
+    mean = np.mean([BACKGROUNDS[background], COLORS["red"]], 0)
     unknown = [
         (0, 255, 0),
         (255, 0, 255),
         *(BACKGROUNDS[b] for b in BACKGROUNDS if b != background),
     ]
-    for colour in [*unknown, mean]:
+    for color in [*unknown, mean]:
         image = render(scene)
         alpha = sprite("circle", "large", "filled", 0.0, 0.0)[..., None]
         part = window(image, 8)
-        part[:] = part + alpha * (np.float32(colour) - part)
+        part[:] = part + alpha * (np.float32(color) - part)
         assert not score.read(image[None])[0].is_exactly(scene)
 
 
@@ -232,7 +232,7 @@ def test_an_object_between_cells_and_mixed_styles_are_noticed():
     between = render(scene)
     alpha = sprite("square", "large", "filled", 0.0, 0.0)[..., None]
     part = between[32:54, 31:53]
-    part[:] = part + alpha * (np.float32(COLOURS["blue"]) - part)
+    part[:] = part + alpha * (np.float32(COLORS["blue"]) - part)
     mixed = render(scene)
     outline = render(Scene((Object("circle", "red", "large", 8),), style="outline"))
     window(mixed, 8)[:] = window(outline, 8)
@@ -280,8 +280,8 @@ def changes(scene: Scene, wanted: dict) -> list[tuple[str, Scene, bool]]:
         rest = scene.objects[:i] + scene.objects[i + 1 :]
         for shape in set(SHAPES) - {obj.shape}:
             add(f"shape {i}", (*rest, replace(obj, shape=shape)), False)
-        for colour in set(COLOURS) - {obj.colour}:
-            add(f"colour {i}", (*rest, replace(obj, colour=colour)), named[1] is None)
+        for color in set(COLORS) - {obj.color}:
+            add(f"color {i}", (*rest, replace(obj, color=color)), named[1] is None)
         for size in set(RADIUS) - {obj.size}:
             add(f"size {i}", (*rest, replace(obj, size=size)), named[2] is None)
         if "relation" not in wanted:
@@ -327,7 +327,7 @@ def test_satisfies_knows_positions_and_attribution():
             assert not satisfies(replace(ex.scenes[0], objects=moved), ex.wanted)
     for ex in prompts("attribution"):
         one, two = ex.scenes[0].objects
-        swapped = replace(one, colour=two.colour), replace(two, colour=one.colour)
+        swapped = replace(one, color=two.color), replace(two, color=one.color)
         assert not satisfies(replace(ex.scenes[0], objects=swapped), ex.wanted)
 
 

@@ -26,16 +26,16 @@ from nexus_min.toy.pretrain import (
     random_phrases,
 )
 from nexus_min.toy.tasks import example
-from nexus_min.toy.world import COLOURS, RADIUS, SHAPES, Object, Scene, render
+from nexus_min.toy.world import COLORS, RADIUS, SHAPES, Object, Scene, render
 from nexus_min.train.trainer import mixed_precision
 
 RED_STAR, RED_CIRCLE = Object("star", "red", "small", 2), Object("circle", "red", "large", 7, 1.5)
 ANY = CLASSES
 
 
-def ids(shape=None, colour=None, size=None) -> list[int]:
-    names = SHAPES, list(COLOURS), list(RADIUS)
-    said = (shape, colour, size)
+def ids(shape=None, color=None, size=None) -> list[int]:
+    names = SHAPES, list(COLORS), list(RADIUS)
+    said = (shape, color, size)
     return [n.index(s) if s else k for n, s, k in zip(names, said, ANY, strict=True)]
 
 
@@ -44,7 +44,7 @@ def test_grounding_targets_name_what_stands_in_each_cell_and_what_phrases_mean()
     said = [ids("star"), ids(None, "red"), ids("circle", "red", "large"), ids("cross")]
     want = grounding_targets([scene], torch.tensor([said]))
     assert want["shape"][0].tolist() == [0, 0, 4, 0, 0, 0, 0, 1, 0]
-    assert want["colour"][0].tolist() == [-100, -100, 0, -100, -100, -100, -100, 0, -100]
+    assert want["color"][0].tolist() == [-100, -100, 0, -100, -100, -100, -100, 0, -100]
     assert want["jitter"][0, 7].tolist() == [1.0, 0.0]
     assert want["meant_matches"][0].tolist() == [1, 2, 1, 0]
     assert want["meant_cell"][0].tolist() == [2, -100, 7, -100]

@@ -23,7 +23,7 @@ from nexus_min.toy.tasks import MAKERS, TURNS, Example, example
 from nexus_min.toy.world import (
     BACKGROUNDS,
     CENTRES,
-    COLOURS,
+    COLORS,
     RADIUS,
     SHAPES,
     Object,
@@ -92,15 +92,15 @@ def test_what_a_caption_cannot_name_does_not_move_a_scene_to_the_other_side():
 
 def meanings(kind: str):
     """All prompts of a category, as what they name."""
-    sizes, colours = [None, *RADIUS], list(COLOURS)
+    sizes, colors = [None, *RADIUS], list(COLORS)
     cells, pairs = [None, *range(9)], list(permutations(SHAPES, 2))
-    both = list(permutations(colours, 2))
+    both = list(permutations(colors, 2))
     objects = {
         "single": [[(s, None, z, c)] for s, z, c in product(SHAPES, sizes, cells)],
-        "colours": [[(s, k, z, c)] for s, k, z, c in product(SHAPES, colours, sizes, cells)],
+        "colors": [[(s, k, z, c)] for s, k, z, c in product(SHAPES, colors, sizes, cells)],
         "counting": [
             [(s, k, z, None)] * n
-            for s, k, z, n in product(SHAPES, [None, *colours], sizes, (2, 3, 4))
+            for s, k, z, n in product(SHAPES, [None, *colors], sizes, (2, 3, 4))
         ],
         "two": [
             [(a, None, y, None), (b, None, z, None)]
@@ -132,7 +132,7 @@ UNSEEN = {
     "single": 159,
     "two": 114,
     "counting": 392,
-    "colours": 1331,
+    "colors": 1331,
     "position": 4582,
     "attribution": 1132,
 }
@@ -158,11 +158,11 @@ def test_all_wordings_of_a_meaning_are_on_one_side():
         turned = opposite.get(relation) or next(k for k, v in opposite.items() if v == relation)
         scene = canonical_scene(ex.wanted | {"objects": objects[::-1], "relation": turned})
         assert replace(ex, scenes=(scene,)).unseen == ex.unseen
-    for kind in ("single", "colours", "two", "counting"):  # named or left open: the same image
+    for kind in ("single", "colors", "two", "counting"):  # named or left open: the same image
         for ex in draw("generate", kind, 40) + draw("generate", kind, 10, unseen=True):
             named = ex.wanted | {"background": ex.scenes[0].background}
             named["objects"] = [
-                (s, o.colour, o.size, c)
+                (s, o.color, o.size, c)
                 for (s, _, _, c), o in zip(ex.wanted["objects"], ex.scenes[0].objects, strict=True)
             ]
             assert replace(ex, scenes=(canonical_scene(named),)).unseen == ex.unseen
@@ -178,11 +178,11 @@ def test_no_unseen_text_is_ever_a_training_text():
 
 ENGLISH = {v: k for k, v in ZH.items()}
 NAMED = re.compile(
-    r"(?:(?P<size>small|large) )?(?:(?P<colour>{c}) )?(?P<shape>{s})|"
-    r"(?:(?P<zsize>小|大)的)?(?P<zcolour>{zc})?(?P<zshape>{zs})".format(
-        c="|".join(COLOURS),
+    r"(?:(?P<size>small|large) )?(?:(?P<color>{c}) )?(?P<shape>{s})|"
+    r"(?:(?P<zsize>小|大)的)?(?P<zcolor>{zc})?(?P<zshape>{zs})".format(
+        c="|".join(COLORS),
         s="|".join(SHAPES),
-        zc="|".join(ZH[c] for c in COLOURS),
+        zc="|".join(ZH[c] for c in COLORS),
         zs="|".join(ZH[s] for s in SHAPES),
     )
 )
@@ -248,10 +248,10 @@ def is_right(scene: Scene, kind: str, text: str, answer: str) -> bool:
     if kind == "exist":
         return bool(fitting(scene, said[0])) == YES[answer]
     if kind == "shape":
-        (colour,) = {c for c in COLOURS if c in text.split() or ZH[c] in text}
-        return the(scene, {"colour": colour}).shape == english(answer)
-    if kind == "colour":
-        return the(scene, said[0]).colour == english(answer)
+        (color,) = {c for c in COLORS if c in text.split() or ZH[c] in text}
+        return the(scene, {"color": color}).shape == english(answer)
+    if kind == "color":
+        return the(scene, said[0]).color == english(answer)
     if kind == "where":
         return the(scene, said[0]).cell == cell_in(answer)
     assert kind == "relation"
@@ -290,7 +290,7 @@ def read_objects(text: str) -> set:
     for part in re.split(", |，", text):
         for said in mentions(part):
             cell = cell_in(part if part[0] < "\u4e00" else part.split("有")[0])
-            objects.add((said["shape"], said["colour"], said["size"], cell))
+            objects.add((said["shape"], said["color"], said["size"], cell))
     return objects
 
 
@@ -319,9 +319,9 @@ def test_captions_name_everything(zh):
 
 BACK = {"add": "remove", "remove": "add"}  # the other edits undo themselves
 STAYS = {
-    "recolour": ("shape", "size", "cell", "dx", "dy"),
-    "replace": ("colour", "size", "cell", "dx", "dy"),
-    "move": ("shape", "colour", "size"),
+    "recolor": ("shape", "size", "cell", "dx", "dy"),
+    "replace": ("color", "size", "cell", "dx", "dy"),
+    "move": ("shape", "color", "size"),
 }
 
 
@@ -353,13 +353,13 @@ def test_an_edit_is_one_change_of_the_object_its_words_name(kind, zh):
         assert found == kind
         said = mentions(ex.text)
         if kind == "add":
-            assert said == [{"shape": new.shape, "colour": new.colour, "size": new.size}]
+            assert said == [{"shape": new.shape, "color": new.color, "size": new.size}]
             assert cell_in(ex.text.split("加")[0] if zh else ex.text) == new.cell
         elif gone:
             assert the(source, said[0]) is gone
-        if kind == "recolour":
+        if kind == "recolor":
             goal = ex.text.split("变成")[1] if zh else ex.text.split(" to ")[1][:-1]
-            assert english(goal) == new.colour
+            assert english(goal) == new.color
         if kind == "replace":
             assert said[1] == {"shape": new.shape}
         if kind == "move":
@@ -394,12 +394,12 @@ def test_a_reply_to_an_edit_says_first_what_will_change(kind, zh):
         word = GOES.get(kind, (" becomes ", "变成"))[zh]
         before, after = ex.answer.split(word)
         said = mentions(ex.answer)
-        assert said[0] == {"shape": gone.shape, "colour": gone.colour, "size": gone.size}
+        assert said[0] == {"shape": gone.shape, "color": gone.color, "size": gone.size}
         assert cell_in(before.split("的")[0] if zh else before) == gone.cell
         if kind == "move":
             assert cell_in(after[:-1]) == new.cell
         elif kind != "remove":
-            assert said[1] == {"shape": new.shape, "colour": new.colour, "size": new.size}
+            assert said[1] == {"shape": new.shape, "color": new.color, "size": new.size}
     assert silent > 0  # the usual sentence alone is learnt too
 
 
@@ -439,7 +439,7 @@ def test_messages_follow_the_official_format(task):
             assert final(ex.messages[1]["content"]) == ex.answer
 
 
-NAMED_FIRST = {"colour": 1, "shape": 1, "where": 1, "background": 0, "count_all": 0, "relation": 2}
+NAMED_FIRST = {"color": 1, "shape": 1, "where": 1, "background": 0, "count_all": 0, "relation": 2}
 
 
 def check_reply(scene: Scene, text: str, said: str) -> None:
@@ -455,9 +455,9 @@ def check_reply(scene: Scene, text: str, said: str) -> None:
         verdicts = [not re.search(" no$|不是$", part) for part in parts]
         assert verdicts == [all(getattr(o, k) == v for k, v in asked.items()) for o in objects]
         for o, part in zip(objects, parts, strict=True):
-            compared = ["shape"] if "colour" not in asked else ["colour", "shape"]
-            if asked.get("colour", o.colour) != o.colour:
-                compared = ["colour"]
+            compared = ["shape"] if "color" not in asked else ["color", "shape"]
+            if asked.get("color", o.color) != o.color:
+                compared = ["color"]
             words = [word for name in compared for word in (getattr(o, name), asked[name])]
             told = re.sub(" (yes|no)$|不?是$", "", part)
             assert told in (" ".join(words), "".join(ZH[word] for word in words))
@@ -489,7 +489,7 @@ ASKS = {
     "shape": "What shape|什么形状",
     "where": "Where|在哪里",
     "relation": "^Is the |在.*的.*吗",
-    "colour": "What color is the (?!back)|(?<!背景)是什么颜色",
+    "color": "What color is the (?!back)|(?<!背景)是什么颜色",
 }
 
 

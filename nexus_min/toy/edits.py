@@ -9,7 +9,7 @@ import numpy as np
 from .language import CELL_NAMES, ZH, a, noun, place, reference
 from .world import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     SHAPES,
     STYLES,
     Object,
@@ -19,7 +19,7 @@ from .world import (
     random_object,
 )
 
-EDITS = ("recolour", "add", "remove", "replace", "background", "move", "style")
+EDITS = ("recolor", "add", "remove", "replace", "background", "move", "style")
 
 
 def edit_pair(
@@ -33,7 +33,7 @@ def edit_pair(
         if len(scene.objects) == 4:
             return None
         new = random_object(rng, choice(rng, free))
-        name = noun(new.shape, new.colour, new.size, zh)
+        name = noun(new.shape, new.color, new.size, zh)
         text = (
             f"在{place(new.cell, True)}加一个{name}" if zh else f"Add {a(name)} {place(new.cell)}."
         )
@@ -52,9 +52,9 @@ def edit_pair(
 
 def _edit_whole(rng: np.random.Generator, kind: str, scene: Scene, zh: bool) -> tuple[Scene, str]:
     if kind == "background":
-        colour = choice(rng, [b for b in BACKGROUNDS if b != scene.background])
-        text = f"把背景换成{ZH[colour]}" if zh else f"Change the background to {colour}."
-        return replace(scene, background=colour), text
+        color = choice(rng, [b for b in BACKGROUNDS if b != scene.background])
+        text = f"把背景换成{ZH[color]}" if zh else f"Change the background to {color}."
+        return replace(scene, background=color), text
     style = STYLES[1 - STYLES.index(scene.style)]
     words = {
         "outline": ("Turn it into an outline drawing.", "改成线条画"),
@@ -66,11 +66,11 @@ def _edit_whole(rng: np.random.Generator, kind: str, scene: Scene, zh: bool) -> 
 def _edit_object(
     rng: np.random.Generator, kind: str, obj: Object, name: str, free: list[int], zh: bool
 ) -> tuple[Object, str]:
-    """The object called `name` after a recolour, replace or move to a free cell; the text."""
-    if kind == "recolour":
-        colour = choice(rng, [c for c in COLOURS if c != obj.colour])
-        text = f"把{name}变成{ZH[colour]}" if zh else f"Change the {name} to {colour}."
-        return replace(obj, colour=colour), text
+    """The object called `name` after a recolor, replace or move to a free cell; the text."""
+    if kind == "recolor":
+        color = choice(rng, [c for c in COLORS if c != obj.color])
+        text = f"把{name}变成{ZH[color]}" if zh else f"Change the {name} to {color}."
+        return replace(obj, color=color), text
     if kind == "replace":
         shape = choice(rng, [s for s in SHAPES if s != obj.shape])
         text = f"把{name}换成{ZH[shape]}" if zh else f"Replace the {name} with {a(shape)}."
@@ -93,7 +93,7 @@ def plan(scene: Scene, target: Scene, zh: bool) -> str:
     if len(gone) != 1:
         return ""
     old = gone[0]
-    name = noun(old.shape, old.colour, old.size, zh)
+    name = noun(old.shape, old.color, old.size, zh)
     subject = f"{place(old.cell, True)}的{name}" if zh else f"The {name} {place(old.cell)}"
     if not come:
         return f"{subject}消失。" if zh else f"{subject} disappears. "
@@ -101,5 +101,5 @@ def plan(scene: Scene, target: Scene, zh: bool) -> str:
     if new.cell != old.cell:
         goal = place(new.cell, True) if zh else f"the {CELL_NAMES[new.cell]}"
         return f"{subject}移到{goal}。" if zh else f"{subject} moves to {goal}. "
-    name = noun(new.shape, new.colour, new.size, zh)
+    name = noun(new.shape, new.color, new.size, zh)
     return f"{subject}变成{name}。" if zh else f"{subject} becomes {a(name)}. "

@@ -23,7 +23,7 @@ from . import score
 from .language import RELATIONS, related
 from .prompts import CATEGORIES
 from .tasks import Example
-from .world import CANVAS, COLOURS, SHAPES, Object, Scene
+from .world import CANVAS, COLORS, SHAPES, Object, Scene
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TAG = dict(zip(CATEGORIES, TAGS, strict=True))
@@ -35,8 +35,8 @@ TAG = dict(zip(CATEGORIES, TAGS, strict=True))
 def metadata(ex: Example) -> dict:
     """A toy prompt of one of CATEGORIES in GenEval's terms; sizes and backgrounds have none."""
     include: list[dict] = []
-    for shape, colour, *_ in ex.wanted["objects"]:
-        known = {"class": shape} | ({"color": colour} if colour else {})
+    for shape, color, *_ in ex.wanted["objects"]:
+        known = {"class": shape} | ({"color": color} if color else {})
         same = [x for x in include if {k: x[k] for k in x if k != "count"} == known]
         if same:
             same[0]["count"] += 1
@@ -109,13 +109,13 @@ def is_position(value: Any, n: int) -> bool:
 def in_toy_world(line: dict) -> bool:
     """Whether the checker knows all that a prompt names."""
     parts = [*line["include"], *line.get("exclude", [])]
-    return all(p["class"] in SHAPES and p.get("color", "red") in COLOURS for p in parts)
+    return all(p["class"] in SHAPES and p.get("color", "red") in COLORS for p in parts)
 
 
 def found(scene: Scene, part: dict) -> list[Object]:
-    """The objects that are of a part's class, and of its colour if it has one."""
-    colour = part.get("color")
-    return [o for o in scene.objects if o.shape == part["class"] and colour in (None, o.colour)]
+    """The objects that are of a part's class, and of its color if it has one."""
+    color = part.get("color")
+    return [o for o in scene.objects if o.shape == part["class"] and color in (None, o.color)]
 
 
 def judge(scene: Scene, line: dict) -> str:

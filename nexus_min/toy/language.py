@@ -36,11 +36,11 @@ def plural(shape: str) -> str:
     return shape + ("es" if shape == "cross" else "s")
 
 
-def noun(shape: str, colour: str | None, size: str | None, zh: bool, number: int = 1) -> str:
+def noun(shape: str, color: str | None, size: str | None, zh: bool, number: int = 1) -> str:
     """ "small red circle(s)" / "小的红色圆形"; None leaves an attribute out."""
     if zh:
-        return "".join((f"{ZH[size]}的" if size else "", ZH[colour] if colour else "", ZH[shape]))
-    words = [size, colour, shape if number == 1 else plural(shape)]
+        return "".join((f"{ZH[size]}的" if size else "", ZH[color] if color else "", ZH[shape]))
+    words = [size, color, shape if number == 1 else plural(shape)]
     return " ".join(w for w in words if w)
 
 
@@ -56,7 +56,7 @@ def in_order(scene: Scene) -> list[Object]:
 
 def word_placed(obj: Object, zh: bool) -> str:
     """All that can be named about an object: "a small red star in the center"."""
-    name = noun(obj.shape, obj.colour, obj.size, zh)
+    name = noun(obj.shape, obj.color, obj.size, zh)
     return f"{place(obj.cell, True)}有{name}" if zh else f"{a(name)} {place(obj.cell)}"
 
 
@@ -87,17 +87,17 @@ def related(first: Object, second: Object, relation: str) -> bool:
 
 
 def fits(obj: Object, form: tuple) -> bool:
-    """Whether an object has the (shape, colour, size) named; None names nothing."""
-    pairs = zip(form, (obj.shape, obj.colour, obj.size), strict=True)
+    """Whether an object has the (shape, color, size) named; None names nothing."""
+    pairs = zip(form, (obj.shape, obj.color, obj.size), strict=True)
     return all(named in (None, value) for named, value in pairs)
 
 
 def reference(rng: np.random.Generator, scene: Scene, obj: Object) -> tuple | None:
-    """(shape, colour, size) that names `obj` alone, as short as chance has it, or None."""
+    """(shape, color, size) that names `obj` alone, as short as chance has it, or None."""
     forms = (
         (obj.shape, None, None),
-        (obj.shape, obj.colour, None),
-        (obj.shape, obj.colour, obj.size),
+        (obj.shape, obj.color, None),
+        (obj.shape, obj.color, obj.size),
     )
     unique = [f for f in forms if sum(fits(o, f) for o in scene.objects) == 1]
     return choice(rng, unique) if unique else None

@@ -20,9 +20,9 @@ from ..model.autoencoder import AutoEncoder, ResnetBlock
 from ..model.vision import QwenViT
 from ..train.trainer import Stage
 from .pictures import embed_views, exactness, resize, save_grid, scenes, to_uint8, to_unit
-from .world import BACKGROUNDS, COLOURS, RADIUS, SHAPES, STYLES, Object, Scene, render
+from .world import BACKGROUNDS, COLORS, RADIUS, SHAPES, STYLES, Object, Scene, render
 
-CLASSES = (len(SHAPES), len(COLOURS), len(RADIUS))  # of shape, colour, size
+CLASSES = (len(SHAPES), len(COLORS), len(RADIUS))  # of shape, color, size
 
 # ---------------------------------------------------------------- the autoencoder
 
@@ -47,7 +47,7 @@ def vae_stage(vae: AutoEncoder, batch: int) -> Stage:
 
     Quarters of full scenes first: edges are what is hard. Then whole images of any number of
     objects, since a group norm of mostly background is another. Outlines are lost first: more of
-    them; with most of them, colours suffer.
+    them; with most of them, colors suffer.
     """
 
     def loss(rng, progress):
@@ -97,7 +97,7 @@ def latent_statistics(vae: AutoEncoder) -> tuple[float, float]:
 class GroundingHead(nn.Module):
     """Thrown away after pre-training; what it can read is in the embeddings.
 
-    One query per cell reads shape, colour, size and jitter out of the image embeddings, two more
+    One query per cell reads shape, color, size and jitter out of the image embeddings, two more
     read background and style; each embedding redraws its own part of the image: a reference's
     with its texture, which the editing decoder takes from there, a target's without. Phrases
     ("red", "small red star") look up the object that they mean, by one attention over content, so
@@ -111,7 +111,7 @@ class GroundingHead(nn.Module):
         self.query = nn.Parameter(torch.randn(11, dim) * 0.5)
         self.words = nn.ModuleList(nn.Embedding(n + 1, dim) for n in CLASSES)
         self.place, self.phrase = _Reader(width, dim), _Reader(width, dim)
-        classes = {"shape": len(SHAPES) + 1, "colour": len(COLOURS), "size": len(RADIUS)}
+        classes = {"shape": len(SHAPES) + 1, "color": len(COLORS), "size": len(RADIUS)}
         self.cell = _linears(dim, classes | {"jitter": 2})
         self.whole = _linears(dim, {"background": len(BACKGROUNDS), "style": len(STYLES)})
         self.meant = _linears(dim, classes | {"cell": 9, "matches": 5})
@@ -150,13 +150,13 @@ def _linears(dim: int, outputs: dict[str, int]) -> nn.ModuleDict:
 
 
 def _ids(o: Object) -> tuple[int, int, int]:
-    """Class ids of shape, colour and size."""
+    """Class ids of shape, color and size."""
     sizes = list(RADIUS)
-    return SHAPES.index(o.shape), list(COLOURS).index(o.colour), sizes.index(o.size)
+    return SHAPES.index(o.shape), list(COLORS).index(o.color), sizes.index(o.size)
 
 
 def random_phrases(rng: np.random.Generator, batch: list[Scene], n: int) -> Tensor:
-    """n phrases a scene, ids of shape, colour, size (the last id of each: not said): [B, n, 3].
+    """n phrases a scene, ids of shape, color, size (the last id of each: not said): [B, n, 3].
 
     Each is said of an object that is there, but one in five with one word changed.
     """
@@ -185,15 +185,15 @@ def grounding_targets(batch: list[Scene], phrases: Tensor) -> dict[str, Tensor]:
         ids[i, cells] = torch.tensor([_ids(o) for o in scene.objects])
         jitter[i, cells] = torch.tensor([(o.dx, o.dy) for o in scene.objects]) / 1.5
         there[i, cells] = True
-    shape, colour, size = ids.masked_fill(~there[..., None], -100).unbind(-1)
-    want = {"shape": (shape + 1).clamp_min(0), "colour": colour, "size": size, "jitter": jitter}
+    shape, color, size = ids.masked_fill(~there[..., None], -100).unbind(-1)
+    want = {"shape": (shape + 1).clamp_min(0), "color": color, "size": size, "jitter": jitter}
     said, objects = phrases[:, :, None], ids[:, None]
     fits = ((said == objects) | (said == torch.tensor(CLASSES))).all(-1) & there[:, None]
     cell, matches = fits.int().argmax(-1), fits.sum(-1)  # [B, P]
     one = torch.cat((ids, torch.arange(9).expand(len(batch), 9)[..., None]), -1)
     one = one.gather(1, cell[..., None].expand(-1, -1, 4))
     one = one.masked_fill(matches[..., None] != 1, -100)
-    meant = dict(zip(("shape", "colour", "size", "cell"), one.unbind(-1), strict=True))
+    meant = dict(zip(("shape", "color", "size", "cell"), one.unbind(-1), strict=True))
     meant["matches"] = matches.clamp_max(4)
     want["background"] = torch.tensor([list(BACKGROUNDS).index(s.background) for s in batch])
     want["style"] = torch.tensor([STYLES.index(s.style) for s in batch])
@@ -201,8 +201,8 @@ def grounding_targets(batch: list[Scene], phrases: Tensor) -> dict[str, Tensor]:
 
 
 PHRASES = np.array([(1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 1, 1)], bool)  # which words are said
-GROUNDING_WEIGHTS = {"shape": 3.0, "colour": 1.0, "size": 1.0, "background": 0.3, "style": 0.3}
-GROUNDING_WEIGHTS |= {f"meant_{name}": 0.5 for name in ("shape", "colour", "size", "matches")}
+GROUNDING_WEIGHTS = {"shape": 3.0, "color": 1.0, "size": 1.0, "background": 0.3, "style": 0.3}
+GROUNDING_WEIGHTS |= {f"meant_{name}": 0.5 for name in ("shape", "color", "size", "matches")}
 GROUNDING_WEIGHTS["meant_cell"] = 1.0
 EMBEDDING_NOISE = 0.5  # up to this much, of embeddings of deviation 1
 
@@ -219,7 +219,7 @@ def grounding_loss(said: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[Te
     one = want["meant_cell"] >= 0
     right = {
         f"{k}_acc": (said[k].argmax(-1) == want[k])[one if "meant" in k else there].float().mean()
-        for k in ("shape", "colour", "size", "meant_shape", "meant_colour", "meant_cell")
+        for k in ("shape", "color", "size", "meant_shape", "meant_color", "meant_cell")
     }
     return loss + 0.5 * jitter + 4 * pixels, {**right, "jitter": jitter, "pixels": pixels}
 

@@ -1,6 +1,6 @@
 """Short prompts of GenEval's six categories: what they name, what they mean, what satisfies them.
 
-What a prompt leaves open is canonical: large, filled, on white, fixed cells, one colour a shape.
+What a prompt leaves open is canonical: large, filled, on white, fixed cells, one color a shape.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .language import (
     place,
     related,
 )
-from .world import BACKGROUNDS, CANONICAL_COLOUR, COLOURS, RADIUS, SHAPES, Object, Scene, choice
+from .world import BACKGROUNDS, CANONICAL_COLOR, COLORS, RADIUS, SHAPES, Object, Scene, choice
 
-CATEGORIES = ("single", "two", "counting", "colours", "position", "attribution")
+CATEGORIES = ("single", "two", "counting", "colors", "position", "attribution")
 LAYOUTS = {1: (4,), 2: (3, 5), 3: (3, 4, 5), 4: (0, 2, 6, 8)}  # canonical cells
 PREFIXES = ("", "a photo of ", "a picture of ", "an image of ")
 ZH_PREFIXES = ("", "一张图片：", "一张照片：")
@@ -30,7 +30,7 @@ def short_prompt(rng: np.random.Generator, kind: str) -> dict:
     """What a prompt of category `kind` names; None or absent = left open."""
     maybe = lambda items, p: str(choice(rng, items)) if rng.random() < p else None  # noqa: E731
     first, second = (str(s) for s in rng.choice(SHAPES, 2, replace=False))
-    colours = [str(c) for c in rng.choice(list(COLOURS), 2, replace=False)]
+    colors = [str(c) for c in rng.choice(list(COLORS), 2, replace=False)]
     wanted = {
         "objects": [],
         "background": maybe(list(BACKGROUNDS), 0.5),
@@ -40,18 +40,18 @@ def short_prompt(rng: np.random.Generator, kind: str) -> dict:
     if kind == "single":
         cell = int(rng.integers(9)) if rng.random() < 0.5 else None
         wanted["objects"] = [(first, None, size, cell)]
-    elif kind == "colours":
+    elif kind == "colors":
         cell = int(rng.integers(9)) if rng.random() < 0.3 else None
-        wanted["objects"] = [(first, colours[0], size, cell)]
+        wanted["objects"] = [(first, colors[0], size, cell)]
     elif kind == "counting":
-        colour = maybe(list(COLOURS), 0.6)
-        wanted["objects"] = [(first, colour, size, None)] * int(rng.integers(2, 5))
+        color = maybe(list(COLORS), 0.6)
+        wanted["objects"] = [(first, color, size, None)] * int(rng.integers(2, 5))
     elif kind == "two":
         other = maybe(list(RADIUS), 0.3) if size else None
         wanted["objects"] = [(first, None, size, None), (second, None, other, None)]
     else:
         named = kind == "attribution" or rng.random() < 0.5
-        pair = colours if named else (None, None)
+        pair = colors if named else (None, None)
         wanted["objects"] = [(first, pair[0], None, None), (second, pair[1], None, None)]
         if kind == "position":
             wanted["relation"] = choice(rng, list(RELATIONS))
@@ -67,11 +67,11 @@ def canonical_scene(wanted: dict) -> Scene:
     objects = [
         Object(
             shape,
-            colour or CANONICAL_COLOUR[shape],
+            color or CANONICAL_COLOR[shape],
             size or "large",
             default if cell is None else cell,
         )
-        for (shape, colour, size, cell), default in zip(wanted["objects"], cells, strict=True)
+        for (shape, color, size, cell), default in zip(wanted["objects"], cells, strict=True)
     ]
     return Scene(tuple(objects), wanted["background"] or "white", wanted["style"] or "filled")
 
@@ -110,8 +110,8 @@ def satisfies(scene: Scene, wanted: dict) -> bool:
     """Whether a scene shows what a short prompt names, and no further object; the rest is free."""
     left = list(scene.objects)
     chosen = []
-    for shape, colour, size, cell in wanted["objects"]:
-        named = {"shape": shape, "colour": colour, "size": size, "cell": cell}
+    for shape, color, size, cell in wanted["objects"]:
+        named = {"shape": shape, "color": color, "size": size, "cell": cell}
         fits = [o for o in left if all(v is None or getattr(o, k) == v for k, v in named.items())]
         if not fits:
             return False

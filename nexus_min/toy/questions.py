@@ -24,9 +24,9 @@ from .language import (
     row_or_column,
     word_placed,
 )
-from .world import COLOURS, SHAPES, Object, Scene, choice
+from .world import COLORS, SHAPES, Object, Scene, choice
 
-QUESTIONS = ("colour", "shape", "count", "count_all", "exist", "where", "background", "relation")
+QUESTIONS = ("color", "shape", "count", "count_all", "exist", "where", "background", "relation")
 
 Asked = tuple[str, str, str]  # question, what is thought before the answer or "", answer
 
@@ -36,18 +36,18 @@ def final(said: str) -> str:
     return re.split("[:.] |[：。]", said)[-1].strip()
 
 
-def _verdicts(scene: Scene, shape: str, colour: str | None, zh: bool) -> str:
+def _verdicts(scene: Scene, shape: str, color: str | None, zh: bool) -> str:
     """Each object beside what is asked for, then whether it is that: "star circle no".
 
-    With a colour, that comes first: "red blue no, blue blue star circle no". So a verdict is on the
+    With a color, that comes first: "red blue no, blue blue star circle no". So a verdict is on the
     words right before it. When what was asked for had to be found far back as well, `count` was
     right half of the time after 2000 steps; now it nearly always is.
     """
     yes, no, gap, space = ("是", "不是", "，", "") if zh else (" yes", " no", ", ", " ")
     said = []
     for o in in_order(scene):
-        words = [o.colour, colour] if colour else []
-        if colour in (None, o.colour):
+        words = [o.color, color] if color else []
+        if color in (None, o.color):
             words += [o.shape, shape]
         same = words[::2] == words[1::2]
         said.append(space.join(ZH[w] if zh else w for w in words) + (yes if same else no))
@@ -76,7 +76,7 @@ def ask(rng: np.random.Generator, kind: str, scene: Scene, zh: bool) -> Asked | 
     if kind == "relation":
         return _ask_relation(rng, scene, zh)
     obj = choice(rng, scene.objects)
-    if kind in ("shape", "colour"):
+    if kind in ("shape", "color"):
         return _ask_attribute(kind, scene, obj, zh)
     if kind == "exist":
         return _ask_existence(rng, scene, obj, zh)
@@ -97,18 +97,18 @@ def _ask_whole(kind: str, scene: Scene, zh: bool) -> Asked:
 
 
 def _ask_attribute(kind: str, scene: Scene, obj: Object, zh: bool) -> Asked | None:
-    """The colour of the only object of its shape, or the shape of the only one of its colour."""
-    known = {"colour": "shape", "shape": "colour"}[kind]
+    """The color of the only object of its shape, or the shape of the only one of its color."""
+    known = {"color": "shape", "shape": "color"}[kind]
     if sum(getattr(o, known) == getattr(obj, known) for o in scene.objects) > 1:
         return None
     thought = word_placed(obj, zh)
     if kind == "shape":
         if zh:
-            return f"{ZH[obj.colour]}的图形是什么形状？", thought, ZH[obj.shape]
-        return f"What shape is the {obj.colour} object?", thought, obj.shape
+            return f"{ZH[obj.color]}的图形是什么形状？", thought, ZH[obj.shape]
+        return f"What shape is the {obj.color} object?", thought, obj.shape
     if zh:
-        return f"{ZH[obj.shape]}是什么颜色？", thought, ZH[obj.colour]
-    return f"What color is the {obj.shape}?", thought, obj.colour
+        return f"{ZH[obj.shape]}是什么颜色？", thought, ZH[obj.color]
+    return f"What color is the {obj.shape}?", thought, obj.color
 
 
 def _ask_count(rng: np.random.Generator, scene: Scene, zh: bool) -> Asked:
@@ -119,14 +119,14 @@ def _ask_count(rng: np.random.Generator, scene: Scene, zh: bool) -> Asked:
 
 
 def _ask_existence(rng: np.random.Generator, scene: Scene, obj: Object, zh: bool) -> Asked:
-    shape, colour = obj.shape, obj.colour
+    shape, color = obj.shape, obj.color
     if rng.random() < 0.5:  # a near miss half of the time: one attribute changed
         if rng.random() < 0.5:
             shape = choice(rng, SHAPES)
         else:
-            colour = choice(rng, list(COLOURS))
-    found = any(fits(o, (shape, colour, None)) for o in scene.objects)
-    asked, thought = noun(shape, colour, None, zh), _verdicts(scene, shape, colour, zh)
+            color = choice(rng, list(COLORS))
+    found = any(fits(o, (shape, color, None)) for o in scene.objects)
+    asked, thought = noun(shape, color, None, zh), _verdicts(scene, shape, color, zh)
     if zh:
         return f"有{asked}吗？", thought, "有" if found else "没有"
     return f"Is there {a(asked)}?", thought, "yes" if found else "no"

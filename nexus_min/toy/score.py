@@ -1,7 +1,7 @@
 """The exact checker: reads the scene back out of an image, and says how sure it is.
 
-Every cell is explained as "background plus one coloured template": the colour that leaves the least
-residue, the coverage along the line background -> colour, and the template (shape, size, style,
+Every cell is explained as "background plus one colored template": the color that leaves the least
+residue, the coverage along the line background -> color, and the template (shape, size, style,
 half-pixel offset) with the largest Tanimoto overlap. An image with a cell that none explains is
 not `known`, and never exact. On true renderings it is exact (tests/test_toy.py), also under noise.
 It plays GenEval's detector; the official code has no counterpart.
@@ -18,7 +18,7 @@ from .world import (
     BACKGROUNDS,
     CANVAS,
     CENTRES,
-    COLOURS,
+    COLORS,
     CROP,
     JITTER,
     RADIUS,
@@ -32,7 +32,7 @@ from .world import (
 OVERLAP = 0.7  # Tanimoto overlap below which a cell's content is unknown
 EMPTY = 10.0  # squared coverage (pixels) below which a cell is empty
 FAINT = 0.3  # coverage below which a pixel is background
-RESIDUE = 55.0  # grey levels (rms) off the background-colour line beyond which a colour is unknown
+RESIDUE = 55.0  # grey levels (rms) off the background-color line beyond which a color is unknown
 STRANGE = 60.0  # the same for one pixel of a cell that seems empty
 SPECKS = 24  # pixels that strange in a cell that noise and texture explain (they make up to 12)
 UNKNOWN = "unknown"
@@ -67,7 +67,7 @@ class Reading:
 
 def read_background(images: np.ndarray) -> np.ndarray:
     """Index into BACKGROUNDS of each image's commonest one: [B, H, W, 3] -> [B]."""
-    palette = np.float32(list(BACKGROUNDS.values()) + list(COLOURS.values()))
+    palette = np.float32(list(BACKGROUNDS.values()) + list(COLORS.values()))
     pixels = images.reshape(len(images), -1, 3).astype(np.float32)
     nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
     counts = np.stack([(nearest == k).sum(1) for k in range(len(BACKGROUNDS))], 1)
@@ -91,23 +91,23 @@ def read(images: np.ndarray) -> list[Reading]:
 
 
 def _unmix(delta: np.ndarray, background: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Differences from the background [9, P, 3] -> each cell's colour, coverage and residue.
+    """Differences from the background [9, P, 3] -> each cell's color, coverage and residue.
 
-    The colour [9] (index into COLOURS) is the one that leaves the least squared residue [9, P]
-    beside the line background -> colour; the coverage [9, P] in [0, 1] is the place on that line.
+    The color [9] (index into COLORS) is the one that leaves the least squared residue [9, P]
+    beside the line background -> color; the coverage [9, P] in [0, 1] is the place on that line.
     """
-    lines = np.float32(list(COLOURS.values())) - np.float32(BACKGROUNDS[background])  # [8, 3]
+    lines = np.float32(list(COLORS.values())) - np.float32(BACKGROUNDS[background])  # [8, 3]
     coverage = np.clip((delta @ lines.T) / (lines**2).sum(1), 0.0, 1.0)  # [9, P, 8]
     residue = ((delta[:, :, None] - coverage[..., None] * lines) ** 2).sum(-1)
-    colour = residue.sum(1).argmin(1)
-    pick = (np.arange(9), slice(None), colour)
-    return colour, coverage[pick], residue[pick]
+    color = residue.sum(1).argmin(1)
+    pick = (np.arange(9), slice(None), color)
+    return color, coverage[pick], residue[pick]
 
 
 def _match(alpha: np.ndarray, residue: np.ndarray) -> tuple[tuple[str, str, str], float]:
     """The best template (shape, size, style) for a cell's coverage [P], and its overlap.
 
-    The overlap is 0 when what lies under the coverage is not of the colour it was unmixed with.
+    The overlap is 0 when what lies under the coverage is not of the color it was unmixed with.
     """
     names, masks, energies = _templates()
     inner = masks @ alpha
@@ -120,16 +120,16 @@ def _match(alpha: np.ndarray, residue: np.ndarray) -> tuple[tuple[str, str, str]
 
 def _read_one(delta: np.ndarray, background: str) -> Reading:
     """Read one image from its cells' differences from the background: [9, P, 3]."""
-    colours, coverage, residues = _unmix(delta, background)
+    colors, coverage, residues = _unmix(delta, background)
     objects, styles, worst = [], set(), 1.0
     for cell, (alpha, residue) in enumerate(zip(coverage, residues, strict=True)):
         alpha = np.where(alpha > FAINT, alpha, 0.0)
         if (alpha**2).sum() < EMPTY:
-            if (residue > STRANGE**2).sum() > SPECKS:  # something in no known colour
+            if (residue > STRANGE**2).sum() > SPECKS:  # something in no known color
                 return Reading(Scene((), background), False, 0.0)
             continue
         (shape, size, style), overlap = _match(alpha, residue)
-        objects.append(Object(shape, list(COLOURS)[colours[cell]], size, cell))
+        objects.append(Object(shape, list(COLORS)[colors[cell]], size, cell))
         styles.add(style)
         worst = min(worst, overlap)
     style = STYLES[0] if not styles else styles.pop() if len(styles) == 1 else UNKNOWN

@@ -1,4 +1,4 @@
-"""The toy world: small scenes of coloured shapes, drawn as anti-aliased vectors.
+"""The toy world: small scenes of colored shapes, drawn as anti-aliased vectors.
 
 A scene is one to four shapes (more where the model only looks) on a 3x3 grid of cells, over a plain
 background; it is filled or an outline drawing. Two things are random and named by no caption: the
@@ -19,7 +19,7 @@ import numpy as np
 
 CANVAS = 64  # pixels a side
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-COLOURS = {
+COLORS = {
     "red": (220, 35, 40),
     "green": (40, 160, 60),
     "blue": (45, 75, 220),
@@ -44,7 +44,7 @@ CROP = 22  # side of the square around a cell's centre that holds any object in 
 # offsets of an object from its cell's centre, canvas pixels
 JITTER = tuple(half / 2 for half in range(-3, 4))
 # What a prompt leaves open has one fixed answer: a regression cannot choose, it would average.
-CANONICAL_COLOUR = dict(zip(SHAPES, ("red", "blue", "green", "yellow", "purple"), strict=True))
+CANONICAL_COLOR = dict(zip(SHAPES, ("red", "blue", "green", "yellow", "purple"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Object:
     """One shape: what it is, its cell (0..8, row-major) and its jitter in canvas pixels."""
 
     shape: str
-    colour: str
+    color: str
     size: str = "large"
     cell: int = 4
     dx: float = 0.0
@@ -61,7 +61,7 @@ class Object:
     @property
     def key(self) -> tuple:
         """Everything a caption can name."""
-        return self.shape, self.colour, self.size, self.cell
+        return self.shape, self.color, self.size, self.cell
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,9 @@ def jittered(rng: np.random.Generator, obj: Object) -> Object:
 
 
 def random_object(rng: np.random.Generator, cell: int) -> Object:
-    """An object with uniformly random shape, colour, size and jitter in `cell`."""
-    shape, colour = choice(rng, SHAPES), choice(rng, tuple(COLOURS))
-    return jittered(rng, Object(shape, colour, choice(rng, tuple(RADIUS)), cell))
+    """An object with uniformly random shape, color, size and jitter in `cell`."""
+    shape, color = choice(rng, SHAPES), choice(rng, tuple(COLORS))
+    return jittered(rng, Object(shape, color, choice(rng, tuple(RADIUS)), cell))
 
 
 def random_scene(
@@ -199,5 +199,5 @@ def render(scene: Scene, scale: int = 1) -> np.ndarray:
         left = (CENTRES[o.cell % 3] - CROP // 2) * scale
         window = image[top : top + CROP * scale, left : left + CROP * scale]
         alpha = sprite(o.shape, o.size, scene.style, o.dx, o.dy, scale)[..., None]
-        window += alpha * (np.float32(COLOURS[o.colour]) - window)
+        window += alpha * (np.float32(COLORS[o.color]) - window)
     return np.clip(image + 0.5, 0, 255).astype(np.uint8)

@@ -29,7 +29,7 @@ from .common import need
 from .diffusion import context, random_model
 
 PLOT = Path(__file__).with_name("growth.png")
-BLUE, GREY = "#0072B2", "#595959"  # of Okabe and Ito's palette, told apart by the colour-blind
+BLUE, GREY = "#0072B2", "#595959"  # of Okabe and Ito's palette, told apart by the color-blind
 WIDTH = MMDiTConfig(hidden_size=512, num_heads=4, depth=1, depth_single_blocks=1)
 ROUNDS = 3
 
