@@ -1,14 +1,13 @@
 """Vision tower: patches -> image embeddings, the space that both halves of Nexus-Gen share.
 
-Equation: x += attn(RMS(x)); x += mlp(RMS(x)) with 2-D RoPE; then 2x2 neighbours merge into one
+Equation: x += attn(RMS(x)); x += mlp(RMS(x)) with 2-D RoPE; then 2x2 neighbors merge into one
 embedding. Nexus-Gen's vision encoder, Qwen2.5-VL report section 2.1.1: most blocks attend within
 windows, a few within the whole image.
 Official class: `Qwen2_5_VisionTransformerPretrainedModel` (transformers 4.49).
 
-Two orders of tokens. *Natural*: merged units row by row, the 4 patches of a unit together; so the
-image processor writes them, and so the embeddings come out. *Window*: units permuted until each
-window is contiguous; the blocks live here. There is no attention mask: segments (windows, images)
-of one length are a batch axis, so B images of one size cost a reshape. Frames count as images.
+Tokens have two orders. *Natural*, of the input rows and the output embeddings: merged units row by
+row, the 4 patches of a unit together. *Window*, of the blocks: units permuted until each window is
+contiguous. Segments (windows, images) of one length form a batch, so no block needs a mask.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from nexus_min.config import VisionConfig
-from nexus_min.model.layers import RMSNorm, SwiGLU, silu_mul_
-from nexus_min.model.rope import apply_rope_half, vision_cos_sin
+from ..config import VisionConfig
+from .layers import RMSNorm, SwiGLU
+from .rope import apply_rope_half, vision_cos_sin
 
 Grid = Sequence[Sequence[int]]  # (t, h, w) of every image, in patches before merging
 
@@ -34,75 +33,71 @@ class WindowSegments(NamedTuple):
     """Runs of consecutive tokens that attend to each other only, gathered by their length."""
 
     lengths: tuple[int, ...]  # the distinct lengths
-    rows: tuple[Tensor, ...]  # the token rows of each length; empty when there is one length
-    restore: Tensor | None  # undoes the concatenation of `rows`
+    rows: tuple[Tensor | slice, ...]  # tokens of each length; every token if there is one length
+    restore: Tensor | None  # [N] undoes the concatenation of `rows`; None if there is one length
 
 
 class WindowLayout(NamedTuple):
-    """All of a call that depends on the grids alone; tokens in window order."""
+    """Everything that depends on the grids alone; all but `order` is in window order."""
 
-    order: Tensor  # [N] natural index of the units in window order
-    restore: Tensor  # [N] its inverse
-    cos: Tensor  # [P, 1, D] fp32
-    sin: Tensor  # [P, 1, D] fp32
+    order: Tensor  # [N/4] natural index of each unit in window order
+    restore: Tensor  # [N/4] its inverse
+    cos: Tensor  # [N, 1, D] fp32
+    sin: Tensor  # [N, 1, D] fp32
     windows: WindowSegments
     images: WindowSegments
 
 
 def grid_tuple(grid_thw: Tensor | Grid, merge: int = 2) -> tuple[tuple[int, int, int], ...]:
-    """[n, 3] tensor or nested sequence -> tuple of (t, h, w).
-
-    Raises ValueError when it is no such table, or h and w are not multiples of `merge`.
-    """
+    """[n, 3] tensor or nested sequence -> tuple of (t, h, w)."""
     rows = grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
-    if not isinstance(rows, list | tuple) or not rows:
-        raise ValueError(f"grid_thw must be [n, 3] with n >= 1, got {rows}")
-    for row in rows:
+    for row in rows or [None]:
         if not isinstance(row, list | tuple) or len(row) != 3 or min(row) < 1:
-            raise ValueError(f"a row of grid_thw must be (t, h, w), each >= 1, got {row}")
+            raise ValueError(f"grid_thw must be n >= 1 rows of (t, h, w), each >= 1, got {rows}")
         if row[1] % merge or row[2] % merge:
             raise ValueError(f"h and w of grid_thw must be multiples of {merge}, got {row}")
     return tuple(tuple(int(n) for n in row) for row in rows)
 
 
 def frame_runs(grid: Grid) -> list[tuple[tuple[int, int], int]]:
-    """Runs of equal consecutive frames: [((h, w), count), ...]."""
+    """Runs of equal consecutive frames, each like an image: [((h, w), count), ...]."""
     frames = [(h, w) for t, h, w in grid for _ in range(t)]
     return [(size, len(list(run))) for size, run in groupby(frames)]
 
 
 def grid_coords(h: int, w: int) -> Tensor:
-    """(row, column) of every cell, row by row: [h, w, 2]."""
-    axes = torch.arange(h, device="cpu"), torch.arange(w, device="cpu")
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+    """(row, column) of every cell: [h, w, 2]."""
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    return torch.stack((rows, columns), dim=-1)
 
 
 def patch_positions(grid: Grid, merge: int = 2) -> Tensor:
-    """(row, column) of all patches in natural order: [P, 2]; official `rot_pos_emb`."""
+    """(row, column) of all patches in natural order: [N, 2]; official `rot_pos_emb`."""
     positions = []
     for (h, w), count in frame_runs(grid):
+        # (h w) counts units, (i j) the patches within a unit
         frame = rearrange(grid_coords(h, w), "(h i) (w j) a -> (h w i j) a", i=merge, j=merge)
         positions.append(frame.repeat(count, 1))
     return torch.cat(positions)
 
 
 def window_index(grid_thw: Tensor | Grid, config: VisionConfig) -> tuple[Tensor, tuple[int, ...]]:
-    """Window order of merged units: (index [P/4], number of patches in each window).
+    """Window order of merged units: (index [N/4], number of patches in each window).
 
-    `units[index]` puts natural order into window order; windows go row by row, the right and the
-    bottom ones are ragged. Official `get_window_index`. Raises ValueError for an impossible grid.
+    `units[index]` puts natural order into window order. Official `get_window_index`.
     """
     merge = config.spatial_merge_size
-    side = config.window_size // merge // config.patch_size
+    side = config.window_size // merge // config.patch_size  # of a window, in units
     index, lengths, start = [], [], 0
     for (h, w), count in frame_runs(grid_tuple(grid_thw, merge)):
-        h, w = h // merge, w // merge
-        row, column = (grid_coords(h, w) // side).unbind(-1)
-        order = (row * w + column).flatten().argsort(stable=True)  # sort by number of the window
-        starts = start + h * w * torch.arange(count, device="cpu")
+        h, w = h // merge, w // merge  # patches -> units
+        row, column = (grid_coords(h, w) // side).unbind(-1)  # the window of each unit
+        # a stable sort by window keeps the units of a window in natural order
+        order = (row * w + column).flatten().argsort(stable=True)
+        starts = start + h * w * torch.arange(count)
         index.append((starts[:, None] + order).flatten())
-        heights = [min(side, h - top) for top in range(0, h, side)]
-        widths = [min(side, w - left) for left in range(0, w, side)]
+        # the windows at the right and bottom edges may be smaller
+        heights, widths = ([min(side, n - i) for i in range(0, n, side)] for n in (h, w))
         lengths += [a * b * merge**2 for a in heights for b in widths] * count
         start += h * w * count
     return torch.cat(index), tuple(lengths)
@@ -112,59 +107,58 @@ def make_segments(lengths: Sequence[int], device: torch.device) -> WindowSegment
     """Group consecutive runs of `lengths` tokens by their length."""
     distinct = tuple(sorted(set(lengths)))
     if len(distinct) == 1:
-        return WindowSegments(distinct, (), None)
-    token_length = torch.tensor([n for n in lengths for _ in range(n)], device="cpu")
-    restore = token_length.argsort(stable=True)  # tokens of the shortest segments come first
-    sizes = [n * lengths.count(n) for n in distinct]
-    rows = tuple(part.to(device) for part in restore.split(sizes))
-    return WindowSegments(distinct, rows, restore.argsort().to(device))
+        return WindowSegments(distinct, (slice(None),), None)  # a reshape makes the batch
+    token_length = torch.tensor([n for n in lengths for _ in range(n)])
+    order = token_length.argsort(stable=True)  # tokens of the shortest segments come first
+    parts = order.split([n * lengths.count(n) for n in distinct])
+    rows = tuple(part.to(device) for part in parts)
+    return WindowSegments(distinct, rows, order.argsort().to(device))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16)  # a training loop over one image size computes its layout once
 def make_layout(grid: Grid, config: VisionConfig, device: torch.device) -> WindowLayout:
-    """Pure function of the grids, remembered: a training loop over one size computes it once."""
-    head_dim = config.hidden_size // config.num_heads
-    images = tuple(h * w for t, h, w in grid for _ in range(t))
-    with torch.inference_mode(False):  # what is remembered must serve a later training step
+    """Window order, RoPE and segments of the grids: a pure function of its arguments."""
+    with torch.inference_mode(False):  # a layout from inference must serve a training step
         order, windows = window_index(grid, config)
         positions = patch_positions(grid, config.spatial_merge_size)
+        # RoPE turns by the position in the image, so positions follow the units to window order
         positions = rearrange(positions, "(N m) a -> N m a", N=len(order))[order].flatten(0, 1)
-        cos, sin = vision_cos_sin(positions, head_dim)
+        cos, sin = vision_cos_sin(positions, config.hidden_size // config.num_heads)
+        images = [h * w for t, h, w in grid for _ in range(t)]
         return WindowLayout(
             order=order.to(device),
             restore=order.argsort().to(device),
-            cos=cos.unsqueeze(1).to(device),
+            cos=cos.unsqueeze(1).to(device),  # one table for all heads
             sin=sin.unsqueeze(1).to(device),
             windows=make_segments(windows, device),
             images=make_segments(images, device),
         )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
-    """Attention within consecutive segments of one length: [N, H, D] -> [N, H*D]."""
-    q, k, v = (rearrange(x, "(B L) H D -> B H L D", L=length) for x in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "B H L D -> (B L) (H D)")
+# ---- the network ------------------------------------------------------------------------------
 
 
 def attend_segments(q: Tensor, k: Tensor, v: Tensor, segments: WindowSegments) -> Tensor:
-    """Attention within segments, one call for each distinct length: [N, H, D] -> [N, H*D]."""
-    if segments.restore is None:
-        return attend(q, k, v, segments.lengths[0])
-    groups = zip(segments.rows, segments.lengths, strict=True)
-    out = torch.cat([attend(q[rows], k[rows], v[rows], length) for rows, length in groups])
-    return out.index_select(0, segments.restore)
+    """Attention within segments, one batch for each distinct length: [N, H, D] -> [N, H*D]."""
+    out = []
+    for length, rows in zip(segments.lengths, segments.rows, strict=True):
+        heads = (rearrange(x[rows], "(B L) H D -> B H L D", L=length) for x in (q, k, v))
+        x = F.scaled_dot_product_attention(*heads)
+        out.append(rearrange(x, "B H L D -> (B L) (H D)"))
+    return out[0] if segments.restore is None else torch.cat(out).index_select(0, segments.restore)
 
 
 class PatchEmbed(nn.Module):
-    """Linear map of flattened patches; stored as a Conv3d whose kernel is its stride."""
+    """Linear map of flattened patches: [N, 3*2*p*p] -> [N, C]."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
+        # stored as a convolution, but its kernel is its stride: each patch is used once
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel, kernel, bias=False)
 
     def forward(self, patches: Tensor) -> Tensor:
-        weight = self.proj.weight.flatten(1)
+        weight = self.proj.weight.flatten(1)  # [C, 3*2*p*p]
         return F.linear(patches.to(weight.dtype), weight)
 
 
@@ -180,37 +174,20 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: WindowSegments) -> Tensor:
         heads = rearrange(self.qkv(x), "N (H D) -> N H D", H=3 * self.num_heads)
         qk, v = heads.split([2 * self.num_heads, self.num_heads], dim=1)
-        qk = apply_rope_half(qk.float(), cos, sin).to(v.dtype)  # q and k turn together, in fp32
+        # one call rotates q and k, in fp32: bf16 would round the angles
+        qk = apply_rope_half(qk.float(), cos, sin).to(v.dtype)
         return self.proj(attend_segments(*qk.chunk(2, dim=1), v, segments))
 
 
-class VisionMLP(SwiGLU):
-    """SwiGLU of [P, C]; in fp32 on a CPU with hidden units as rows of arrays, tokens as columns.
-
-    A token's 3420 hidden units are no multiple of 8 floats, which costs MKL up to a third of its
-    speed; tokens are easily made one.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32 or x.device.type != "cpu":
-            return super().forward(x)
-        columns = F.pad(x, (0, 0, 0, -len(x) % 8)).T
-        gate, up = (
-            torch.addmm(linear.bias[:, None], linear.weight, columns)
-            for linear in (self.gate_proj, self.up_proj)
-        )
-        return self.down_proj(silu_mul_(gate, up).T)[: len(x)]
-
-
 class VisionBlock(nn.Module):
-    """Pre-norm attention and SwiGLU: [P, C] -> [P, C]; official `Qwen2_5_VLVisionBlock`."""
+    """Pre-norm attention and SwiGLU: [N, C] -> [N, C]; official `Qwen2_5_VLVisionBlock`."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size)
         self.norm2 = RMSNorm(config.hidden_size)
         self.attn = VisionAttention(config.hidden_size, config.num_heads)
-        self.mlp = VisionMLP(config.hidden_size, config.intermediate_size, bias=True)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: WindowSegments) -> Tensor:
         x = x + self.attn(self.norm1(x), cos, sin, segments)
@@ -218,7 +195,7 @@ class VisionBlock(nn.Module):
 
 
 class PatchMerger(nn.Module):
-    """RMS per patch, then a two-layer MLP over the 4 patches of a unit: [P, C] -> [P/4, out]."""
+    """RMS per patch, then a two-layer MLP over the 4 patches of a unit: [N, C] -> [N/4, out]."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -230,75 +207,59 @@ class PatchMerger(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        # the patches of a unit are neighbors in both orders, so a reshape merges them
         return self.mlp(rearrange(self.ln_q(x), "(N m) C -> N (m C)", m=self.unit))
 
 
 class QwenViT(nn.Module):
-    """Images as rows of patches -> one embedding per 2x2 patches.
-
-    Raises ValueError when the sizes of `config` do not divide.
-    """
+    """Images as rows of patches -> one embedding per 2x2 patches."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        check_config(config)
+        if config.hidden_size % (4 * config.num_heads):  # RoPE has two axes and two halves
+            sizes = f"hidden_size {config.hidden_size}, num_heads {config.num_heads}"
+            raise ValueError(f"hidden_size must be a multiple of 4 * num_heads: {sizes}")
+        if config.window_size < config.patch_size * config.spatial_merge_size:
+            raise ValueError(f"window_size {config.window_size} is less than 2 x 2 patches")
+        if not {*config.fullatt_block_indexes} <= {*range(config.depth)}:
+            raise ValueError(f"fullatt_block_indexes must be block numbers below {config.depth}")
         self.config = config
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor | Grid) -> Tensor:
-        """pixel_values [P, 3*2*14*14] (normalised), grid_thw [n, 3] -> [P/4, out_hidden_size].
+        """pixel_values [N, 3*2*14*14] (normalized), grid_thw [n, 3] -> [N/4, out_hidden_size].
 
-        The images of a call lie one behind the other, P = sum(t*h*w), and do not see each other.
-        Keep `grid_thw` on the CPU; as a tuple of tuples it is a constant to `torch.compile`.
-        Raises ValueError when the shape of `pixel_values` and the grids disagree.
+        Images are concatenated, N = sum(t*h*w). A tuple `grid_thw` is a constant to torch.compile.
         """
-        for _, x in self.stages(pixel_values, self.layout(pixel_values, grid_thw)):
+        for _, x in self.stages(pixel_values, grid_thw):
             embeddings = x
         return embeddings
 
     def hidden_states(self, pixel_values: Tensor, grid_thw: Tensor | Grid) -> dict[str, Tensor]:
         """Every intermediate of `forward` by name, see `stages`."""
-        return dict(self.stages(pixel_values, self.layout(pixel_values, grid_thw)))
+        return dict(self.stages(pixel_values, grid_thw))
 
-    def stages(self, pixel_values: Tensor, layout: WindowLayout) -> Iterator[tuple[str, Tensor]]:
-        """The forward pass, one (name, tensor) after the other.
-
-        `patch_embed` [P, C] in natural order; `block0`... [P, C] and `merger` [P/4, out] in window
-        order (`window_index`); last `merged` [P/4, out] in natural order.
-        """
+    def stages(self, pixel_values: Tensor, grid_thw: Tensor | Grid) -> Iterator[tuple[str, Tensor]]:
+        """The forward pass as (name, tensor) pairs; the last pair holds the embeddings."""
+        layout = self.layout(pixel_values, grid_thw)
         x = self.patch_embed(pixel_values)
-        yield "patch_embed", x
+        yield "patch_embed", x  # [N, C] in natural order
         units = rearrange(x, "(N m) C -> N m C", m=self.merger.unit)
         x = units.index_select(0, layout.order).flatten(0, 1)
         for i, block in enumerate(self.blocks):
-            full = i in self.config.fullatt_block_indexes
-            x = block(x, layout.cos, layout.sin, layout.images if full else layout.windows)
-            yield f"block{i}", x
+            is_full = i in self.config.fullatt_block_indexes
+            x = block(x, layout.cos, layout.sin, layout.images if is_full else layout.windows)
+            yield f"block{i}", x  # [N, C] in window order
         x = self.merger(x)
-        yield "merger", x
-        yield "merged", x.index_select(0, layout.restore)
+        yield "merger", x  # [N/4, out] in window order
+        yield "merged", x.index_select(0, layout.restore)  # [N/4, out] in natural order
 
     def layout(self, pixel_values: Tensor, grid_thw: Tensor | Grid) -> WindowLayout:
-        """Window order, RoPE and segments of the grids, once they agree with the pixel rows."""
+        """Window order, RoPE and segments of the grids, after a check of the number of rows."""
         grid = grid_tuple(grid_thw, self.config.spatial_merge_size)
         shape = (sum(t * h * w for t, h, w in grid), self.patch_embed.proj.weight[0].numel())
-        if tuple(pixel_values.shape) != shape:
-            raise ValueError(
-                f"pixel_values {tuple(pixel_values.shape)} must be {shape} for grid_thw {grid}"
-            )
+        if (actual := tuple(pixel_values.shape)) != shape:
+            raise ValueError(f"pixel_values {actual} must be {shape} for grid_thw {grid}")
         return make_layout(grid, self.config, pixel_values.device)
-
-
-def check_config(config: VisionConfig) -> None:
-    """Raise ValueError when the sizes of the tower do not divide."""
-    unit = config.patch_size * config.spatial_merge_size
-    if config.hidden_size % (4 * config.num_heads):
-        sizes = f"hidden_size {config.hidden_size}, num_heads {config.num_heads}"
-        raise ValueError(f"the width of a head must be a multiple of 4: {sizes}")
-    if config.window_size < unit:
-        raise ValueError(f"window_size {config.window_size} px is less than a unit of {unit} px")
-    outside = [i for i in config.fullatt_block_indexes if not 0 <= i < config.depth]
-    if outside:
-        raise ValueError(f"fullatt_block_indexes {outside} lie outside depth {config.depth}")
