@@ -1,20 +1,17 @@
 """Qwen2.5 causal decoder over embeddings: grouped-query attention, M-RoPE, an explicit cache.
 
-Each layer computes x += attn(norm(x)); x += mlp(norm(x)), with attn = softmax(q k^T / sqrt(D)) v
-over q and k turned by M-RoPE (Qwen2-VL section 2.1); Nexus-Gen figure 1a, "autoregressive model".
-Official classes: `Qwen2_5_VLModel`, `Qwen2_5_VLDecoderLayer`, `Qwen2_5_VLSdpaAttention`
-(transformers 4.49).
+Each layer computes x += attn(norm(x)); x += mlp(norm(x)), where attn = softmax(q k^T / sqrt(D)) v
+and M-RoPE (section 2.1 of Qwen2-VL) rotates q and k. In figure 1a of Nexus-Gen this is the
+"autoregressive model". Official classes: `Qwen2_5_VLModel`, `Qwen2_5_VLDecoderLayer`,
+`Qwen2_5_VLSdpaAttention` (transformers 4.49).
 
-A mask is boolean everywhere: True = may be looked at. Right padding needs none: causal attention
-never reaches it.
+A mask is boolean: True = visible. Right padding needs no mask, causal attention never reaches it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,41 +22,43 @@ from ..config import TextConfig
 from .layers import RMSNorm, SwiGLU
 from .rope import apply_rope_half, mrope_cos_sin
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values -> as queries
+# queries [B, H, L, D], keys and values [B, H_kv, S, D] -> [B, H, L, D]
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+full_attention: AttentionFn = partial(F.scaled_dot_product_attention, enable_gqa=True)
 ALL = slice(None)
 
 
 class KVCache:
-    """Rotated keys and values of the tokens seen so far, written into room made ahead for more.
+    """Rotated keys and values of the tokens so far.
 
-    `QwenDecoder.forward` moves `length` on when all layers have written.
+    `QwenDecoder.forward` advances `length` after all layers have written.
     """
 
-    ROOM = 256  # tokens; making room copies what is held, which for every token would show
+    GROWTH = 256  # tokens; growing copies the cache, so it grows in steps
 
     def __init__(self) -> None:
-        self.length = 0  # tokens held, padding included
-        self._rooms: list[Tensor] = []  # [2, B, H_kv, room, D] a layer
+        self.length = 0  # tokens in the cache, padding included
+        self._buffers: list[Tensor] = []  # [2, B, H_kv, capacity, D] for each layer
 
     @property
     def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values held, one pair [B, H_kv, S, D] a layer."""
-        return [tuple(room[:, :, :, : self.length]) for room in self._rooms]
+        """Keys and values of each layer, a pair of [B, H_kv, S, D]."""
+        return [tuple(buffer[:, :, :, : self.length]) for buffer in self._buffers]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the new k, v [B, H_kv, L, D] of a layer; return all of them, [B, H_kv, S + L, D]."""
         past, end = self.length, self.length + k.shape[2]
-        if layer == len(self._rooms):
-            self._rooms.append(k.new_empty(2, *k.shape[:2], end + self.ROOM, k.shape[3]))
-        if self._rooms[layer].shape[3] < end:
-            held = self._rooms[layer][:, :, :, :past]
-            self._rooms[layer] = F.pad(held, (0, 0, 0, end + self.ROOM - past))
-        room = self._rooms[layer]
-        room[0, :, :, past:end], room[1, :, :, past:end] = k, v
-        return room[0, :, :, :end], room[1, :, :, :end]
+        if layer == len(self._buffers):
+            self._buffers.append(k.new_empty(2, *k.shape[:2], end + self.GROWTH, k.shape[3]))
+        if self._buffers[layer].shape[3] < end:
+            filled = self._buffers[layer][:, :, :, :past]
+            self._buffers[layer] = F.pad(filled, (0, 0, 0, end + self.GROWTH - past))
+        buffer = self._buffers[layer]
+        buffer[0, :, :, past:end], buffer[1, :, :, past:end] = k, v
+        return buffer[0, :, :, :end], buffer[1, :, :, :end]
 
     def crop(self, length: int) -> None:
-        """Forget all but the first `length` tokens. ValueError when fewer are held."""
+        """Keep the first `length` tokens only."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} tokens to {length}")
         self.length = length
@@ -68,54 +67,29 @@ class KVCache:
 def causal_mask(length: int, past: int, padding: Tensor | None, device=None) -> Tensor | None:
     """Mask [B or 1, 1, L, past + L] of L new tokens after `past` cached ones; None = not needed.
 
-    padding [B, past + L] is False at padded tokens. Every token sees itself, padded ones too, since
-    a row without a single visible key would be NaN. None for a single token, and for plain causal
-    attention from the start (past = 0), for which SDPA has a faster switch.
+    padding [B, past + L] is False at padded tokens.
     """
     if padding is None and (past == 0 or length == 1):
-        return None
+        return None  # a single token sees everything; SDPA has a faster switch for past = 0
     earlier = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
     if padding is None:
         return earlier[None, None]
+    # every token sees itself, padded ones too: a row without a visible key would be NaN
     own = earlier & ~earlier.tril(past - 1)
     return (earlier & padding.bool()[:, None, None]) | own
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v; q [B, H, L, D], k and v [B, H_kv, S, D] -> [B, H, L, D]."""
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=True)
-
-
-def causal(last: int, total: int, padding: Tensor | None = None, device=None) -> Attend:
-    """`attend` for the last of `total` tokens; padding [B, total] is False at padded ones."""
-    mask = causal_mask(last, total - last, padding, device)
-    return partial(attend, mask=mask, is_causal=mask is None and last == total)
-
-
-class Packed(NamedTuple):
-    """Rows of a batch without their padding, one behind the other, that do not see each other."""
-
-    lengths: tuple[int, ...]  # tokens of each row
-    last: tuple[int, ...]  # how many at its end the top layer computes
-
-    def ends(self, device: torch.device) -> Tensor:
-        """Indices of what the top layer computes: [sum(last)]."""
-        rows = zip(accumulate(self.lengths), self.last, strict=True)
-        return torch.cat([torch.arange(end - n, end, device=device) for end, n in rows])
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention row by row; q [1, H, L, D] of all tokens or of the ends: -> as q."""
-        last, total = self.lengths if q.shape[2] == k.shape[2] else self.last, self.lengths
-        v = v.to(q.dtype)  # bf16 under autocast: once, not row by row
-        rows = zip(last, total, q.split(last, 2), k.split(total, 2), v.split(total, 2), strict=True)
-        parts = [causal(n, t, device=q.device)(*qkv) for n, t, *qkv in rows if n]
-        return torch.cat(parts, dim=2)
+def causal_attention(
+    num_queries: int, total: int, padding: Tensor | None = None, device=None
+) -> AttentionFn:
+    """Attention of the last `num_queries` of `total` tokens; padding [B, total] as above."""
+    mask = causal_mask(num_queries, total - num_queries, padding, device)
+    is_causal = mask is None and num_queries == total
+    return partial(full_attention, attn_mask=mask, is_causal=is_causal)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; q, k, v with bias, o without."""
+    """Grouped-query attention; q, k and v have biases, o has none."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -131,25 +105,25 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        attend: Attend = attend,
+        attention_fn: AttentionFn = full_attention,
         cache: KVCache | None = None,
         layer: int = 0,
-        new: slice | Tensor = ALL,
+        query_rows: slice | Tensor = ALL,
     ) -> Tensor:
-        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, n, C] of the n `new` tokens."""
+        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, n, C] for the n `query_rows`."""
         q, k, v = (
-            rearrange(proj(seen), "B L (H D) -> B H L D", D=self.head_dim)
-            for proj, seen in ((self.q_proj, x[:, new]), (self.k_proj, x), (self.v_proj, x))
+            rearrange(proj(rows), "B L (H D) -> B H L D", D=self.head_dim)
+            for proj, rows in ((self.q_proj, x[:, query_rows]), (self.k_proj, x), (self.v_proj, x))
         )
-        q = apply_rope_half(q, cos[:, :, new], sin[:, :, new])
+        q = apply_rope_half(q, cos[:, :, query_rows], sin[:, :, query_rows])
         k = apply_rope_half(k, cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        return self.o_proj(rearrange(attend(q, k, v), "B H L D -> B L (H D)"))
+        return self.o_proj(rearrange(attention_fn(q, k, v), "B H L D -> B L (H D)"))
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP; as it is by default, without a mask, the editing merger's."""
+    """Pre-norm attention and MLP. Also used without a mask by the editing merger."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -163,14 +137,16 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        attend: Attend = attend,
+        attention_fn: AttentionFn = full_attention,
         cache: KVCache | None = None,
         layer: int = 0,
-        new: slice | Tensor = ALL,
+        query_rows: slice | Tensor = ALL,
     ) -> Tensor:
-        """x [B, L, C], cos and sin [B, 1, L, D] -> [B, n, C] of the n `new` tokens."""
-        seen = self.input_layernorm(x)
-        x = x[:, new] + self.self_attn(seen, cos, sin, attend, cache, layer, new)
+        """As `Attention.forward`."""
+        attn = self.self_attn(
+            self.input_layernorm(x), cos, sin, attention_fn, cache, layer, query_rows
+        )
+        x = x[:, query_rows] + attn
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -191,36 +167,27 @@ class QwenDecoder(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         trace: list[Tensor] | None = None,
-        last: int = 0,
-        packed: Packed | None = None,
+        num_outputs: int = 0,
     ) -> Tensor:
-        """Hidden states [B, L, C] of L new tokens, after the final norm.
+        """inputs_embeds [B, L, C] of L new tokens, position_ids [3, B, L] -> hidden [B, L, C].
 
-        inputs_embeds [B, L, C]; position_ids [3, B, L]; attention_mask [B, cached + L], False or 0
-        at padding (needed for left padding only); `cache` is read and extended; `trace`, when a
-        list is given, receives the input of each layer and the result; with `last`, the top layer
-        computes the last rows only: [B, last, C]. With `packed`, B is 1 and its one row holds many
-        without padding: [1, sum(packed.last), C]. ValueError when the shapes disagree.
+        attention_mask [B, cached + L]: 0 at padding, needed for left padding only.
+        cache: read and extended. trace: a list that receives the input of each layer.
+        num_outputs: the top layer computes the last rows only, -> [B, num_outputs, C].
         """
         past = cache.length if cache is not None else 0
-        self._check(inputs_embeds, position_ids, attention_mask, past)
-        if packed and (cache is not None or attention_mask is not None or last):
-            raise ValueError("packed rows go without cache, attention_mask and last")
-        if packed and inputs_embeds.shape[:2] != (1, sum(packed.lengths)):
-            rows = tuple(inputs_embeds.shape[:2])
-            raise ValueError(f"packed rows of {packed.lengths} tokens do not fill {rows}")
-        cos, sin = self._rotation(position_ids, inputs_embeds.dtype)
-        total = past + inputs_embeds.shape[1]
-        x = inputs_embeds
+        B, L, _ = check_shapes(inputs_embeds, position_ids, attention_mask, past, self.config)
+        cos, sin = self.rotation(position_ids, inputs_embeds.dtype)
+        x, total, top = inputs_embeds, past + L, len(self.layers) - 1
+        attention_fn = causal_attention(L, total, attention_mask, x.device)
+        rows = ALL
         for i, layer in enumerate(self.layers):
             if trace is not None:
                 trace.append(x)
-            top = i == len(self.layers) - 1
-            count = last if last and top else total - past
-            new = packed.ends(x.device) if packed and top else slice(-count, None)
-            if i == 0 or top:
-                look = packed.attend if packed else causal(count, total, attention_mask, x.device)
-            x = layer(x, cos, sin, look, cache, i, new)
+            if i == top and num_outputs:  # nobody reads the other rows of the top layer
+                attention_fn = causal_attention(num_outputs, total, attention_mask, x.device)
+                rows = slice(-num_outputs, None)
+            x = layer(x, cos, sin, attention_fn, cache, i, rows)
         if cache is not None:
             cache.length = total
         x = self.norm(x)
@@ -228,21 +195,24 @@ class QwenDecoder(nn.Module):
             trace.append(x)
         return x
 
-    def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos, sin [B, 1, L, D] in fp32, then cast to the activations' dtype as upstream."""
+    def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos, sin [B, 1, L, D]: fp32, then cast to the dtype of the activations."""
         c = self.config
         pair = mrope_cos_sin(position_ids, c.head_dim, c.rope_theta, c.mrope_section)
         cos, sin = (rearrange(a, "B L D -> B 1 L D").to(dtype) for a in pair)
         return cos, sin
 
-    def _check(self, x: Tensor, positions: Tensor, mask: Tensor | None, past: int) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.config.hidden_size:
-            raise ValueError(
-                f"embeddings {tuple(x.shape)} should be [B, L, {self.config.hidden_size}]"
-            )
-        B, L, _ = x.shape
-        if positions.shape != (3, B, L):
-            raise ValueError(f"position_ids {tuple(positions.shape)} should be {(3, B, L)}")
-        if mask is not None and mask.shape != (B, past + L):
-            want = f"{(B, past + L)}: {past} cached + {L} new"
-            raise ValueError(f"attention_mask {tuple(mask.shape)} should be {want}")
+
+def check_shapes(
+    x: Tensor, positions: Tensor, mask: Tensor | None, past: int, config: TextConfig
+) -> torch.Size:
+    """The shape of x, if all shapes agree: wrong ones could broadcast unnoticed."""
+    if x.ndim != 3 or x.shape[-1] != config.hidden_size:
+        raise ValueError(f"embeddings {tuple(x.shape)} should be [B, L, {config.hidden_size}]")
+    B, L, _ = x.shape
+    if positions.shape != (3, B, L):
+        raise ValueError(f"position_ids {tuple(positions.shape)} should be {(3, B, L)}")
+    if mask is not None and mask.shape != (B, past + L):
+        sizes = f"{(B, past + L)}: {past} cached + {L} new"
+        raise ValueError(f"attention_mask {tuple(mask.shape)} should be {sizes}")
+    return x.shape

@@ -1,4 +1,4 @@
-"""The layers that the Qwen towers (vision, decoder, embedding merger) share.
+"""The layers that the Qwen towers share: vision tower, decoder, embedding merger.
 
 Official classes: `Qwen2RMSNorm`, `Qwen2_5_VLMLP`, `Qwen2MLP` (transformers 4.49).
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) in fp32, cast back, then times weight. (..., C) -> (..., C)."""
+    """x / sqrt(mean(x^2) + eps), then times weight: [..., C] -> [..., C]."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -19,11 +19,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        # fp32 inside; the cast comes before the weight, as in the official code
         return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def silu_mul_(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up; in place of both where no gradient needs them: large arrays cost time."""
+    """silu(gate) * up; in place at inference, which saves two large allocations."""
     if torch.is_grad_enabled():
         return F.silu(gate) * up
     return F.silu(gate, inplace=True).mul_(up)

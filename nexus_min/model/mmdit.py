@@ -1,17 +1,16 @@
 """The multimodal diffusion transformer (MMDiT) of FLUX.1-dev: velocity of the image tokens.
 
 v = MMDiT(x_t, context, t, guidance, y): V_theta of the paper's equation 7, the "diffusion
-transformer" of both decoders in figure 1 (c, d). Two streams with their own weights attend jointly
-in the double blocks, then run as one sequence through the single blocks; (t, guidance, y) act
-through shift, scale and gate alone.
+transformer" of both decoders in figure 1 (c, d). In the double blocks two streams with weights of
+their own attend jointly. In the single blocks they are one sequence. The vector (t, guidance, y)
+acts through shift, scale and gate alone.
 
-Official classes: black-forest-labs `Flux`, `DoubleStreamBlock`, `SingleStreamBlock`, `LastLayer`,
-whose names the attributes spell; Nexus-Gen's own files hold the same tensors under DiffSynth names.
+Official classes: black-forest-labs `Flux`, `DoubleStreamBlock`, `SingleStreamBlock`, `LastLayer`;
+the attributes carry their names.
 
-Conventions: t in [0, 1], t = 1 is noise; the factor 1000 lives in `timestep_embedding` alone.
-Context ("txt") tokens come first in the joint sequence. Positions, t and guidance stay fp32 when
-the weights are bf16; the official run rounds them too (1000 * 3.5 becomes 3504), an error that we
-do not copy.
+Conventions: t in [0, 1], t = 1 is noise; only `timestep_embedding` multiplies by 1000. Context
+tokens ("txt") come first in the joint sequence. Positions, t and guidance stay fp32 when the
+weights are bf16. The official run rounds them too, which turns 1000 * 3.5 into 3504.
 """
 
 from __future__ import annotations
@@ -29,14 +28,13 @@ from .rope import apply_rope_interleaved, flux_rope
 
 PATCH = 2  # latent cells along one side of an image token
 EPS = 1e-6  # of every norm in this file
-RAISED = [13, 44]  # of 128 timestep frequencies: those that the official run rounded up
 
 
 # ---- tokens and their positions ----------------------------------------------------------------
 
 
 def patchify(latents: Tensor) -> Tensor:
-    """Latents [B, C, h, w] -> tokens [B, h/2 * w/2, C*4]. ValueError when h or w is odd."""
+    """Latents [B, C, h, w] -> tokens [B, h/2 * w/2, C*4]."""
     height, width = latents.shape[-2:]
     if height % PATCH or width % PATCH:
         raise ValueError(
@@ -46,10 +44,7 @@ def patchify(latents: Tensor) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Inverse of `patchify`: [B, N, C*4] -> latents [B, C, height, width], sizes in cells.
-
-    Raises ValueError when the tokens do not fill the latent.
-    """
+    """Inverse of `patchify`: [B, N, C*4] -> latents [B, C, height, width], sizes in cells."""
     h, w = height // PATCH, width // PATCH
     if tokens.shape[1] != h * w:
         raise ValueError(f"{tokens.shape[1]} tokens cannot fill {height} x {width} latent cells")
@@ -68,7 +63,7 @@ def image_ids(height: int, width: int) -> Tensor:
 
 
 def context_ids_generation(n: int) -> Tensor:
-    """Context of the generation decoder and of T5 has no place in the image: zeros [1, n, 3]."""
+    """Context of the generation decoder and of T5 has no position in the image: zeros [1, n, 3]."""
     return torch.zeros(1, n, 3)
 
 
@@ -82,8 +77,8 @@ def context_ids_editing(
     """Positions of [target, reference] embeddings, spread over the image: [1, N + M, 3].
 
     Grids are (t, h, w) in vision patches *before* merging; height and width in latent cells. An
-    embedding of row i lies at image row i * height / h, with index 0 for the target and 1 for the
-    reference, so both views and the image tokens share one frame.
+    embedding of row i lies at row i * height / h of the latent: both views share one frame with the
+    image tokens. The index is 0 for the target and 1 for the reference.
     """
     ids = []
     for index, (_, h, w) in enumerate(g for g in (target_grid, ref_grid) if g is not None):
@@ -95,23 +90,12 @@ def context_ids_editing(
 # ---- the condition vector ----------------------------------------------------------------------
 
 
-def timestep_frequencies(n: int) -> Tensor:
-    """10000^(-k/n), k = 0 .. n - 1: [n], fp32, on the CPU, the same bits on every processor.
-
-    The official fp32 `exp` is rounded by the processor, and the factor 1000 in front of t makes an
-    ulp 1.5e-5 in the embedding. Here `exp` is exact and rounded once; at n = 128, FLUX's, the two k
-    that the official run has an ulp higher (fixture 09 shows no other) are raised to it.
-    """
-    k = torch.arange(n, dtype=torch.float32, device="cpu")
-    freqs = (-math.log(10_000) * k / n).double().exp().float()
-    if n == 128:
-        freqs[RAISED] = torch.nextafter(freqs[RAISED], freqs.new_ones(len(RAISED)))
-    return freqs
-
-
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """t [B] in [0, 1] (or a guidance scale) -> [cos, sin] sinusoid [B, dim] of 1000 t, fp32."""
-    freqs = timestep_frequencies(dim // 2).to(t.device)
+    n = dim // 2
+    k = torch.arange(n, dtype=torch.float32, device=t.device)
+    freqs = torch.exp(-math.log(10_000) * k / n)
+    # one ulp of a frequency is 1.5e-5 in the angle: exp differs that much between processors
     angles = (1000 * t.to(torch.promote_types(t.dtype, torch.float32))).float()[:, None] * freqs
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
@@ -150,7 +134,7 @@ class Modulation(nn.Module):
 
 
 class Modulations(NamedTuple):
-    """What (t, guidance, y) say to every block: all of the network's dependence on them."""
+    """Shifts, scales and gates of all blocks: the network depends on (t, guidance, y) only so."""
 
     double: list[tuple[list[ModulationOut], list[ModulationOut]]]  # (image, context) of each block
     single: list[ModulationOut]
@@ -166,7 +150,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class RMSNormScale(nn.Module):
-    """RMSNorm over the head dimension; the released files call its weight `scale`."""
+    """Weight of an RMSNorm over the head dimension; the released files call it `scale`."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -174,22 +158,19 @@ class RMSNormScale(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """RMSNorm of queries and keys, each with its own scale: [2, B, H, L, D] -> same."""
+    """Split a fused qkv into heads; RMSNorm of queries and keys, each with a scale of its own."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.query_norm = RMSNormScale(dim)
         self.key_norm = RMSNormScale(dim)
 
-    def forward(self, qk: Tensor) -> Tensor:
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, L, 3*H*D] -> normed queries and keys [2, B, H, L, D], values [B, H, L, D]."""
         scale = torch.stack((self.query_norm.scale, self.key_norm.scale))
-        return F.rms_norm(qk, qk.shape[-1:], eps=EPS) * scale[:, None, None, None]
-
-
-def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Fused [B, L, 3*H*D] -> queries and keys [2, B, H, L, D], values [B, H, L, D]."""
-    qkv = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=num_heads)
-    return qkv[:2], qkv[2]
+        heads = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, D=scale.shape[1])
+        qk = F.rms_norm(heads[:2], scale.shape[1:], eps=EPS)
+        return qk * scale[:, None, None, None], heads[2]
 
 
 def attention(qk: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -203,15 +184,9 @@ class SelfAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.norm = QKNorm(dim // num_heads)
         self.proj = nn.Linear(dim, dim)
-
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, L, C] -> normed queries and keys [2, B, H, L, D], values [B, H, L, D]."""
-        qk, v = split_heads(self.qkv(x), self.num_heads)
-        return self.norm(qk), v
 
 
 # ---- blocks ------------------------------------------------------------------------------------
@@ -247,8 +222,10 @@ class DoubleStreamBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """img [B, N, C], txt [B, L, C] -> both, updated; `mods` are those of (image, context)."""
         (img_mod1, img_mod2), (txt_mod1, txt_mod2) = mods
-        img_qk, img_v = self.img_attn.heads(modulated_norm(img, *img_mod1[:2]))
-        txt_qk, txt_v = self.txt_attn.heads(modulated_norm(txt, *txt_mod1[:2]))
+        img_qkv = self.img_attn.qkv(modulated_norm(img, *img_mod1[:2]))
+        txt_qkv = self.txt_attn.qkv(modulated_norm(txt, *txt_mod1[:2]))
+        (img_qk, img_v), (txt_qk, txt_v) = self.img_attn.norm(img_qkv), self.txt_attn.norm(txt_qkv)
+        # the streams meet here: every token attends to context and image
         joint = attention(torch.cat((txt_qk, img_qk), 3), torch.cat((txt_v, img_v), 2), rope)
         txt_attn, img_attn = joint.split((txt.shape[1], img.shape[1]), dim=1)
         img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_attn))
@@ -264,7 +241,6 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         dim, hidden = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
-        self.num_heads = config.num_heads
         self.widths = (3 * dim, hidden)
         self.linear1 = nn.Linear(dim, 3 * dim + hidden)
         self.linear2 = nn.Linear(dim + hidden, dim)
@@ -276,8 +252,7 @@ class SingleStreamBlock(nn.Module):
     ) -> Tensor:
         """x [B, L, C] (context first) -> [B, L - skip, C]: all but the first `skip` tokens."""
         qkv, hidden = self.linear1(modulated_norm(x, *mod[:2])).split(self.widths, dim=-1)
-        qk, v = split_heads(qkv, self.num_heads)
-        attn = attention(self.norm(qk), v, rope)[:, skip:]
+        attn = attention(*self.norm(qkv), rope)[:, skip:]
         hidden = F.gelu(hidden[:, skip:], approximate="tanh")
         out = self.linear2(torch.cat((attn, hidden), dim=-1))
         return torch.addcmul(x[:, skip:], mod.gate, out)
@@ -303,12 +278,11 @@ class LastLayer(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """Velocity of the image tokens; attributes spell the keys of `flux1-dev.safetensors`.
+    """Velocity of the image tokens; attributes carry the keys of `flux1-dev.safetensors`.
 
-    `forward` = `condition` (one vector) -> `modulations` (depend on t, guidance, y only: a sampler
-    may evaluate the whole schedule ahead and drop a quarter of the weights) -> `velocity` (pure
-    tensor code, the part to `torch.compile`). Positions enter through `rope`, which a caller with
-    fixed sizes computes once.
+    `forward` = `condition` (one vector) -> `modulations` -> `velocity` (the part to compile). The
+    modulations depend on t, guidance and y only. A sampler may compute them for its whole schedule
+    beforehand and drop a quarter of the weights. `rope` depends on the sizes only.
     """
 
     def __init__(self, config: MMDiTConfig):
@@ -343,13 +317,12 @@ class MMDiT(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
         mods: Modulations | None = None,
     ) -> Tensor:
-        """Return the velocity noise - data as tokens [B, N, in_channels].
+        """The velocity noise - data as tokens [B, N, in_channels].
 
-        img [B, N, in_channels] noisy latents from `patchify`; txt [B, L, context_in_dim]; timesteps
-        [B] in [0, 1]; y [B, vec_in_dim] pooled CLIP vector; guidance [B] (FLUX.1-dev's distilled
-        guidance, 3.5); ids [1 or B, N or L, 3], or None when `rope` = `self.rope(img_ids, txt_ids)`
-        is given; `mods` = what `self.modulations` made of timesteps, y and guidance. A batch of one
-        in these three serves the whole batch. Raises ValueError when sizes disagree.
+        img [B, N, in_channels]: noisy latents from `patchify`; txt [B, L, context_in_dim];
+        timesteps [B] in [0, 1]; y [B, vec_in_dim]: pooled CLIP vector; guidance [B]: FLUX.1-dev's
+        distilled guidance, 3.5; ids [1 or B, N or L, 3], or None with `rope`; `mods`: replaces
+        timesteps, y and guidance. A batch of one in these three serves the whole batch.
         """
         rope = self.rope(img_ids, txt_ids) if rope is None else rope
         self.check(img, txt, timesteps=timesteps, y=y, guidance=guidance, positions=rope[0])
@@ -391,12 +364,13 @@ class MMDiT(nn.Module):
             img, txt = block(img, txt, mod, rope)
         x = torch.cat((txt, img), dim=1)
         for i, (block, mod) in enumerate(zip(self.single_blocks, mods.single, strict=True)):
-            last = i == len(self.single_blocks) - 1  # what it makes of the context, nobody reads
-            x = block(x, mod, rope, skip=txt.shape[1] if last else 0)
+            # nobody reads the context tokens after the last block
+            is_last = i == len(self.single_blocks) - 1
+            x = block(x, mod, rope, skip=txt.shape[1] if is_last else 0)
         return self.final_layer(x[:, -img.shape[1] :], mods.final)
 
     def check(self, img: Tensor, txt: Tensor, **others: Tensor) -> None:
-        """Raise ValueError naming the sizes when inputs do not fit the network or each other."""
+        """ValueError with the sizes when inputs do not fit the network or each other."""
         c, B = self.config, len(img)
         got = img.shape[-1], txt.shape[-1], others["y"].shape[-1]
         want = c.in_channels, c.context_in_dim, c.vec_in_dim

@@ -1,13 +1,14 @@
 """Rotary position embeddings: two conventions, three sets of axes, pure functions of positions.
 
-A pair of channels (a, b) at position p and frequency f is turned by the angle p*f.
+A pair of channels (a, b) at position p and frequency f is rotated by the angle p*f.
 - *half-split* (Qwen): channel i is paired with channel i + D/2.
 - *interleaved* (FLUX): channel 2i is paired with channel 2i + 1.
 
-Axes: the vision tower turns by (row, column); the decoder by (t, h, w) in sections (M-RoPE,
-Qwen2-VL section 2.1); FLUX by (index, row, column) in consecutive blocks of channels. Angles are
-fp32 (FLUX: fp64 frequencies and angles, as black-forest-labs `math.py`), whatever the activations'
-dtype: rounding them to bf16 costs 0.4 %.
+The vision tower rotates by (row, column). The decoder rotates by (t, h, w) in sections: M-RoPE,
+section 2.1 of Qwen2-VL. FLUX rotates by (index, row, column) in consecutive blocks of channels.
+
+Angles are fp32 whatever the dtype of the activations: rounding them to bf16 costs 0.4 %. FLUX's
+frequencies and angles are fp64, as in black-forest-labs `math.py`.
 """
 
 from __future__ import annotations
@@ -22,60 +23,57 @@ def frequencies(dim: int, theta: float, device=None) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
 
 
+# ---- half-split: vision tower and decoder ------------------------------------------------------
+
+
 def rotate_half(x: Tensor) -> Tensor:
-    """(a, b) -> (-b, a) where a, b are the two halves of the last axis."""
+    """(a, b) -> (-b, a), where a and b are the two halves of the last axis."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
 
 def apply_rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + rotate_half(x) sin: x [..., D] by the half-split convention; cos, sin broadcast to x.
-
-    The sum goes in place of one product: a large array fewer.
-    """
-    return (rotate_half(x) * sin).addcmul_(x, cos)
+    """x cos + rotate_half(x) sin; x [..., D], cos and sin broadcast to x."""
+    return (rotate_half(x) * sin).addcmul_(x, cos)  # the sum reuses the memory of one product
 
 
 def vision_angles(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> Tensor:
-    """positions [N, 2] = (row, column) -> angles [N, head_dim/2].
-
-    Official `Qwen2_5_VisionRotaryEmbedding`.
-    """
-    freqs = frequencies(head_dim // 2, theta, positions.device)  # head_dim/4 of them per axis
+    """positions [N, 2] = (row, column) -> angles [N, D/2]; `Qwen2_5_VisionRotaryEmbedding`."""
+    freqs = frequencies(head_dim // 2, theta, positions.device)  # D/4 for each axis
     return rearrange(positions[..., None].float() * freqs, "N a f -> N (a f)")
 
 
 def vision_cos_sin(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [N, head_dim] of the vision tower, fp32."""
-    angles = vision_angles(positions, head_dim).repeat(1, 2)
+    """cos and sin [N, D] of the vision tower, fp32."""
+    angles = vision_angles(positions, head_dim).repeat(1, 2)  # the second half repeats the first
     return angles.cos(), angles.sin()
 
 
 def mrope_cos_sin(
     position_ids: Tensor, head_dim: int, theta: float, mrope_section: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """position_ids [3, B, L] (t, h, w; integer or float) -> cos, sin [B, L, head_dim], fp32.
+    """position_ids [3, B, L] (t, h, w; integer or float) -> cos, sin [B, L, D], fp32.
 
-    The head_dim/2 frequencies are dealt to t, h, w in consecutive sections; the second half repeats
-    them. Official `apply_multimodal_rotary_pos_emb`. ValueError when the sections do not add up.
+    Official `apply_multimodal_rotary_pos_emb`.
     """
     if 2 * sum(mrope_section) != head_dim:
         raise ValueError(
             f"mrope_section {tuple(mrope_section)} must add up to head_dim/2 = {head_dim // 2}"
         )
     freqs = frequencies(head_dim, theta, position_ids.device)
-    angles = position_ids[..., None].float() * freqs  # [3, B, L, head_dim/2]
-    parts = angles.split(mrope_section, dim=-1)
-    angles = torch.cat([part[axis] for axis, part in enumerate(parts)] * 2, dim=-1)
+    angles = position_ids[..., None].float() * freqs  # [3, B, L, D/2]
+    # consecutive sections of the D/2 frequencies take their position from t, from h and from w
+    sections = angles.split(mrope_section, dim=-1)
+    angles = torch.cat([section[axis] for axis, section in enumerate(sections)] * 2, dim=-1)
     return angles.cos(), angles.sin()
 
 
-def flux_rope(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
-    """ids [B, N, axes] -> cos, sin [B, 1, N, sum(axes_dim)/2], fp32; official `EmbedND`.
+# ---- interleaved: MMDiT ------------------------------------------------------------------------
 
-    Frequencies and angles are fp64 as upstream, computed on the CPU: not every device has fp64.
-    """
-    ids64 = ids.detach().cpu().double()
+
+def flux_rope(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
+    """ids [B, N, axes] -> cos, sin [B, 1, N, D/2], fp32, D = sum(axes_dim); official `EmbedND`."""
+    ids64 = ids.detach().cpu().double()  # not every device has fp64
     angles = []
     for axis, dim in enumerate(axes_dim):
         freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -85,24 +83,22 @@ def flux_rope(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Ten
 
 
 def apply_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, H, N, D] by the interleaved convention in fp32, cast back.
+    """Rotate x [B, H, N, D] in fp32, cast back; cos and sin [B, 1, N, D/2].
 
-    cos, sin [B, 1, N, D/2]. A CPU multiplies complex numbers in one pass; `torch.compile`, for
-    GPUs, fuses sums of real numbers only.
+    A CPU multiplies complex numbers in one pass. `torch.compile` fuses real numbers only.
     """
-    turn = rotate_complex if x.device.type == "cpu" else rotate_real
-    return turn(x.float(), cos, sin).to(x.dtype)
+    rotate = rotate_complex if x.device.type == "cpu" else rotate_real
+    return rotate(x.float(), cos, sin).to(x.dtype)
 
 
 def rotate_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair of x [..., D], as a complex number, times e^(i angle); cos, sin [..., D/2]."""
+    """Each pair of x [..., D] as a complex number, times e^(i angle); cos and sin [..., D/2]."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
 
 
 def rotate_real(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same in real numbers. Whole rows are multiplied: faster than every second channel."""
+    """The same in real numbers, over whole rows: faster than every second channel."""
     cos, sin = (r.repeat_interleave(2, dim=-1) for r in (cos, sin))
     a, b = rearrange(x, "... (d two) -> two ... d", two=2)
-    turned = torch.stack((-b, a), dim=-1).flatten(-2)
-    return torch.addcmul(x * cos, turned, sin)
+    return torch.addcmul(x * cos, torch.stack((-b, a), dim=-1).flatten(-2), sin)
