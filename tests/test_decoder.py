@@ -7,7 +7,14 @@ import torch
 from conftest import golden, weights
 
 from nexus_min.config import TextConfig
-from nexus_min.model.decoder import Attention, KVCache, Packed, QwenDecoder, causal, causal_mask
+from nexus_min.model.decoder import (
+    Attention,
+    KVCache,
+    QwenDecoder,
+    causal_attention,
+    causal_mask,
+)
+from nexus_min.model.packing import Packed, packed_hidden
 from nexus_min.model.rope import apply_rope_half, rotate_half
 
 TINY = TextConfig(
@@ -88,7 +95,7 @@ def test_attention_is_softmax_over_shared_key_heads():
     torch.manual_seed(0)
     attn, (x, _) = Attention(TINY), batch()
     B, L, D = 2, 11, TINY.head_dim
-    got = attn(x, torch.ones(1, 1, 1, D), torch.zeros(1, 1, 1, D), causal(L, L))
+    got = attn(x, torch.ones(1, 1, 1, D), torch.zeros(1, 1, 1, D), causal_attention(L, L))
     q = attn.q_proj(x).view(B, L, 6, D)
     k, v = (p(x).view(B, L, 2, D).repeat_interleave(3, 2) for p in (attn.k_proj, attn.v_proj))
     score = torch.einsum("blhd,bshd->bhls", q, k) / D**0.5
@@ -140,14 +147,11 @@ def test_packed_rows_do_not_see_each_other(decoder):
     packed = Packed((11, 7), (3, 7))
     keep = torch.ones(2, 11, dtype=torch.bool)
     keep[1, 7:] = False
-    got = decoder(x[keep][None], positions[:, None, keep], packed=packed)
+    got = packed_hidden(decoder, x[keep][None], positions[:, None, keep], packed)
     want = decoder(x[:1], positions[:, :1])[:, 8:], decoder(x[1:, :7], positions[:, 1:, :7])
     torch.testing.assert_close(got, torch.cat(want, 1), atol=1e-5, rtol=1e-5)
-    for wrong in ({"cache": KVCache()}, {"last": 2}, {"attention_mask": keep[:1]}):
-        with pytest.raises(ValueError, match="packed rows go without|attention_mask"):
-            decoder(x[:1], positions[:, :1], packed=Packed((11,), (3,)), **wrong)
     with pytest.raises(ValueError, match=r"packed rows of \(11, 7\) tokens do not fill \(1, 11\)"):
-        decoder(x[:1], positions[:, :1], packed=packed)
+        packed_hidden(decoder, x[:1], positions[:, :1], packed)
 
 
 def test_left_padded_cached_equals_uncached(decoder):

@@ -47,9 +47,7 @@ class Packed(NamedTuple):
         return torch.cat(out, dim=2)
 
 
-def packed_hidden(
-    decoder: QwenDecoder, x: Tensor, position_ids: Tensor, packed: Packed
-) -> Tensor:
+def packed_hidden(decoder: QwenDecoder, x: Tensor, position_ids: Tensor, packed: Packed) -> Tensor:
     """x [1, sum(lengths), C], positions [3, 1, sum(lengths)] -> [1, sum(num_outputs), C]."""
     if x.shape[:2] != (1, sum(packed.lengths)):
         shape = tuple(x.shape[:2])

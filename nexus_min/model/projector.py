@@ -1,8 +1,8 @@
 """Image embeddings -> context tokens of the MMDiT, one projector for each decoder.
 
-Generation: a two-layer MLP maps the 81 embeddings one by one (paper, figure 1 c). Editing: a joint
-attention layer lets the 81 target embeddings and the 324 of the source image see each other, then
-an MLP maps all 405 (figure 1 d). Their output takes the place of FLUX's T5 states.
+Generation: an MLP maps the 81 embeddings one by one (figure 1c of the paper). Editing: in one
+joint attention layer the 81 target embeddings and the 324 source embeddings see each other; then an
+MLP maps all 405 (figure 1d). The output replaces FLUX's T5 states.
 
 Official classes: the `adapter` of Nexus-Gen's generation decoder, `ImageEmbeddingMerger` of its
 editing decoder.
@@ -21,6 +21,7 @@ from .rope import mrope_cos_sin
 
 BASE_GRID = 72  # every grid of patches is stretched to 72 x 72 positions
 MERGE = 2  # patches along one side of an embedding
+Grid = tuple[int, int, int]  # (t, h, w) in patches before merging
 
 
 class GenerationAdapter(nn.Module):
@@ -40,10 +41,10 @@ class GenerationAdapter(nn.Module):
         return self.adapter(embeds)
 
 
-def merger_positions(grid: tuple[int, int, int], device=None) -> Tensor:
-    """Positions (0, i 72/h, j 72/w) of a grid (t, h, w) in patches *before* merging: [3, 1, N].
+def merger_positions(grid: Grid, device=None) -> Tensor:
+    """Positions (0, i 72/h, j 72/w) of the embeddings on a grid: [3, 1, N].
 
-    Target and reference cover the same range at different steps: 18 patches -> steps of 4, 36 -> 2.
+    Target and source cover one range in different steps: 18 patches -> steps of 4, 36 -> 2.
     """
     _, h, w = grid
     rows = torch.arange(h // MERGE, device=device) * (BASE_GRID / h)
@@ -53,7 +54,7 @@ def merger_positions(grid: tuple[int, int, int], device=None) -> Tensor:
 
 
 class ImageEmbeddingMerger(nn.Module):
-    """One decoder layer *without* mask over [target, reference], then an MLP."""
+    """One decoder layer *without* mask over [target, source], then an MLP."""
 
     def __init__(self, config: TextConfig, out_dim: int, expand_ratio: int = 4):
         super().__init__()
@@ -72,36 +73,28 @@ class ImageEmbeddingMerger(nn.Module):
     def forward(
         self,
         embeds: Tensor,
-        grid: tuple[int, int, int],
+        grid: Grid,
         ref_embeds: Tensor | None = None,
-        ref_grid: tuple[int, int, int] | None = None,
+        ref_grid: Grid | None = None,
     ) -> Tensor:
-        """embeds [B, N, C], ref_embeds [B, M, C] -> context [B, N (+ M), out_dim].
-
-        Grids are (t, h, w) in patches before merging, one for the whole batch. Raises ValueError
-        when a grid does not hold its embeddings, batches differ, or only one of ref_embeds and
-        ref_grid is given.
-        """
+        """Target embeds [B, N, C], source ref_embeds [B, M, C] -> context [B, N (+ M), out_dim]."""
         if (ref_embeds is None) != (ref_grid is None):
             raise ValueError("ref_embeds and ref_grid go together: give both or neither")
         if ref_embeds is not None and len(ref_embeds) != len(embeds):
             raise ValueError(f"{len(ref_embeds)} references for a batch of {len(embeds)}")
-        parts = [(embeds, grid)] if ref_embeds is None else [(embeds, grid), (ref_embeds, ref_grid)]
-        x = torch.cat([self.check(e, g) for e, g in parts], dim=1)
-        positions = torch.cat([merger_positions(g, x.device) for _, g in parts], dim=-1)
+        views = [(embeds, grid), (ref_embeds, ref_grid)][: 1 if ref_embeds is None else 2]
+        for x, (t, h, w) in views:
+            sizes = (h // MERGE) * (w // MERGE), self.config.hidden_size
+            if tuple(x.shape[1:]) != sizes:
+                raise ValueError(
+                    f"embeddings {tuple(x.shape)} on a grid of {(t, h, w)} patches: "
+                    f"should be [B, {sizes[0]}, {sizes[1]}]"
+                )
+        x = torch.cat([x for x, _ in views], dim=1)
+        positions = torch.cat([merger_positions(g, x.device) for _, g in views], dim=-1)
         c = self.config
         pair = mrope_cos_sin(positions, c.head_dim, c.rope_theta, c.mrope_section)
         cos, sin = (rearrange(a, "B L D -> B 1 L D").to(x.dtype) for a in pair)
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.projector(x)
-
-    def check(self, embeds: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Return `embeds` if they are [B, h/2 * w/2, C] for (t, h, w), else raise ValueError."""
-        want = (grid[1] // MERGE) * (grid[2] // MERGE), self.config.hidden_size
-        if tuple(embeds.shape[1:]) != want:
-            raise ValueError(
-                f"embeddings {tuple(embeds.shape)} on a grid of {tuple(grid)} patches: "
-                f"should be [B, {want[0]}, {want[1]}]"
-            )
-        return embeds
