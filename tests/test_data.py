@@ -62,7 +62,7 @@ def picture(seed: int, w: int, h: int) -> Image.Image:
 def save_official(folder) -> tuple[Image.Image, Image.Image]:
     """The two images of OFFICIAL beside its file."""
     a, b = picture(1, 90, 40), picture(2, 50, 70)
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     a.save(folder / "images/a.png")
     b.save(folder / "b.jpg", format="PNG")  # a lossless file, whatever its name says
     return a, b

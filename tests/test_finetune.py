@@ -310,12 +310,12 @@ def test_a_loss_that_is_not_finite_names_the_lines(
 
     monkeypatch.setattr(*spied, spy)
     monkeypatch.setattr(finetune, "generation_sample", latents_tell)
-    nan, ar_loss, rf_loss = float("nan"), finetune.ar_loss, finetune.rf_loss
+    nan, packed_ar_loss, rf_loss = float("nan"), finetune.packed_ar_loss, finetune.rf_loss
 
     def broken(out):
         return out._replace(loss=nan * out.loss)
 
-    monkeypatch.setattr(finetune, "ar_loss", lambda *a: broken(ar_loss(*a)))
+    monkeypatch.setattr(finetune, "packed_ar_loss", lambda *a: broken(packed_ar_loss(*a)))
     monkeypatch.setattr(finetune, "rf_loss", lambda *a: nan * rf_loss(*a))
     out = tmp_path / "out"
     command = ["--data", str(path), "--model", str(save_tiny(tmp_path)), "--out", str(out)]

@@ -112,7 +112,9 @@ def test_loss_of_a_batch_is_the_mean_over_its_tasks():
 def test_earlier_pictures_of_a_conversation_are_predicted_or_read(monkeypatch):
     """Half of the time each; the last reply's image is always predicted."""
     model, found = make_tiny(), []
-    monkeypatch.setattr(stages, "ar_loss", lambda *args: found.append(args[-1].sum(1).tolist()))
+    monkeypatch.setattr(
+        stages, "packed_ar_loss", lambda *args: found.append(args[-1].sum(1).tolist())
+    )
     rng, n = np.random.default_rng(0), model.config.ar.num_image_slots
     batch = [example(rng, "generate"), *(example(rng, "talk") for _ in range(20))]
     pictures = [[m["content"].count("<image>") for m in ex.messages[1::2]] for ex in batch]

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..config import NexusGenConfig
 from ..images import patch_rows
 from ..model.autoencoder import AutoEncoder
-from ..model.autoregressive import ARLoss, NexusGenAR, ar_loss, prefill_image_slots
+from ..model.autoregressive import ARLoss, NexusGenAR, prefill_image_slots
 from ..model.flow import denoise, rf_loss, sample_t, schedule, time_shift
 from ..model.mmdit import MMDiT, context_ids_editing, context_ids_generation
+from ..model.packing import packed_ar_loss
 from ..model.projector import GenerationAdapter, ImageEmbeddingMerger
 from ..model.vision import QwenViT
 from ..sampling import Context, velocity_field
@@ -66,7 +67,7 @@ def ar_batch_loss(
     batch: list[Example],
     rng: np.random.Generator | None = None,
 ) -> ARLoss:
-    """`ar_loss` of toy examples, through the reader of the message-like format.
+    """`packed_ar_loss` of toy examples, through the reader of the message-like format.
 
     With `rng`, images behind which a conversation goes on are, half of the time, not predicted
     but read, as a `Chat` reads them.
@@ -78,7 +79,7 @@ def ar_batch_loss(
             slots[slots.nonzero()[: sum(earlier) * config.ar.num_image_slots]] = False
     with torch.no_grad():
         embeds = ar.visual(b.pixel_values, tuple(map(tuple, b.image_grid_thw.tolist())))
-    return ar_loss(ar, b.input_ids, b.labels, None, b.image_grid_thw, embeds, b.slot_mask)
+    return packed_ar_loss(ar, b.input_ids, b.labels, None, b.image_grid_thw, embeds, b.slot_mask)
 
 
 def ar_stage(

@@ -34,9 +34,10 @@ from ..images import (
     to_patches,
 )
 from ..model.autoencoder import AutoEncoder
-from ..model.autoregressive import NexusGenAR, ar_loss, prefill_image_slots
+from ..model.autoregressive import NexusGenAR, prefill_image_slots
 from ..model.flow import rf_loss, sample_t, time_shift, training_sigmas, training_weights
 from ..model.mmdit import MMDiT, context_ids_editing, context_ids_generation
+from ..model.packing import packed_ar_loss
 from ..model.projector import GenerationAdapter, ImageEmbeddingMerger
 from ..sampling import Context, velocity_field
 from ..tokenizer import QwenTokenizer
@@ -153,7 +154,7 @@ def autoregressive_stage(
         if len(b.pixel_values):
             with torch.no_grad():
                 embeds = ar.visual(b.pixel_values.to(weight), b.image_grid_thw)
-        out = ar_loss(ar, ids, labels, None, b.image_grid_thw, embeds, slots)
+        out = packed_ar_loss(ar, ids, labels, None, b.image_grid_thw, embeds, slots)
         return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
 
     modules, names = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")

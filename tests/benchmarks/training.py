@@ -21,7 +21,8 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from nexus_min.model.autoregressive import NexusGenAR, ar_loss, rope_index
+from nexus_min.model.autoregressive import NexusGenAR, rope_index
+from nexus_min.model.packing import packed_ar_loss
 
 from .common import Row, clock, peak_rss
 from .peers import ar_config, our_ar, their_ar
@@ -95,7 +96,7 @@ def run(side: str, size: str) -> dict[str, float]:
     adam, seconds, found = torch.optim.AdamW(parameters, lr=1e-4, fused=True), [], {}
     for k in range(STEPS[size] + 1):
         start = clock()
-        loss = their_loss(model, peer, b) if peer else ar_loss(model, **b).loss
+        loss = their_loss(model, peer, b) if peer else packed_ar_loss(model, **b).loss
         loss.backward()
         if not k:
             norm = torch.stack([p.grad.norm() for p in parameters]).norm()
