@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nexus_min.config import AutoEncoderConfig
 from nexus_min.model.autoencoder import AutoEncoder
 
-from .common import Row, alternate, difference, need
+from .common import Row, alternate, difference, require
 
 SIDE, ROUNDS = 256, 3
 
@@ -56,7 +56,7 @@ def their_model(ours: AutoEncoder) -> nn.Module:
     """diffusers' autoencoder on our decoder's weights."""
     c, levels = ours.config, len(ours.config.ch_mult)
     with torch.device("meta"):
-        model = need("diffusers").AutoencoderKL(
+        model = require("diffusers").AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=[c.ch * m for m in c.ch_mult],

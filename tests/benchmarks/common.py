@@ -142,7 +142,7 @@ def peak_rss() -> float:
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def part_on_device(name: str) -> ModuleType:
+def require(name: str) -> ModuleType:
     """The package to compare with, or a line that says how to have it, and status 1."""
     try:
         return importlib.import_module(name)

@@ -21,7 +21,7 @@ from nexus_min.model import flow
 from nexus_min.model.mmdit import MMDiT, context_ids_generation, image_ids, patchify, unpatchify
 from nexus_min.sampling import Context, classifier_free_guidance, velocity_field
 
-from .common import Row, alternate, core_share, difference, dtypes, name_of, need
+from .common import Row, alternate, core_share, difference, dtypes, name_of, require
 
 CONFIG = MMDiTConfig(depth=2, depth_single_blocks=4)
 ROUNDS, STEPS, CFG, GUIDANCE = 2, 3, 3.0, 3.5
@@ -110,7 +110,7 @@ def their_model(ours: MMDiT) -> nn.Module:
     """diffusers' transformer on our weights."""
     config = ours.config
     with torch.device("meta"):
-        model = need("diffusers").FluxTransformer2DModel(
+        model = require("diffusers").FluxTransformer2DModel(
             in_channels=config.in_channels,
             num_layers=config.depth,
             num_single_layers=config.depth_single_blocks,
@@ -224,7 +224,7 @@ def their_loop(
     model: nn.Module, noise: Tensor, sigmas: Tensor, positive: Context, negative: Context
 ) -> Tensor:
     """The denoising loop of `FluxPipeline` with true CFG, on its scheduler, at our noise levels."""
-    scheduler = need("diffusers").FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler = require("diffusers").FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
     height, width = noise.shape[-2:]
     dtype = model.x_embedder.weight.dtype

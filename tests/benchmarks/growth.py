@@ -25,7 +25,7 @@ from nexus_min.model import flow
 from nexus_min.model.decoder import QwenDecoder
 from nexus_min.sampling import velocity_field
 
-from .common import need
+from .common import require
 from .diffusion import context, random_model
 
 PLOT = Path(__file__).with_name("growth.png")
@@ -138,7 +138,7 @@ def curves() -> Iterator[Curve]:
 
 def plot(found: Sequence[Curve], path: Path) -> None:
     """One panel a curve, measured line and the slopes 1 and 2 through its first point."""
-    plt = need("matplotlib.pyplot")
+    plt = require("matplotlib.pyplot")
     figure, panels = plt.subplots(2, 2, figsize=(9, 7), constrained_layout=True)
     for panel, curve in zip(panels.flat, found, strict=True):
         n, t = curve.sizes, [1e3 * x for x in curve.times]

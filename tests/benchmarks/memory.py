@@ -11,12 +11,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from .common import need
+from .common import require
 
 
 def resident(pid: int) -> list[int]:
     """Resident bytes of a process and of each that it has started."""
-    psutil, found = need("psutil"), [0]
+    psutil, found = require("psutil"), [0]
     try:
         started = psutil.Process(pid)
         for process in (started, *started.children(recursive=True)):

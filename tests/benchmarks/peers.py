@@ -14,7 +14,7 @@ from nexus_min.config import ARConfig, NexusGenConfig, TextConfig, VisionConfig
 from nexus_min.model.autoregressive import NexusGenAR
 from nexus_min.model.vision import QwenViT
 
-from .common import need
+from .common import require
 
 SMALL_TOWER = VisionConfig(
     depth=1,
@@ -82,7 +82,7 @@ def their_text_config(config: TextConfig) -> dict:
 
 def their_ar(ours: NexusGenAR):
     """transformers' Qwen2_5_VLForConditionalGeneration on the same storage, sdpa attention."""
-    need("transformers")
+    require("transformers")
     from transformers import Qwen2_5_VLConfig
     from transformers import Qwen2_5_VLForConditionalGeneration as Peer
 
@@ -111,7 +111,7 @@ def their_ar(ours: NexusGenAR):
 
 def their_vision(ours: QwenViT):
     """transformers' vision tower on the same storage, sdpa attention."""
-    need("transformers")
+    require("transformers")
     from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
         Qwen2_5_VisionTransformerPretrainedModel as Peer,

@@ -1,0 +1,177 @@
+"""Speed of this checkout beside another one: best and median CPU seconds, and the ratio new / old.
+
+    python tests/benchmarks/against.py OLD_TREE [--rounds 3]
+
+Fresh processes of both trees take turns on one thread each. CPU time of the process is measured,
+which other work on the machine hardly changes. A ratio below 1: this checkout is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+
+HERE = Path(__file__).resolve()
+PROMPT = "a red star left of a blue circle"
+REPEATS = 4  # of each work in one process
+
+
+def module(name: str):
+    """A file of model/; in old trees it stands in the package itself."""
+    try:
+        return importlib.import_module(f"nexus_min.model.{name}")
+    except ModuleNotFoundError:
+        return importlib.import_module(f"nexus_min.{name}")
+
+
+def cold() -> Callable:
+    """The command in a new process: import, load and one image."""
+    command = ["-m", "nexus_min", "generate", PROMPT, "--output", "cold.png"]
+    return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
+
+
+def image() -> Callable:
+    """A prompt through the loaded shipped model."""
+    from nexus_min.pipeline import NexusGen
+
+    model = NexusGen.load("tiny")
+    return lambda: model.generate(PROMPT, seed=0)
+
+
+def mmdit(**sizes) -> Callable:
+    """One velocity of 256 image tokens and 81 context tokens."""
+    from nexus_min.config import MMDiTConfig
+
+    m, config = module("mmdit"), MMDiTConfig(**sizes)
+    model = m.MMDiT(config).eval().requires_grad_(False)
+    img, txt = torch.randn(1, 256, config.in_channels), torch.randn(1, 81, config.context_in_dim)
+    ids, txt_ids = m.image_ids(32, 32), m.context_ids_generation(81)
+    t, pooled, guidance = torch.tensor([0.7]), torch.randn(1, config.vec_in_dim), torch.ones(1)
+    return lambda: model(img, ids, txt, txt_ids, t, pooled, guidance)
+
+
+def vision() -> Callable:
+    """A windowed and a full block at full width, 336x336 pixels."""
+    from nexus_min.config import VisionConfig
+
+    config = VisionConfig(depth=2, fullatt_block_indexes=(1,))
+    model = module("vision").QwenViT(config).eval().requires_grad_(False)
+    pixels = torch.randn(24 * 24, 3 * 2 * 14 * 14)
+    return lambda: model(pixels, ((1, 24, 24),))
+
+
+def ar_model(width: int, layers: int):
+    """A model whose special tokens end the vocabulary."""
+    from nexus_min.config import ARConfig, TextConfig, VisionConfig
+
+    text = TextConfig(width, 4 * width, layers, 4, 2, vocab_size=4096, mrope_section=(4, 6, 6))
+    tower = VisionConfig(1, 64, 64, 2, out_hidden_size=width, fullatt_block_indexes=(0,))
+    special = {"image_token_id": 4095, "vision_start_token_id": 4094, "vision_end_token_id": 4093}
+    config = ARConfig(text=text, vision=tower, eos_token_id=-1, pad_token_id=-1, **special)
+    return module("autoregressive").NexusGenAR(config)
+
+
+def decode() -> Callable:
+    """64 tokens, greedily."""
+    model, ids, generate = (
+        ar_model(128, 8),
+        torch.arange(32)[None],
+        module("autoregressive").generate,
+    )
+    return lambda: [*generate(model, ids, max_new_tokens=64)]
+
+
+def train_step() -> Callable:
+    """Loss and gradients of a padded batch: eight replies in text, eight images."""
+    model, ar_loss = ar_model(128, 4), module("autoregressive").ar_loss
+    n, ids = model.config.num_image_slots, torch.randint(4, 2000, (16, 121))
+    labels, slots = ids.clone(), torch.zeros_like(ids, dtype=torch.bool)
+    slots[8:, 30 : 30 + n] = True
+    ids[slots], ids[:8, 60:] = model.config.image_token_id, 0
+    labels[:8, 60:] = labels[:, :20] = -100
+    side = model.config.vision.spatial_merge_size * round(n**0.5)
+    embeds, grid = torch.randn(8 * n, 128), torch.tensor([[1, side, side]] * 8)
+    inputs = {"labels": labels, "slot_mask": slots, "image_embeds": embeds, "image_grid_thw": grid}
+    return lambda: ar_loss(model, input_ids=ids, **inputs).loss.backward()
+
+
+TINY = {"hidden_size": 128, "num_heads": 4, "axes_dim": (8, 12, 12), "context_in_dim": 64}
+WORKS = {
+    "`python -m nexus_min generate`, cold": cold,
+    "generate, shipped model, loaded": image,
+    "MMDiT velocity, tiny": partial(mmdit, depth=2, depth_single_blocks=2, **TINY),
+    "MMDiT velocity, full width, 1 + 1 blocks": partial(mmdit, depth=1, depth_single_blocks=1),
+    "vision tower, full width, 2 blocks": vision,
+    "greedy decode, 64 tokens": decode,
+    "AR training step, tiny": train_step,
+}
+
+
+def cpu_seconds() -> float:
+    """What this process and its children have worked."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(x.ru_utime + x.ru_stime for x in used)
+
+
+def measure() -> dict[str, list[float]]:
+    """CPU seconds of every work, in this process; the first run of each is not counted."""
+    torch.set_num_threads(1)
+    found: dict[str, list[float]] = {}
+    for name, make in WORKS.items():
+        torch.manual_seed(0)
+        run, times = make(), []
+        with torch.set_grad_enabled("training" in name):
+            for _ in range(REPEATS + 1):
+                start = cpu_seconds()
+                run()
+                times.append(cpu_seconds() - start)
+        found[name] = times[1:]
+    return found
+
+
+def measure_tree(tree: Path) -> dict[str, list[float]]:
+    """All works with the package of `tree`, in a fresh process."""
+    env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(HERE), "--measure"]
+        return json.loads(subprocess.check_output(command, env=env, cwd=folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("old_tree", nargs="?", type=Path, metavar="OLD_TREE")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each tree")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        return print(json.dumps(measure()))
+    if args.old_tree is None or not (args.old_tree / "nexus_min").is_dir():
+        parser.error("OLD_TREE must be a checkout, a folder that holds nexus_min/")
+    trees = (args.old_tree.resolve(), HERE.parents[2])
+    found: tuple[dict[str, list[float]], ...] = ({}, {})
+    for _ in range(args.rounds):
+        for tree, times in zip(trees, found, strict=True):
+            for name, seconds in measure_tree(tree).items():
+                times.setdefault(name, []).extend(seconds)
+    print("| work, CPU ms | best: old | new | new / old | median: old | new | new / old |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name, old in found[0].items():
+        pairs = [(1e3 * of(old), 1e3 * of(found[1][name])) for of in (min, median)]
+        cells = [f"{a:.1f} | {b:.1f} | {b / a:.3f}" for a, b in pairs]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
