@@ -1,11 +1,8 @@
-"""The tables of the README that the code itself can fill.
+"""The tables of the READMEs that the code itself can fill.
 
-    python tests/readme.py            print the file tour, the parity table and the speed table
-    python tests/readme.py --write    put them into README.md, between their markers
-
-The tour lists each file's lines and the first sentence of its docstring; the parity table each
-tower's largest error against the official code, from a run of the parity tests; the speed table
-what `python -m tests.benchmarks` measured last.
+python tests/readme.py                     print all tables
+python tests/readme.py core wings          print some; `parity` runs the parity tests
+python tests/readme.py core wings --write  put them into their file, between their markers
 """
 
 from __future__ import annotations
@@ -17,33 +14,69 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-HOME = Path(__file__).resolve().parents[1]
+from house import CORE_FILES, HOME, SOURCES, count_lines, text_of
+
 README = HOME / "README.md"
-ROOMS = ("nexus_min/*.py", "nexus_min/toy/*.py", "*.py")
+WINGS = {  # files or folders: what they are for
+    "nexus_min/tokenizer.py nexus_min/images.py": "text and images <-> ids and tensors",
+    "nexus_min/model/text_encoders.py": "CLIP and T5, for empty and negative prompts only",
+    "nexus_min/model/packing.py": "the fast training path, equal to the plain one; read it last",
+    "nexus_min/weights*.py weights_loader.py": "the official files <-> the models: load, save, "
+    "check, convert, download",
+    "nexus_min/offload.py": "memory profiles: resident, staged or stream; fp8",
+    "nexus_min/chat.py nexus_min/talk.py nexus_min/batch.py": "conversations and batches, clients "
+    "of the pipeline",
+    "nexus_min/__main__.py nexus_min/cli.py": "the command line `python -m nexus_min`",
+    "nexus_min/train train_tiny.py": "training: the loop, optimizers, data, fine-tuning, LoRA",
+    "nexus_min/scale": "full-scale training on many GPUs, and an estimate of what it takes",
+    "nexus_min/toy": "the toy world of the tiny model: scenes, prompts, stages, scores",
+    "nexus_min/app": "the web page",
+}
 
 
-def tour() -> str:
-    """Markdown table: file, lines, what it is."""
-    rows = ["| file | lines | what it is |", "|---|---:|---|"]
-    for file in (f for room in ROOMS for f in sorted(HOME.glob(room))):
-        text = file.read_text("utf-8")
-        if about := ast.get_docstring(ast.parse(text)):
-            first = about.split("\n\n")[0].replace("\n", " ")
-            name = file.relative_to(HOME).as_posix()
-            rows.append(f"| `{name}` | {text.count(chr(10))} | {first} |")
+def core() -> str:
+    """Markdown table of the twelve core files in reading order."""
+    rows = ["| | file | lines | what it is |", "|---:|---|---:|---|"]
+    for number, file in enumerate(CORE_FILES, 1):
+        about = ast.get_docstring(ast.parse(text_of(file))).split("\n\n")[0].replace("\n", " ")
+        name = file.relative_to(HOME).as_posix()
+        rows.append(f"| {number} | [`{name}`]({name}) | {count_lines(file)} | {about} |")
+    rows.append(f"| | **the core** | **{count_lines(*CORE_FILES)}** | |")
+    return "\n".join(rows)
+
+
+def wing_files(names: str) -> list[Path]:
+    """The source files of a key of WINGS."""
+    found = []
+    for name in names.split():
+        found += HOME.glob(name if name.endswith(".py") else f"{name}/*.py")
+    return sorted(found)
+
+
+def wings() -> str:
+    """Markdown table of all other source."""
+    rows = ["| wing | lines | what it is for |", "|---|---:|---|"]
+    for names, about in WINGS.items():
+        if files := wing_files(names):
+            shown = [f.relative_to(HOME).as_posix() for f in files]
+            if any(not name.endswith(".py") for name in names.split()):
+                shown = [n if n.endswith(".py") else f"{n}/" for n in names.split()]
+            labels = ", ".join(f"`{name.removeprefix('nexus_min/')}`" for name in shown)
+            rows.append(f"| {labels} | {count_lines(*files)} | {about} |")
+    rows.append(f"| **all source, with the core** | **{count_lines(*SOURCES)}** | |")
     return "\n".join(rows)
 
 
 def parity() -> str:
     """Markdown table: tower, where its error is largest, the error, its limit, the test."""
-    with tempfile.TemporaryDirectory() as place:
-        record = Path(place, "parity.json")
-        command = [sys.executable, "-m", "pytest", "-q", "-k", "parity", "--ignore", __file__]
-        command += ["-p", "no:cacheprovider", "--deselect", "tests/test_readme.py", str(HOME)]
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder, "parity.json")
+        command = [sys.executable, "-m", "pytest", "-q", "-k", "parity", "-p", "no:cacheprovider"]
         subprocess.run(
-            command,
+            [*command, "--deselect", "tests/test_readme.py", str(HOME)],
             check=True,
             cwd=HOME,
             env=os.environ | {"PARITY_RECORD": str(record)},
@@ -63,27 +96,32 @@ def speed() -> str:
     return subprocess.check_output(command, cwd=HOME, text=True).strip()
 
 
-TABLES = {"tour": tour, "parity": parity, "speed": speed}
+TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "core": (README, core),
+    "wings": (README, wings),
+    "parity": (HOME / "tests/README.md", parity),
+    "speed": (HOME / "tests/benchmarks/README.md", speed),
+}
 
 
-def section(name: str, text: str) -> tuple[str, str, str]:
-    """A README before, between and after the markers of a table. ValueError without markers."""
-    parts = re.split(rf"(?<=<!-- {name} -->\n)|(?=\n<!-- end {name} -->)", text)
+def section(name: str) -> tuple[str, str, str]:
+    """The text of a table's file before, between and after its markers."""
+    file = TABLES[name][0]
+    parts = re.split(rf"(?<=<!-- {name} -->\n)|(?=\n<!-- end {name} -->)", file.read_text("utf-8"))
     if len(parts) != 3:
-        raise ValueError(f"README.md needs once <!-- {name} --> and <!-- end {name} -->")
+        raise ValueError(f"{file} needs once <!-- {name} --> and <!-- end {name} -->")
     return tuple(parts)
 
 
-def main() -> None:
-    text = README.read_text("utf-8")
-    for name, make in TABLES.items():
+def main(words: list[str]) -> None:
+    for name in [word for word in words if word != "--write"] or TABLES:
+        file, make = TABLES[name]
         table = make()
         print(table, end="\n\n")
-        before, _, after = section(name, text)
-        text = before + table + after
-    if sys.argv[1:] == ["--write"]:
-        README.write_text(text, "utf-8")
+        if "--write" in words:
+            before, _, after = section(name)
+            file.write_text(before + table + after, "utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

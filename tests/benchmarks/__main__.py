@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks                    # all
     python -m tests.benchmarks vision language    # some; the others' rows stay in the file
-    python -m tests.benchmarks table              # README's table of what the file holds
+    python -m tests.benchmarks table              # the table of README.md from that file
 
 Peers come from `tests/requirements.txt`. A module has `rows()`, which yields `common.Row`s.
 """
@@ -22,14 +22,11 @@ MODULES = ("slots", "language", "vision", "training", "diffusion", "autoencoder"
 RESULTS = Path(__file__).with_name("results.json")
 
 
-TABLE = (
-    "| work | peer | fp32: ours | ratio | asked | bf16: ours | ratio | asked |\n"
-    "|---|---|---|---|---|---|---|---|"
-)
+TABLE = "| work | peer | fp32: ours | ratio | bf16: ours | ratio |\n|---|---|---|---|---|---|"
 
 
 def table(rows: list[dict]) -> Iterator[str]:
-    """A line for every work and foreign peer: seconds of ours, and how often the peer needs them.
+    """A line for every work and peer: our seconds, and the peer's as a multiple of them.
 
     In brackets the most that the ratio could be, at equal work: if all but our matmuls and
     attention took no time, or these ran as fast as one large matmul, whichever is less.
@@ -44,11 +41,11 @@ def table(rows: list[dict]) -> Iterator[str]:
         cells, slots = [work, peer], work.startswith("81 slots")
         for row in (found.get("float32"), found.get("bfloat16")):
             if row is None:
-                cells += ["", "", ""]
+                cells += ["", ""]
                 continue
             shares = [s for s in (row["core"], row["share"]) if s and not slots]
             most = f" ({row['ratio'] / max(shares):.2f}x)" if shares else ""
-            cells += [seconds(row["ours"]), f"{row['ratio']:.2f}x{most}", f"{row['bar']:g}x"]
+            cells += [seconds(row["ours"]), f"{row['ratio']:.2f}x{most}"]
         yield "| " + " | ".join(cells) + " |"
 
 
