@@ -64,7 +64,8 @@ def exit_status(program: str, command: Callable[[], int | None], stopped: str = 
             raise
         message = f"out of memory: {one_line(error)}"
     except KeyboardInterrupt:
-        write(sys.stderr, f"{program}: {stopped}")
+        if stopped:
+            write(sys.stderr, f"{program}: {stopped}")
         return 130
     write(sys.stderr, f"{program}: error: {message}")
     return 2

@@ -1,17 +1,13 @@
-"""Full-scale training over weights that are sharded across processes, by PyTorch's FSDP2.
+"""Full-scale training with PyTorch's FSDP2: every process holds a shard of the trained weights.
 
-One step is AdamW on the mean gradient of the micro-batches of a global batch; presets are the
-paper's table 4. A micro-batch, not a process, is what draws its own numbers and means, so the loss
-curve is the same on any number of processes.
+One step is AdamW on the mean gradient of the micro-batches of a global batch. The random numbers
+belong to a micro-batch, so the loss does not depend on the number of processes.
 
-Every block is a unit of `fully_shard`, gathered when it computes; the rest, and the loss itself,
-are the root. With bf16, units are gathered and compute in bf16; shards, the sums of their gradients
-and AdamW's state are fp32: the master weights. Inputs of blocks are kept for the backward pass, all
-else in them is computed again. What is frozen, the vision tower, is whole on every card. A
-checkpoint is one safetensors file a process (no pickle) and fits any number of processes.
+Every block is an FSDP unit: its weights are gathered while it computes. The rest, with the loss,
+is FSDP's root. With bf16, units are gathered and compute in bf16; weights, gradients and moments
+are fp32 shards. Frozen weights (the vision tower) are whole on every GPU.
 
-Official: ms-swift for the AR model, DiffSynth-Studio for the decoders (paper, "Implementation
-Details"). `fullscale` is the command.
+Official: ms-swift for the AR model, DiffSynth-Studio for the decoders.
 """
 
 from __future__ import annotations
@@ -24,15 +20,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -41,10 +38,9 @@ from ..model.mmdit import DoubleStreamBlock, SingleStreamBlock
 from ..train.trainer import Run, Stage, broadcast, deferred_interrupt, make_rng, world
 
 BLOCKS = (DecoderLayer, DoubleStreamBlock, SingleStreamBlock)
-# Units of their own: two tables as large as several blocks, and modulations, which are evaluated
-# before their blocks.
-APART = ("embed_tokens", "lm_head", "mod.lin", "modulation.lin")
-BETAS, CLIP = (0.9, 0.95), 1.0  # the paper does not tell; no weight decay
+# Two tables as large as several blocks, and modulations, which run before their blocks.
+OWN_UNITS = ("embed_tokens", "lm_head", "mod.lin", "modulation.lin")
+BETAS, MAX_GRAD_NORM = (0.9, 0.95), 1.0  # our choice, without weight decay: table 4 has neither
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class Preset:
     """A column of the paper's table 4."""
 
     stage: str
-    cosine: bool  # or constant, after the warm-up
+    cosine: bool  # the decay after the warm-up; otherwise the rate stays constant
     batch: int  # samples a step, over all processes
     steps: int
     warmup: int
@@ -60,11 +56,11 @@ class Preset:
     lr: float = 1e-5
 
     def lr_scale(self, step: int) -> float:
-        """What the learning rate is multiplied with at `step`, counted from 0."""
+        """The factor of the learning rate at `step`, counted from 0."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.5 * (1 + math.cos(math.pi * done)) if self.cosine else 1.0
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * progress)) if self.cosine else 1.0
 
 
 PRESETS = {
@@ -77,8 +73,8 @@ PRESETS = {
 # --------------------------------------------------------------------------------------- sharding
 
 
-class Root(nn.Module):
-    """A stage's loss as a module: all that it calls and reads is then inside FSDP's root."""
+class LossModule(nn.Module):
+    """A stage's loss as a module, so that FSDP's root covers all that the loss calls and reads."""
 
     def __init__(self, stage: Stage):
         super().__init__()
@@ -88,218 +84,199 @@ class Root(nn.Module):
         return self.loss(rng, progress)
 
 
-def recompute_blocks(root: nn.Module) -> None:
-    """Keep of every block only its inputs for the backward pass (activation checkpointing)."""
+def checkpoint_activations(root: nn.Module) -> None:
+    """Save only the inputs of every block for the backward pass, which computes the rest again."""
     for module in root.modules():
         if isinstance(module, BLOCKS):
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
-def units(root: nn.Module) -> Iterator[nn.Module]:
-    """What is gathered by itself, inner units first."""
+def fsdp_units(root: nn.Module) -> Iterator[nn.Module]:
+    """The modules that are gathered one by one, inner ones first."""
     for name, module in reversed(list(root.named_modules())):
-        if isinstance(module, BLOCKS) or name.endswith(APART):
+        if isinstance(module, BLOCKS) or name.endswith(OWN_UNITS):
             yield module
 
 
-def shard(root: nn.Module, device: torch.device, bf16: bool) -> nn.Module:
-    """Split what learns over all processes, in fp32, in place; what is frozen stays whole."""
+def apply_fsdp(root: nn.Module, device: torch.device, bf16: bool) -> None:
+    """Shard the trainable weights over all processes, in fp32 and in place."""
     frozen = {p for p in root.parameters() if not p.requires_grad}
-    low = torch.bfloat16 if bf16 else None
-    policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
+    dtype = torch.bfloat16 if bf16 else None
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     settings = {"mesh": init_device_mesh(device.type, (world()[1],)), "mp_policy": policy}
-    for module in units(root):
+    for module in fsdp_units(root):
         fully_shard(module, **settings)
     fully_shard(root, **settings, ignored_params=frozen)
     root.float()
     for p in frozen:
-        p.data = p.data.to(device, low)
-    return root
+        p.data = p.data.to(device, dtype)
 
 
-def gathered(module: nn.Module) -> dict[str, Tensor]:
-    """Its whole state on the CPU of process 0, one tensor after the other; nothing elsewhere."""
-    state = {}
-    for name, tensor in module.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if world()[0] == 0:
-            state[name] = whole.detach().cpu()
-    return state
+def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The unsharded state dict on the CPU of process 0; {} elsewhere."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(module, options=options)
 
 
-# --------------------------------------------------------------------------------------- the loop
+# ------------------------------------------------------------------------------------- checkpoints
 
 
-class Trainer:
-    """A stage over shards: its steps, its checkpoints."""
+class ShardedState:
+    """The state of a run: sharded weights, AdamW's moments and the number of steps done.
 
-    def __init__(self, stage: Stage, run: Run, preset: Preset, micro: int, device: torch.device):
-        self.stage, self.run, self.preset, self.device = stage, run, preset, device
-        self.rank, self.size = world()
-        self.count, rest = divmod(preset.batch, micro)  # micro-batches a step
-        if rest or self.count % self.size:
-            told = f"a batch of {preset.batch} does not divide into micro-batches of {micro}"
-            raise ValueError(f"{told} on {self.size} processes; change --batch or --micro")
-        self.root = Root(stage)
-        recompute_blocks(self.root)
-        shard(self.root, device, run.bf16)
-        learns = [(k, p) for k, p in self.root.named_parameters() if p.requires_grad]
-        self.parameters, self.step = dict(learns), 0
-        fused = device.type == "cuda"
-        settings = {"lr": preset.lr, "betas": BETAS, "weight_decay": 0.0, "fused": fused}
+    A checkpoint is a folder `STAGE.STEP` with one safetensors file a process. Any number of
+    processes can read it.
+    """
+
+    def __init__(self, stage: Stage, folder: Path, device: torch.device, bf16: bool):
+        self.name, self.folder, self.step = stage.name, folder, 0
+        self.root = LossModule(stage)
+        checkpoint_activations(self.root)
+        apply_fsdp(self.root, device, bf16)
+        self.parameters = {k: p for k, p in self.root.named_parameters() if p.requires_grad}
+        settings = {"betas": BETAS, "weight_decay": 0.0, "fused": device.type == "cuda"}
         self.optimizer = torch.optim.AdamW(self.parameters.values(), **settings)
-        for p in self.parameters.values():  # as its first step would, so that all can be restored
+        # AdamW makes its moments in its first step; `restore` needs them before.
+        for p in self.parameters.values():
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-            count = torch.zeros((), device=device if fused else "cpu")
-            self.optimizer.state[p] = {"step": count, **moments}
+            steps = torch.zeros((), device=device if settings["fused"] else "cpu")
+            self.optimizer.state[p] = {"step": steps, **moments}
 
-    def take_step(self) -> dict[str, float]:
-        """One step on the global batch; its metrics, means over all micro-batches."""
-        own, total = range(self.rank, self.count, self.size), 0.0
-        for k in own:
-            rng = make_rng(self.run.seed, self.stage.name, self.step, k)
-            loss, metrics = self.root(rng, self.step / self.preset.steps)
-            (loss / len(own)).backward()
-            metrics = {"loss": loss, **metrics}
-            total += torch.stack([m.detach().float() for m in metrics.values()]) / self.count
-        dist.all_reduce(total)
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), CLIP).full_tensor()
-        numbers = dict(zip(metrics, total.tolist(), strict=True)) | {"grad_norm": float(norm)}
-        if not all(map(math.isfinite, numbers.values())):
-            batch = (self.run.seed, self.stage.name, self.step, list(own))
-            told = f"stage {self.stage.name}, step {self.step}: not finite ({numbers}; "
-            told += f"batches of seed, stage, step, parts {batch})"
-            dump = self.run.folder / f"{self.stage.name}.nonfinite"
-            try:
-                self.write(dump)
-                told += f"; the last checkpoint is kept, what led here is in {dump}"
-            except OSError as error:
-                told += f"; {error}"
-            raise FloatingPointError(told)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.preset.lr * self.preset.lr_scale(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        return numbers
-
-    # ---- checkpoints
-
-    @property
-    def checkpoints(self) -> list[Path]:
-        """Those that are whole, oldest first."""
-        return sorted(self.run.folder.glob(f"{self.stage.name}.[0-9]*[0-9]"))
-
-    def state(self) -> dict[str, Tensor]:
-        """Master weights and AdamW's moments as shards, and the number of steps done."""
-        kinds = {"weight": lambda p: p.detach()}
-        kinds |= {n: lambda p, n=n: self.optimizer.state[p][n] for n in ("exp_avg", "exp_avg_sq")}
-        tensors = {f"{n}/{k}": of(p) for n, of in kinds.items() for k, p in self.parameters.items()}
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, by name."""
+        tensors = {f"weight/{k}": p.detach() for k, p in self.parameters.items()}
+        for name in ("exp_avg", "exp_avg_sq"):
+            states = {k: self.optimizer.state[p] for k, p in self.parameters.items()}
+            tensors |= {f"{name}/{k}": state[name] for k, state in states.items()}
         return tensors | {"step": torch.tensor(self.step)}
 
+    def checkpoints(self) -> list[Path]:
+        """All complete checkpoints, oldest first."""
+        return sorted(self.folder.glob(f"{self.name}.[0-9]*[0-9]"))
+
     def save(self) -> None:
-        """A checkpoint; the last two are kept."""
-        self.write(self.run.folder / f"{self.stage.name}.{self.step:07d}")
-        if self.rank == 0:
-            for old in self.checkpoints[:-2]:
+        """Write a checkpoint; delete all but the last two."""
+        self.write(self.folder / f"{self.name}.{self.step:07d}")
+        if dist.get_rank() == 0:
+            for old in self.checkpoints()[:-2]:
                 shutil.rmtree(old)
 
-    def write(self, goal: Path) -> None:
-        """Every process writes and syncs its shards; the folder gets its name when all are in.
-
-        OSError, one line, when they cannot be written.
-        """
-        partial_folder = goal.with_suffix(f"{goal.suffix}.partial")
-        self.drop_partial()  # of a run that was killed, perhaps on more processes
+    def write(self, folder: Path) -> None:
+        """Write the shards of all processes; the folder gets its name when it is complete."""
+        partial_folder = folder.with_suffix(f"{folder.suffix}.partial")
+        self.delete_partial()  # left by a run that was killed, perhaps on more processes
         writer = dcp.HuggingFaceStorageWriter(str(partial_folder), save_distributed=True)
         try:
-            dcp.save(self.state(), storage_writer=writer)
-        except dcp.CheckpointException as error:  # the same on every process
-            self.drop_partial()
+            dcp.save(self.tensors(), storage_writer=writer)
+        except dcp.CheckpointException as error:  # raised on every process
+            self.delete_partial()
             reason = str(next(iter(error.failures.values()))[0]).split("\n")[0]
-            raise OSError(f"cannot write {goal}: {reason}; the last checkpoint is kept") from None
-        if self.rank == 0:
-            shutil.rmtree(goal, ignore_errors=True)
-            os.replace(partial_folder, goal)
+            message = f"cannot write {folder}: {reason}; the last checkpoint is kept"
+            raise OSError(message) from None
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial_folder, folder)
         dist.barrier()
 
-    def drop_partial(self) -> None:
-        """Remove what was not written to its end."""
-        if self.rank == 0:
-            for folder in self.run.folder.glob(f"{self.stage.name}.*.partial"):
+    def delete_partial(self) -> None:
+        """Delete incomplete checkpoints."""
+        if dist.get_rank() == 0:
+            for folder in self.folder.glob(f"{self.name}.*.partial"):
                 shutil.rmtree(folder, ignore_errors=True)
         dist.barrier()
 
     def restore(self) -> None:
-        """Go on from the last checkpoint, whatever number of processes wrote it, if there is one.
-
-        ValueError when a file is broken or missing, or is another model's.
-        """
-        if not self.checkpoints:
+        """Read the last checkpoint, if there is one. ValueError when it is broken or foreign."""
+        if not (checkpoints := self.checkpoints()):
             return
-        last, state = self.checkpoints[-1], self.state()
+        last, tensors = checkpoints[-1], self.tensors()
+        advice = "delete it to resume from the one before"
         reader = dcp.HuggingFaceStorageReader(str(last))
         try:
             stored = reader.read_metadata().state_dict_metadata
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            told = f"{last}: not a checkpoint ({error})"
-            raise ValueError(f"{told}; delete it to go on from the one before") from None
-        wrong = [
-            k for k in state.keys() | stored.keys() if not is_whole(stored.get(k), state.get(k))
-        ]
-        if wrong:
-            told = f"{last}: not whole, or another model's: {len(wrong)} tensors, {min(wrong)}"
-            raise ValueError(f"{told}; delete it to go on from the one before")
-        dcp.load(state, storage_reader=reader)
-        self.step = int(state["step"])
+            raise ValueError(f"{last}: not a checkpoint ({error}); {advice}") from None
+        # The chunks of a tensor are the shards that the processes wrote.
+        found = {k: (m.size, sum(c.sizes.numel() for c in m.chunks)) for k, m in stored.items()}
+        expected = {k: (t.shape, t.numel()) for k, t in tensors.items()}
+        if wrong := {name for name, _ in found.items() ^ expected.items()}:
+            reason = f"incomplete, or another model's: {len(wrong)} tensors, {min(wrong)}"
+            raise ValueError(f"{last}: {reason}; {advice}")
+        dcp.load(tensors, storage_reader=reader)
+        self.step = int(tensors["step"])
         for p in self.parameters.values():
             self.optimizer.state[p]["step"].fill_(self.step)
 
+    def raise_nonfinite(self, cause: str) -> NoReturn:
+        """Dump the state, which as a checkpoint leads to the same step; FloatingPointError."""
+        dump = self.folder / f"{self.name}.nonfinite"
+        try:
+            self.write(dump)
+            outcome = f"the last checkpoint is kept, the state before the step is in {dump}"
+        except OSError as error:
+            outcome = str(error)
+        message = f"stage {self.name}, step {self.step}: not finite ({cause}); {outcome}"
+        raise FloatingPointError(message)
 
-def is_whole(stored: dcp.TensorStorageMetadata | None, tensor: Tensor | None) -> bool:
-    """Whether what is stored is a tensor of that shape, all parts of it."""
-    if stored is None or tensor is None:
-        return False
-    held = sum(part.sizes.numel() for part in stored.chunks)
-    return stored.size == tensor.shape and held == tensor.numel()
+
+# ---------------------------------------------------------------------------------------- the loop
 
 
 def fit(
     stage: Stage,
     run: Run,
     preset: Preset,
-    micro: int,
+    micro_batch: int,
     device: torch.device,
     until: int | None = None,
     save_every: int = 500,
 ) -> None:
-    """Train `stage`, in place, to the preset's last step, or to `until`; go on where it was.
+    """Train `stage` in place, from its last checkpoint to the preset's last step or to `until`.
 
-    Its loss is that of one micro-batch of `micro` samples. Writes metrics.jsonl and, every
-    `save_every` steps, on Ctrl-C and at the end, a checkpoint. ValueError when sizes do not fit;
-    FloatingPointError with the step for a loss or gradient that is not finite, the state before it
-    dumped; KeyboardInterrupt after Ctrl-C, once all is saved.
+    The stage's loss is that of one micro-batch of `micro_batch` samples. Every `save_every` steps,
+    after Ctrl-C and at the end a checkpoint is written.
     """
-    trainer = Trainer(stage, run, preset, micro, device)
-    trainer.restore()
+    rank, size = world()
+    num_parts, rest = divmod(preset.batch, micro_batch)
+    if rest or num_parts % size:
+        message = f"a batch of {preset.batch} does not divide into micro-batches of {micro_batch}"
+        raise ValueError(f"{message} on {size} processes; change --batch or --micro-batch")
+    parts = range(rank, num_parts, size)  # the micro-batches of this process
+    state = ShardedState(stage, run.folder, device, run.bf16)
+    state.restore()
     end = preset.steps if until is None else min(until, preset.steps)
-    silent = run.quiet or trainer.rank > 0
-    bar = {"desc": stage.name, "initial": trainer.step, "total": preset.steps, "disable": silent}
-    with tqdm(**bar) as progress, deferred_interrupt() as interrupt:
-        while trainer.step < end:
-            numbers = {"lr": preset.lr * preset.lr_scale(trainer.step)} | trainer.take_step()
-            if trainer.rank == 0:
-                log(run.folder, {"stage": stage.name, "step": trainer.step} | numbers)
-            progress.set_postfix(loss=numbers["loss"], refresh=False)
-            progress.update()
+    bar = {"desc": stage.name, "initial": state.step, "total": preset.steps}
+    with tqdm(**bar, disable=run.quiet or rank > 0) as bar, deferred_interrupt() as interrupt:
+        for step in range(state.step, end):
+            total = 0.0
+            for part in parts:
+                rng = make_rng(run.seed, stage.name, step, part)
+                loss, metrics = state.root(rng, step / preset.steps)
+                (loss / len(parts)).backward()  # FSDP takes the mean over processes
+                metrics = {"loss": loss, **metrics}
+                total += torch.stack([m.detach().float() for m in metrics.values()]) / num_parts
+            dist.all_reduce(total)
+            norm = nn.utils.clip_grad_norm_(state.parameters.values(), MAX_GRAD_NORM).full_tensor()
+            metrics = dict(zip(metrics, total.tolist(), strict=True)) | {"grad_norm": float(norm)}
+            if not all(map(math.isfinite, metrics.values())):
+                batches = (run.seed, stage.name, step, list(parts))
+                state.raise_nonfinite(f"{metrics}; batches of seed, stage, step, parts {batches}")
+
+            lr = preset.lr * preset.lr_scale(step)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            state.step = step + 1
+
+            if rank == 0:
+                line = {"stage": stage.name, "step": state.step, "lr": lr, **metrics}
+                with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            bar.set_postfix(loss=metrics["loss"], refresh=False)
+            bar.update()
             (stop,) = broadcast(interrupt.heard)
-            if stop or trainer.step % save_every == 0 or trainer.step == end:
-                trainer.save()
-            if stop and trainer.step < end:
+            if stop or state.step % save_every == 0 or state.step == end:
+                state.save()
+            if stop and state.step < end:
                 raise KeyboardInterrupt
-
-
-def log(folder: Path, line: dict) -> None:
-    """Append to metrics.jsonl."""
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")

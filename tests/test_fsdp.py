@@ -20,7 +20,16 @@ from tiny_model import make_tiny
 from torch import nn
 
 from nexus_min.scale.estimate import memory
-from nexus_min.scale.fsdp import BETAS, CLIP, PRESETS, Root, Trainer, fit, gathered, units
+from nexus_min.scale.fsdp import (
+    BETAS,
+    MAX_GRAD_NORM,
+    PRESETS,
+    LossModule,
+    ShardedState,
+    fit,
+    fsdp_units,
+    full_state_dict,
+)
 from nexus_min.scale.train import processes
 from nexus_min.toy.stages import toy_line
 from nexus_min.toy.tasks import example
@@ -29,7 +38,7 @@ from nexus_min.train.trainer import Run, make_rng
 
 CPU = torch.device("cpu")
 PRESET = replace(PRESETS["ar_pretrain"], batch=8, steps=6, warmup=2, lr=3e-4)
-MICRO = 2
+MICRO_BATCH = 2
 
 
 class Rows:
@@ -48,17 +57,19 @@ class Rows:
 
 
 def make_stage(name: str):
-    """A stage of `finetune` at tiny size, on micro-batches of MICRO samples."""
+    """A stage of `finetune` at tiny size, on micro-batches of MICRO_BATCH samples."""
     model = make_tiny()
     if name == "ar":
         rng = np.random.default_rng(3)
         lines = [toy_line(example(rng, k)) for k in ("understand", "generate", "edit")]
-        given = model.tokenizer, model.config, finetune.Mixture(lines), MICRO
+        given = model.tokenizer, model.config, finetune.Mixture(lines), MICRO_BATCH
         return finetune.autoregressive_stage(model.ar, *given)
     mmdit, projector = getattr(model, name)
     if name == "generation":
-        return finetune.generation_stage(mmdit, projector, model.empty_prompt, Rows(), MICRO, True)
-    given = model.empty_prompt, Rows(), model.config, MICRO, True
+        return finetune.generation_stage(
+            mmdit, projector, model.empty_prompt, Rows(), MICRO_BATCH, True
+        )
+    given = model.empty_prompt, Rows(), model.config, MICRO_BATCH, True
     return finetune.editing_stage(mmdit, projector, *given)
 
 
@@ -71,7 +82,7 @@ def plainly(name: str, steps: int) -> tuple[list[float], dict[str, torch.Tensor]
         parts = [stage.loss(make_rng(0, stage.name, step, k), 0.0)[0] for k in range(4)]
         mean = torch.stack(parts).mean()
         mean.backward()
-        nn.utils.clip_grad_norm_(learns, CLIP)
+        nn.utils.clip_grad_norm_(learns, MAX_GRAD_NORM)
         adamw.param_groups[0]["lr"] = PRESET.lr * PRESET.lr_scale(step)
         adamw.step()
         adamw.zero_grad()
@@ -87,22 +98,22 @@ def sharded(folder: Path, name: str, preset=PRESET, bf16: bool = False, **option
     """Train a stage by `fit` and save its gathered weights."""
     folder.mkdir(parents=True, exist_ok=True)
     stage = make_stage(name)
-    fit(stage, Run(folder, quiet=True, bf16=bf16), preset, MICRO, CPU, **options)
-    weights = gathered(stage.modules)
+    fit(stage, Run(folder, quiet=True, bf16=bf16), preset, MICRO_BATCH, CPU, **options)
+    weights = full_state_dict(stage.modules)
     if dist.get_rank() == 0:
         save_file(weights, folder / "weights.safetensors")
 
 
-def bytes_of(trainer: Trainer) -> dict[str, int]:
+def bytes_of(state: ShardedState) -> dict[str, int]:
     """What this process really holds."""
 
     def held(tensors):
         return sum(t.to_local().nbytes for t in tensors)
 
-    learns = trainer.parameters.values()
-    trainer.root(np.random.default_rng(0), 0.0)[0].backward()
-    moments = [trainer.optimizer.state[p][k] for p in learns for k in ("exp_avg", "exp_avg_sq")]
-    frozen = [p for p in trainer.root.parameters() if not p.requires_grad]
+    learns = state.parameters.values()
+    state.root(np.random.default_rng(0), 0.0)[0].backward()
+    moments = [state.optimizer.state[p][k] for p in learns for k in ("exp_avg", "exp_avg_sq")]
+    frozen = [p for p in state.root.parameters() if not p.requires_grad]
     return {
         "weights": held(learns),
         "gradients": held(p.grad for p in learns),
@@ -119,8 +130,8 @@ def one_of_two(rank: int, folder: str, part: str) -> None:
     if part == "first":
         sharded(folder / "ar", "ar", until=2)
         sharded(folder / "editing", "editing", until=3)
-        trainer = Trainer(make_stage("ar"), Run(folder), PRESET, MICRO, CPU)
-        (folder / f"held-{rank}.json").write_text(json.dumps(bytes_of(trainer)))
+        state = ShardedState(make_stage("ar"), folder, CPU, bf16=False)
+        (folder / f"held-{rank}.json").write_text(json.dumps(bytes_of(state)))
     else:
         sharded(folder / "ar", "ar")
         low = replace(PRESET, steps=1, warmup=0, lr=1e-6)
@@ -197,7 +208,7 @@ def test_bf16_computes_over_fp32_master_weights(trained):
 
 
 def test_bytes_are_those_that_were_counted(trained):
-    need = memory(Root(make_stage("ar")), 2, False)
+    need = memory(LossModule(make_stage("ar")), 2, False)
     for rank in (0, 1):
         held = json.loads((trained / f"held-{rank}.json").read_text())
         assert held == {name: need[name] for name in held}
@@ -208,8 +219,8 @@ def test_bytes_are_those_that_were_counted(trained):
 
 def test_units_are_blocks_tables_and_modulations():
     def names(name):
-        root = Root(make_stage(name))
-        found = {id(u) for u in units(root)}
+        root = LossModule(make_stage(name))
+        found = {id(u) for u in fsdp_units(root)}
         return [k for k, m in root.named_modules() if id(m) in found]
 
     layers = [f"parts.ar.model.layers.{i}" for i in range(4)]
@@ -239,23 +250,26 @@ def test_schedules_warm_up_then_cosine_or_constant():
 
 def test_a_batch_that_does_not_divide(tmp_path):
     with processes(), pytest.raises(ValueError, match="a batch of 7 .* micro-batches of 2 on 1"):
-        Trainer(make_stage("ar"), Run(tmp_path), replace(PRESET, batch=7), MICRO, CPU)
+        fit(make_stage("ar"), Run(tmp_path), replace(PRESET, batch=7), MICRO_BATCH, CPU)
 
 
 @pytest.mark.parametrize(
-    ("write", "told"),
+    ("write", "message"),
     [
         (lambda file: file.write_bytes(b"no shard"), "not a checkpoint"),
-        (lambda file: save_file({"step": torch.tensor(3)}, file), "not whole, or another model's"),
+        (
+            lambda file: save_file({"step": torch.tensor(3)}, file),
+            "incomplete, or another model's: .* tensors",
+        ),
     ],
 )
-def test_a_broken_or_foreign_checkpoint_is_one_line(tmp_path, caplog, write, told):
+def test_a_broken_or_foreign_checkpoint_is_one_line(tmp_path, caplog, write, message):
     (folder := tmp_path / "generation.0000009").mkdir()
     write(folder / "shard-00001-model-00001-of-00001.safetensors")
     with processes():
-        trainer = Trainer(make_stage("generation"), Run(tmp_path), PRESET, MICRO, CPU)
-        with pytest.raises(ValueError, match=f"generation.0000009: {told}") as error:
-            trainer.restore()
+        state = ShardedState(make_stage("generation"), tmp_path, CPU, bf16=False)
+        with pytest.raises(ValueError, match=f"generation.0000009: {message}") as error:
+            state.restore()
     assert "\n" not in str(error.value) and not caplog.records
 
 
@@ -264,8 +278,8 @@ def test_a_checkpoint_that_lacks_a_process_file(trained, tmp_path):
         folder = tmp_path / f"{lost}"
         shutil.copytree(trained / "ar" / "ar.0000006", folder / "ar.0000006")
         next((folder / "ar.0000006").glob(f"shard-0000{lost}-*")).unlink()
-        with processes(), pytest.raises(ValueError, match="ar.0000006: not whole, or another"):
-            Trainer(make_stage("ar"), Run(folder), PRESET, MICRO, CPU).restore()
+        with processes(), pytest.raises(ValueError, match="ar.0000006: incomplete, or another"):
+            ShardedState(make_stage("ar"), folder, CPU, bf16=False).restore()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
@@ -281,7 +295,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path):
 
         stage.loss = breaks
         with processes(), pytest.raises(FloatingPointError, match="generation, step 1: not finite"):
-            fit(stage, Run(tmp_path, quiet=True), PRESET, MICRO, CPU, save_every=1)
+            fit(stage, Run(tmp_path, quiet=True), PRESET, MICRO_BATCH, CPU, save_every=1)
 
     training_breaks()
     folders = sorted(p for p in tmp_path.iterdir() if p.is_dir())
@@ -300,15 +314,17 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with processes():
-        trainer = Trainer(make_stage("generation"), Run(tmp_path), PRESET, MICRO, CPU)
-        trainer.save()
+        state = ShardedState(make_stage("generation"), tmp_path, CPU, bf16=False)
+        state.save()
         (tmp_path / "generation.0000007.partial").mkdir()  # of a run that was killed
-        trainer.step = 1
+        state.step = 1
         monkeypatch.setattr("safetensors.torch.save", full)
         monkeypatch.setattr("torch.distributed.checkpoint.filesystem.os.fsync", full)
-        told = "cannot write .*generation.0000001: .*No space left.*; the last checkpoint is kept"
-        with pytest.raises(OSError, match=told) as error:
-            trainer.save()
+        message = (
+            "cannot write .*generation.0000001: .*No space left.*; the last checkpoint is kept"
+        )
+        with pytest.raises(OSError, match=message) as error:
+            state.save()
     assert "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["generation.0000000"]
 
@@ -325,7 +341,7 @@ def test_an_interrupt_is_saved_and_goes_on(tmp_path):
     stage.loss = interrupted
     with processes(), pytest.raises(KeyboardInterrupt):
         (tmp_path / "a").mkdir()
-        fit(stage, Run(tmp_path / "a", quiet=True), PRESET, MICRO, CPU)
+        fit(stage, Run(tmp_path / "a", quiet=True), PRESET, MICRO_BATCH, CPU)
     assert [p.name for p in (tmp_path / "a").iterdir() if p.is_dir()] == ["generation.0000002"]
     with processes():
         sharded(tmp_path / "a", "generation", until=4)

@@ -16,10 +16,11 @@ from tiny_model import make_tiny, save_tiny
 
 from nexus_min import weights as loader
 from nexus_min.pipeline import NexusGen
-from nexus_min.scale import train as fullscale
+from nexus_min.scale import train
+from nexus_min.train.run_folder import RunFolder
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
-SMALL = ["--batch", "4", "--micro", "2", "--warmup", "1", "--lr", "1e-3", "--quiet"]
+SMALL = ["--batch", "4", "--micro-batch", "2", "--warmup", "1", "--lr", "1e-3", "--quiet"]
 SMALL += ["--steps", "3", "--shard", "2"]
 
 
@@ -57,7 +58,7 @@ def test_two_processes_by_torchrun_then_one(home, tmp_path, capsys):
     assert len(list((out / "cache" / "generation").iterdir())) == 1  # of generation lines alone
 
     after_two = load_file(out / "model" / loader.AR_FOLDER / "generation_decoder.safetensors")
-    assert fullscale.main([*command, "--until", "0"]) == 0  # only converts, on one process
+    assert train.main([*command, "--until", "0"]) == 0  # only converts, on one process
     again = load_file(out / "model" / loader.AR_FOLDER / "generation_decoder.safetensors")
     assert all(torch.equal(again[k], after_two[k]) for k in after_two | again)
     shards = [load_file(f) for f in (out / "generation.0000002").iterdir()]
@@ -65,7 +66,7 @@ def test_two_processes_by_torchrun_then_one(home, tmp_path, capsys):
     whole = torch.cat([s[f"weight/parts.mmdit.{name}"] for s in sorted(shards, key=len)])
     assert torch.equal(again["pipe.dit.final_proj_out.weight"], whole)
 
-    assert fullscale.main(command) == 0
+    assert train.main(command) == 0
     steps = [json.loads(line)["step"] for line in open(out / "metrics.jsonl")]
     assert steps == [1, 2, 3]
     before, after = NexusGen.load(home / "model"), NexusGen.load(out / "model")
@@ -76,9 +77,9 @@ def test_two_processes_by_torchrun_then_one(home, tmp_path, capsys):
     after.generate("a circle", num_steps=1, fast_preamble=True)
 
     capsys.readouterr()
-    assert fullscale.main([*command, "--seed", "1"]) == 2
-    told = f"fullscale: {out} is a run with other data or settings; give another --out\n"
-    assert capsys.readouterr().err == told
+    assert train.main([*command, "--seed", "1"]) == 2
+    message = f"fullscale: error: {out} is a run with other data or settings; give another --out\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -106,7 +107,7 @@ def test_a_decoder_begins_from_flux(home, tmp_path):
     loader.save_checkpoint(source, model.config, **parts, dtype=None)
     flux = source / loader.FLUX_FOLDER / "flux1-dev.safetensors"
     loader.save_tensors(flux, model.generation.mmdit.state_dict(), None, None)
-    folder = fullscale.Release(source, tmp_path / "goal", torch.device("cpu"), False)
+    folder = RunFolder(source, tmp_path / "goal")
     for mmdit, _ in (folder.generation(), folder.editing()):
         assert torch.equal(mmdit.img_in.weight, model.generation.mmdit.img_in.weight)
     layer = folder.editing().merger.layers[0].state_dict()
@@ -118,7 +119,7 @@ def test_a_decoder_begins_from_flux(home, tmp_path):
     ("preset", "more", "message"),
     [
         ("none", [], "invalid choice: 'none'"),
-        ("ar_pretrain", ["--micro", "0"], "--micro must be at least 1, not 0"),
+        ("ar_pretrain", ["--micro", "0"], "--micro-batch must be at least 1, not 0"),
         ("ar_pretrain", ["--save-every", "0"], "--save-every must be at least 1"),
         ("ar_pretrain", ["--batch", "5"], "a batch of 5 does not divide into micro-batches of 2"),
         ("ar_pretrain", ["--model", "none"], "no model folder 'none'"),
@@ -130,7 +131,7 @@ def test_what_is_wrong_is_one_line(home, tmp_path, monkeypatch, capsys, preset, 
     monkeypatch.chdir(tmp_path)
     lines = (home / "own.jsonl").read_text().split("\n")
     Path("drawn.jsonl").write_text(lines[1])
-    assert fullscale.main([*options(home, preset, tmp_path / "out"), *more]) == 2
+    assert train.main([*options(home, preset, tmp_path / "out"), *more]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
     assert not torch.distributed.is_initialized()
