@@ -36,10 +36,9 @@ from nexus_min.weights import (
     FLUX_FOLDER,
     MERGER_PREFIX,
     config_files,
-    decoder_tensors,
+    decoder_state,
     load_mmdit,
     make_adapter,
-    make_merger,
     on_meta,
 )
 
@@ -77,8 +76,8 @@ def write_micro(home: Path, flux: Path) -> NexusGenConfig:
     """All files of both folders but the configuration, which is returned."""
     model, config = make_tiny(), micro_config()
     write_shards(home, bf16(model.ar.state_dict()), 4)
-    generation = decoder_tensors(*model.generation, config, make_adapter, "")
-    editing = decoder_tensors(*model.editing, config, make_merger, MERGER_PREFIX)
+    generation = decoder_state(*model.generation)
+    editing = decoder_state(*model.editing, MERGER_PREFIX)
     torch.save(bf16(generation), home / "generation_decoder.bin")
     torch.save(bf16(editing), home / "edit_decoder.bin")
     save(model.autoencoder.state_dict(), flux / "ae.safetensors")  # official: fp32
@@ -127,7 +126,7 @@ def write_large(home: Path, flux: Path, gigabytes: float) -> NexusGenConfig:
     write_random(mmdit, flux / "flux1-dev.safetensors")
     mapped = load_mmdit(flux / "flux1-dev.safetensors", config)
     adapter = make_adapter(config).bfloat16()
-    decoder = decoder_tensors(mapped, adapter, config, make_adapter, "")
+    decoder = decoder_state(mapped, adapter)
     torch.save(decoder, home / "generation_decoder.bin")
     text = json.dumps(diffusers_config(config.mmdit), indent=2)
     (flux / "transformer").mkdir(exist_ok=True)

@@ -27,6 +27,9 @@ from test_tokenizer import byte_tokenizer
 from tiny_model import save_tiny
 
 import weights_loader as w
+from nexus_min import formats
+from nexus_min.formats import LazyTensor
+from nexus_min.weights import save_empty_prompt
 
 MANIFESTS = GOLDEN.parent / "manifests"
 HOME, FLUX = Path(w.AR_FOLDER), Path(w.FLUX_FOLDER)
@@ -97,14 +100,12 @@ def test_check_passes_a_release(capsys, release):
 
 
 def test_check_reads_no_tensor(capsys, release, monkeypatch):
-    def closed(entries: dict) -> dict:
-        return {
-            k: w.LazyTensor(e.file, e.shape, e.dtype, lambda: 1 / 0) for k, e in entries.items()
-        }
+    def closed(tensors: dict) -> dict:
+        return {k: LazyTensor(t.file, t.shape, t.dtype, lambda: 1 / 0) for k, t in tensors.items()}
 
     for name in ("open_safetensors", "open_pickle"):
-        opened = getattr(w, name)
-        monkeypatch.setattr(w, name, lambda file, opened=opened: closed(opened(file)))
+        opened = getattr(formats, name)
+        monkeypatch.setattr(formats, name, lambda file, opened=opened: closed(opened(file)))
     assert checked(capsys, release)[0] == 0
     with pytest.raises(ZeroDivisionError):
         w.load_autoencoder(release / FLUX, w.load_config(release))
@@ -305,7 +306,7 @@ def test_check_needs_text_encoders_or_their_constants(capsys, tmp_path):
     prompt.write_bytes(good)
     (model / FLUX / "text_encoder").mkdir()
     (model / FLUX / "text_encoder/model.safetensors").write_text("not of these constants")
-    w.save_empty_prompt(model, load_file(prompt))  # now they are
+    save_empty_prompt(model, load_file(prompt))  # now they are
     status, rows, _ = checked(capsys, model)
     assert (status, rows["CLIP"]["state"]) == (0, "wrong, not needed")
     (model / FLUX / "text_encoder/model.safetensors").write_text("others")
@@ -371,6 +372,7 @@ def test_convert_of_odd_tensors(capsys, tmp_path):
         "nothing": torch.zeros(0, 7),
         "turned": grid.T,
         "row": grid[1],
+        "again": grid,
     }
     torch.save(odd, file)
     assert command(capsys, "convert", file)[0] == 0
@@ -398,55 +400,30 @@ def test_convert_twice_does_nothing(capsys, release):
     assert list(load_file(target)) == ["mine"]
 
 
-def stop_at(monkeypatch, number: int) -> list[str]:
-    """Ctrl-C when that many tensors have been read; the keys read, filled in while it goes on."""
-    read, opened = [], w.open_pickle
-
-    def watched(file: Path) -> dict:
-        def watch(key: str, e: w.LazyTensor) -> w.LazyTensor:
-            def reading():
-                if len(read) == number:
-                    raise KeyboardInterrupt
-                read.append(key)
-                return e.read()
-
-            return w.LazyTensor(e.file, e.shape, e.dtype, reading)
-
-        return {key: watch(key, e) for key, e in opened(file).items()}
-
-    monkeypatch.setattr(w, "open_pickle", watched)
-    return read
-
-
-@pytest.mark.parametrize("torn", [False, True])
-def test_convert_goes_on_after_ctrl_c(capsys, release, monkeypatch, torn):
+def test_convert_starts_again_after_ctrl_c(capsys, release, monkeypatch):
     file = release / EDITING
-    target, begun = (
-        file.with_suffix(".safetensors"),
-        file.with_name(".edit_decoder.safetensors.partial"),
-    )
+    before = sorted(release.rglob("*"))
+
+    def stopped(tensors: dict, path: Path, metadata: dict) -> None:
+        path.write_bytes(b"a beginning")
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        first = stop_at(patch, 20)
-        assert command(capsys, "convert", file)[0] == 130
-    assert begun.is_file() and not target.exists() and len(first) == 20
-    if torn:
-        os.truncate(begun, begun.stat().st_size - 1)
-    rest = stop_at(monkeypatch, 10**6)
-    assert command(capsys, "convert", file)[0] == 0
-    old, new = torch.load(file), load_file(target)
-    assert rest == list(old)[19 if torn else 20 :] and not begun.exists()
+        patch.setattr(formats, "save_file", stopped)
+        status, _, err = command(capsys, "convert", file)
+    assert status == 130 and "repeat the command" in err and sorted(release.rglob("*")) == before
+    killed = file.with_name(".edit_decoder.safetensors.123.partial")
+    killed.write_bytes(b"what a process leaves that had no time to clean up")
+    assert command(capsys, "convert", file)[0] == 0 and not killed.exists()
+    old, new = torch.load(file), load_file(file.with_suffix(".safetensors"))
     assert old.keys() == new.keys() and all(torch.equal(old[k], new[k]) for k in old)
 
 
-def test_convert_starts_anew_when_the_source_has_changed(capsys, release, monkeypatch):
+def test_convert_of_a_changed_source_is_not_taken_for_done(capsys, release):
     file = release / EDITING
-    with monkeypatch.context() as patch:
-        stop_at(patch, 20)
-        assert command(capsys, "convert", file)[0] == 130
-    change(file, lambda s: s.update({key: tensor + 1 for key, tensor in s.items()}))
     assert command(capsys, "convert", file)[0] == 0
-    old, new = torch.load(file), load_file(file.with_suffix(".safetensors"))
-    assert all(torch.equal(old[k], new[k]) for k in old)
+    change(file, lambda s: s.update({key: tensor + 1 for key, tensor in s.items()}))
+    assert "not made from this" in refused(capsys, "convert", file)
 
 
 def little_space(monkeypatch, free: int) -> None:
@@ -474,26 +451,33 @@ def test_convert_refuses(capsys, release, monkeypatch, tmp_path):
 MEASURE = """
 import sys
 from pathlib import Path
+from threading import Event, Thread
 import weights_loader as w
-def peak():
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) >> 10
-file, base = Path(sys.argv[1]), peak()
-for w.REMAP_BYTES in (40 << 20, 1 << 40):
-    assert w.convert(file)
-    file.with_suffix(".safetensors").unlink()
-    print(peak() - base)
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) >> 10
+def watch():
+    while not done.wait(0.005):
+        seen.append(anonymous())
+file, done, seen = Path(sys.argv[1]), Event(), [anonymous()]
+thread = Thread(target=watch)
+thread.start()
+assert w.convert_file(file)
+done.set()
+thread.join()
+print(max(seen) - seen[0], len(seen))
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_convert_keeps_little_of_the_file_in_memory(tmp_path):
+def test_convert_copies_nothing_into_memory(tmp_path):
+    """The mapped file's pages are the system's to drop; memory of its own is what would run out."""
     file = tmp_path / "big.bin"
     torch.save({f"{i}": torch.full((5 << 20,), i).bfloat16() for i in range(30)}, file)  # 300 MB
     run = [sys.executable, "-c", MEASURE, str(file)]
     done = subprocess.run(run, cwd=Path(w.__file__).parent, capture_output=True, text=True)
     file.unlink()
-    remapped, mapped_once = map(int, done.stdout.split())
-    assert remapped < 40 + 1.2 * 10 + 30 and mapped_once > 280, done.stderr
+    grown, samples = map(int, done.stdout.split())
+    assert grown < 30 and samples > 5, done.stderr
 
 
 # ---- download ----------------------------------------------------------------------------------
@@ -611,7 +595,7 @@ def test_download_gets_what_a_model_is_read_from(capsys, hub, tmp_path, released
     model = tmp_path / "new folder"
     status, out, _ = command(capsys, *download(hub, model))
     assert status == 0
-    assert out.endswith(f"complete; now: {w.COMMAND} check '{model}'\n")
+    assert out.endswith(f"complete; next: {w.COMMAND} check '{model}'\n")
     asked = names(hub)
     assert sorted(asked) == sorted(sum(w.DOWNLOADS.values(), [])) and asked[0] == "ae.safetensors"
     assert not [f for f in model.rglob(".*")] and not list(model.rglob("flux1-dev*"))
@@ -656,7 +640,7 @@ def test_download_goes_on_after_a_cut_connection(capsys, hub, tmp_path, released
 def test_download_goes_on_in_the_next_run(capsys, hub, tmp_path, released):
     hub.cuts[GENERATION.name], hub.down = 1, {GENERATION.name}
     status, _, err = command(capsys, *download(hub, tmp_path))
-    assert status == 2 and "the same command then goes on" in err.splitlines()[-1]
+    assert status == 2 and "repeat the command to resume" in err.splitlines()[-1]
     (begun,) = (tmp_path / HOME).glob(".generation_decoder.bin.*.partial")
     done = begun.stat().st_size
     assert done > 10**6 and not (tmp_path / GENERATION).exists()
@@ -682,16 +666,16 @@ def test_download_forgets_the_beginning_of_another_version(capsys, hub, tmp_path
 def test_download_removes_what_arrives_damaged(capsys, hub, tmp_path):
     good = hub.files[w.FLUX]["ae.safetensors"]
     hub.spoil, hub.damaged = {"ae.safetensors"}, good[:-1] + bytes([good[-1] ^ 1])
-    assert "arrived damaged" in command(capsys, *download(hub, tmp_path))[2]
+    assert "checksum mismatch; deleted" in command(capsys, *download(hub, tmp_path))[2]
     assert not list((tmp_path / FLUX).iterdir())
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_download_tells_of_the_licence(capsys, hub, tmp_path, status):
+def test_download_tells_of_the_license(capsys, hub, tmp_path, status):
     hub.gated[w.FLUX] = status
     ended, _, err = command(capsys, *download(hub, tmp_path))
     assert ended == 2 and err.count("\n") == 1
-    words = ("accept the FLUX.1-dev non-commercial licence", f"https://huggingface.co/{w.FLUX}")
+    words = ("accept the FLUX.1-dev non-commercial license", f"https://huggingface.co/{w.FLUX}")
     assert all(word in err for word in (*words, "`hf auth login`", "both decoders", w.NEXUS))
     assert not list(tmp_path.rglob("*.safetensors"))
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import NexusGenConfig
+from ..formats import FORMATS
 from ..model.autoencoder import AutoEncoder
 from ..model.autoregressive import NexusGenAR
 from ..model.mmdit import MMDiT
@@ -21,7 +22,6 @@ from ..tokenizer import QwenTokenizer
 from ..weights import (
     AR_FOLDER,
     FLUX_FOLDER,
-    FORMATS,
     EditingDecoder,
     GenerationDecoder,
     load_config,
