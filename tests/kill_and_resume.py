@@ -157,8 +157,8 @@ def differences(folder: Path, reference: Path) -> list[str]:
 def one_round(before: Path, after: Path, stage: str, steps: int, rng: random.Random) -> tuple:
     """(steps at which a process was killed, differences to the run that was left alone)."""
     killed = []
-    with tempfile.TemporaryDirectory(dir=before.parent) as place:
-        folder = Path(shutil.copytree(before, Path(place, "run")))
+    with tempfile.TemporaryDirectory(dir=before.parent) as root:
+        folder = Path(shutil.copytree(before, Path(root, "run")))
         for _ in range(rng.choice((1, 1, 2, 3))):
             most = steps * (3 if stage in OWN else 1)
             step = rng.randrange(most + 1)  # from preparing to the last one, and saving it
@@ -181,24 +181,24 @@ def main() -> int:
     chain = list(train_tiny.SHARES)
     last = max((chain.index(stage) for stage in wanted if stage not in OWN), default=-1)
     shrink()
-    with tempfile.TemporaryDirectory() as place:
-        pairs, before = {}, Path(place, "nothing")
+    with tempfile.TemporaryDirectory() as folder:
+        pairs, before = {}, Path(folder, "nothing")
         before.mkdir()
         for stage in [*chain[: last + 1], *OWN.keys() & wanted]:
             if stage in OWN:
-                before = Path(place, f"before_{stage}")
+                before = Path(folder, f"before_{stage}")
                 before.mkdir()
                 write_data(before)
-            after = Path(shutil.copytree(before, Path(place, stage)))
+            after = Path(shutil.copytree(before, Path(folder, stage)))
             wait(*start(after, stage, args.steps))
             pairs[stage], before = (before, after), after
         rounds, kills, bad = 0, 0, 0
         while rounds < args.rounds:
             stage = wanted[rounds % len(wanted)]
             killed, odd = one_round(*pairs[stage], stage, args.steps, rng)
-            told = f"differs: {', '.join(odd[:5])}" if odd else "equal bit for bit"
+            verdict = f"differs: {', '.join(odd[:5])}" if odd else "equal bit for bit"
             at = f"killed in step {', '.join(map(str, killed))}" if killed else "finished too soon"
-            print(f"{stage:10} {at}: {told}", flush=True)
+            print(f"{stage:10} {at}: {verdict}", flush=True)
             rounds, kills, bad = rounds + bool(killed), kills + len(killed), bad + bool(odd)
     print(f"{rounds} rounds with {kills} kills, {bad} of them with a difference")
     return 1 if bad else 0

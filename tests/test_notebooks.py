@@ -151,9 +151,9 @@ def test_figure_6_can_be_made_again(tmp_path):
     command = [sys.executable, FOLDER / "figure6.py", "--steps", "5", "--pool", "16"]
     command += ["--test", "8", "--layers", "1", "--captions", "full", "--seeds", "0", "--out", out]
     subprocess.run(command, check=True, capture_output=True)
-    kept, made = (json.loads(f.read_text()) for f in (log, out))
-    assert kept["settings"].keys() == made["settings"].keys()
-    assert kept["runs"][0].keys() == made["runs"][0].keys()
+    stored, made = (json.loads(f.read_text()) for f in (log, out))
+    assert stored["settings"].keys() == made["settings"].keys()
+    assert stored["runs"][0].keys() == made["runs"][0].keys()
     for errors in made["runs"][0]["per_slot"].values():
         assert len(errors) == 16 and min(errors) > 0
     assert made["runs"][0]["curve"][-1]["step"] == 5

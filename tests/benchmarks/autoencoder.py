@@ -90,7 +90,7 @@ def rows(side: int = SIDE) -> Iterator[Row]:
         "float32",
         "diffusers AutoencoderKL",
         *alternate(run_ours, run_theirs, ROUNDS),
-        bar=1.0,
+        goal=1.0,
         error=error,
         flop=counter.get_total_flops() / 2,  # ours and theirs, alike
     )

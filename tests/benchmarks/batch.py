@@ -43,7 +43,7 @@ def batched(model: NexusGen, **options) -> Row:
     def one_by_one() -> list[Image.Image]:
         return [model.generate(p, seed=i, **options) for i, p in enumerate(PROMPTS)]
 
-    pictures = [
+    images = [
         torch.cat([to_latent_image(x, *x.size[::-1]) for x in run()])
         for run in (together, one_by_one)
     ]
@@ -52,8 +52,8 @@ def batched(model: NexusGen, **options) -> Row:
         "float32",
         "four calls",
         *alternate(together, one_by_one, ROUNDS),
-        bar=1.3,
-        error=difference(*pictures),
+        goal=1.3,
+        error=difference(*images),
     )
 
 
@@ -70,7 +70,7 @@ def cold_start(rounds: int = 5) -> Row:
         "4 seconds",
         median(times),
         4.0,
-        bar=1.0,
+        goal=1.0,
         error=0.0,
     )
 

@@ -28,7 +28,7 @@ class Row:
     peer: str
     ours: float  # seconds
     theirs: float
-    bar: float  # the ratio that was asked for
+    goal: float  # the ratio that we want
     error: float  # largest difference of the results over the largest of the peer's
     flop: float = 0.0  # of ours, matmuls only; 0 where a share of the ceiling tells nothing
     core: float | None = None  # share of ours in matmuls and attention: what no rewriting can win
@@ -49,11 +49,11 @@ class Row:
         return asdict(self) | {"ratio": self.ratio, "share": self.share}
 
     def line(self) -> str:
-        """For the terminal and the README's table."""
+        """For the terminal."""
         share, core = ("" if x is None else f"{x:.0%}" for x in (self.share, self.core))
         cells = (
             f"{self.work}, {self.dtype}", self.peer, seconds(self.ours), seconds(self.theirs),
-            f"{self.ratio:.2f}x", f"{self.bar:g}x", share, core, f"{self.error:.1e}", self.note,
+            f"{self.ratio:.2f}x", f"{self.goal:g}x", share, core, f"{self.error:.1e}", self.note,
         )  # fmt: skip
         return "| " + " | ".join(cells) + " |"
 
@@ -70,7 +70,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 HEADER = (
-    "| work | peer | ours | peer's | ratio | asked | of the ceiling | in matmuls and attention "
+    "| work | peer | ours | peer's | ratio | goal | of the ceiling | in matmuls and attention "
     "| difference | |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 

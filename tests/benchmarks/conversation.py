@@ -1,11 +1,11 @@
-"""What is remembered of a drawn image: three ways to keep it in a conversation, compared.
+"""What a conversation retains of a generated image: three ways to keep it, compared.
 
     python tests/benchmarks/conversation.py --cases 40
 
-A scene is drawn from an unseen caption; then, in the same conversation, the model is asked for the
-background and the number of objects, and told to change the background. Right is what fits the
-image as the checker reads it; scenes that it cannot read are left out. `fresh` shows the image
-to a new conversation each time: what the model can do without a history.
+The model makes an image of an unseen caption. The same conversation then has two questions, for the
+background and the number of objects, and an edit of the background. Answers are compared with what
+the checker reads in the image; unreadable images are left out. `fresh` shows the image to a new
+conversation each time, without a history.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nexus_min.toy.world import BACKGROUNDS
 ASK = ("What color is the background?", "How many objects are there?")
 
 
-def ask(chat, text: str, images=()) -> tuple[str, object]:
+def send_turn(chat, text: str, images=()) -> tuple[str, object]:
     """The words and the image of a turn."""
     events = list(chat.say(text, images))
     words = "".join(value for kind, value in events if kind == "text")
@@ -43,21 +43,21 @@ def read(image):
 def case(model: NexusGen, keep: str, caption: str, goal: str) -> dict | None:
     """Rights and wrongs of one conversation; None when the image cannot be read."""
     chat = Chat(model, keep="slots" if keep == "fresh" else keep)
-    _, drawn = ask(chat, GENERATION_PROMPT["en"].format(caption))
-    if drawn is None or not (seen := read(drawn)).known:
+    _, image = send_turn(chat, GENERATION_PROMPT["en"].format(caption))
+    if image is None or not (reading := read(image)).known:
         return None
-    images = [drawn] if keep == "fresh" else []
+    images = [image] if keep == "fresh" else []
 
-    def say(text: str):
-        return ask(Chat(model) if keep == "fresh" else chat, text, images)
+    def send(text: str):
+        return send_turn(Chat(model) if keep == "fresh" else chat, text, images)
 
-    told = [final(say(text)[0]) for text in ASK]
+    answers = [final(send(text)[0]) for text in ASK]
     instruction = f"Change the background to {goal}."
-    edited = say(EDITING_PROMPT.format(instruction) if images else instruction)[1]
-    wanted = replace(seen.scene, background=goal)
+    edited = send(EDITING_PROMPT.format(instruction) if images else instruction)[1]
+    wanted = replace(reading.scene, background=goal)
     return {
-        "background": told[0] == seen.scene.background,
-        "count": told[1] == NUMBERS[len(seen.scene.objects)],
+        "background": answers[0] == reading.scene.background,
+        "count": answers[1] == NUMBERS[len(reading.scene.objects)],
         "drew": edited is not None,
         "edit, background": edited is not None and read(edited).scene.background == goal,
         "edit, exact": edited is not None and read(edited).is_exactly(wanted),

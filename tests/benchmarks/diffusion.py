@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks diffusion
 
-One velocity of a 512x512 image told by 81 (generation) and by 405 embeddings (editing), and a
-whole sampling with classifier-free guidance: away from T5's 512 states, of a 256x256 image in few
-steps, since twenty at 512x512 would take an hour. The peer's loop is that of diffusers'
+One velocity of a 512x512 image with a context of 81 embeddings (generation) and of 405 (editing).
+A whole sampling with classifier-free guidance, the negative context of 512 states as T5's: a
+256x256 image in few steps, since twenty at 512x512 would take an hour. The peer's loop is that of diffusers'
 `FluxPipeline` with true CFG: two passes a step, its own scheduler. Its weights are views of ours.
 """
 
@@ -144,15 +144,19 @@ def flop(config: MMDiTConfig, image: int, text: int) -> float:
 
 def velocity(ours: MMDiT, theirs: nn.Module, side: int, text: int) -> Row:
     """One velocity at side x side latent cells: both get tokens, and time as a tensor."""
-    config, told = ours.config, context(text, ours.config)
+    config, conditioning = ours.config, context(text, ours.config)
     dtype = ours.img_in.weight.dtype
     img = torch.randn(1, config.in_channels // 4, side, side)
-    img, txt, pooled = patchify(img).to(dtype), told.txt.to(dtype), told.pooled.to(dtype)
+    img, txt, pooled = (
+        patchify(img).to(dtype),
+        conditioning.txt.to(dtype),
+        conditioning.pooled.to(dtype),
+    )
     t, guidance, ids = torch.tensor([0.7]), torch.tensor([GUIDANCE]), image_ids(side, side)
     found: dict[str, Tensor] = {}
 
     def run_ours() -> None:
-        found["ours"] = ours(img, ids, txt, told.txt_ids, t, pooled, guidance)
+        found["ours"] = ours(img, ids, txt, conditioning.txt_ids, t, pooled, guidance)
 
     def run_theirs() -> None:
         (found["theirs"],) = theirs(
@@ -161,7 +165,7 @@ def velocity(ours: MMDiT, theirs: nn.Module, side: int, text: int) -> Row:
             pooled_projections=pooled,
             timestep=t,
             img_ids=ids[0],
-            txt_ids=told.txt_ids[0],
+            txt_ids=conditioning.txt_ids[0],
             guidance=guidance,
             return_dict=False,
         )
@@ -170,7 +174,9 @@ def velocity(ours: MMDiT, theirs: nn.Module, side: int, text: int) -> Row:
     times, note = alternate(run_ours, run_theirs, ROUNDS), ""
     if dtype != torch.float32:
         exact = copy.deepcopy(ours).float()
-        want = exact(img.float(), ids, txt.float(), told.txt_ids, t, pooled.float(), guidance)
+        want = exact(
+            img.float(), ids, txt.float(), conditioning.txt_ids, t, pooled.float(), guidance
+        )
         off = (f"{difference(found[side], want):.1e}" for side in ("ours", "theirs"))
         note = "off our fp32: ours {}, the peer's {}".format(*off)
     return Row(
@@ -178,7 +184,7 @@ def velocity(ours: MMDiT, theirs: nn.Module, side: int, text: int) -> Row:
         name_of(dtype),
         "diffusers",
         *times,
-        bar=1.1 if dtype == torch.float32 else 1.4,
+        goal=1.1 if dtype == torch.float32 else 1.4,
         error=difference(**found),
         flop=flop(config, img.shape[1], text),
         core=core_share(run_ours),
@@ -199,7 +205,9 @@ def sampling(ours: MMDiT, theirs: nn.Module, side: int, steps: int, rounds: int 
 
     def run_ours() -> None:
         settings = (side, side, GUIDANCE, sigmas[:-1].tolist())
-        fields = [velocity_field(ours, told, *settings) for told in (positive, negative)]
+        fields = [
+            velocity_field(ours, conditioning, *settings) for conditioning in (positive, negative)
+        ]
         *_, end = flow.denoise(classifier_free_guidance(*fields, CFG), noise, sigmas)
         found["ours"] = end.x
 
@@ -213,7 +221,7 @@ def sampling(ours: MMDiT, theirs: nn.Module, side: int, steps: int, rounds: int 
         name_of(dtype),
         "diffusers loop",
         *times,
-        bar=1.25 if dtype == torch.float32 else 1.6,
+        goal=1.25 if dtype == torch.float32 else 1.6,
         error=difference(**found),
         flop=steps * (flop(config, image, 81) + flop(config, image, 512)),
         note="20 steps at 512x512 do not fit the time",
@@ -231,14 +239,14 @@ def their_loop(
     latents, ids = patchify(noise).to(dtype), image_ids(height, width)[0]
     guidance = torch.tensor([GUIDANCE])
 
-    def predict(told: Context, timestep: Tensor) -> Tensor:
+    def predict(conditioning: Context, timestep: Tensor) -> Tensor:
         return model(
             hidden_states=latents,
             timestep=timestep / 1000,
             guidance=guidance,
-            pooled_projections=told.pooled.to(dtype),
-            encoder_hidden_states=told.txt.to(dtype),
-            txt_ids=told.txt_ids[0],
+            pooled_projections=conditioning.pooled.to(dtype),
+            encoder_hidden_states=conditioning.txt.to(dtype),
+            txt_ids=conditioning.txt_ids[0],
             img_ids=ids,
             return_dict=False,
         )[0]

@@ -1,10 +1,10 @@
-"""The full-size model on a GPU, random bf16 weights, against the times that were asked for.
+"""The full-size model on a GPU, random bf16 weights, beside our goals.
 
     python -m tests.benchmarks.gpu              # needs 30 GB of the GPU: one part at a time
     python -m tests.benchmarks.gpu --compile    # the MMDiT's blocks compiled, one graph a kind
     python -m tests.benchmarks.gpu --tiny       # the tiny model, also on a CPU: does it work?
 
-Targets are those of an H200. A share is that of what a large matmul of the same dtype does there.
+Goals are those of an H200. A share is that of what a large matmul of the same dtype does there.
 Without a GPU, and without --tiny, it says so and measures nothing.
 """
 
@@ -35,8 +35,8 @@ from .diffusion import flop
 T5_TOKENS, PROMPT, REPLY, ORDINARY = 512, 64, 64, 512  # ids below ORDINARY are no special tokens
 
 
-class Place(NamedTuple):
-    """Where and in what everything is made."""
+class Target(NamedTuple):
+    """Device and dtype."""
 
     device: str
     dtype: torch.dtype
@@ -76,83 +76,83 @@ class Place(NamedTuple):
 
 
 class Found(NamedTuple):
-    """One target."""
+    """One measurement and its goal."""
 
     work: str
     seconds: float
-    asked: float  # seconds
+    goal: float  # seconds
     flop: float = 0.0
     note: str = ""
 
     def line(self, ceiling: float) -> str:
         share = f"{self.flop / self.seconds / ceiling:.0%} of the ceiling" if self.flop else ""
-        told = f"{self.work}: {seconds(self.seconds)}, asked {seconds(self.asked)}"
-        return ", ".join(part for part in (told, share, self.note) if part)
+        message = f"{self.work}: {seconds(self.seconds)}, goal {seconds(self.goal)}"
+        return ", ".join(part for part in (message, share, self.note) if part)
 
 
 # ---- the MMDiT -----------------------------------------------------------------------------------
 
 
-def velocity(place: Place, config: NexusGenConfig, mmdit: MMDiT, side: int, text: int) -> tuple:
+def velocity(target: Target, config: NexusGenConfig, mmdit: MMDiT, side: int, text: int) -> tuple:
     """Seconds and operations of one pass at side x side pixels, modulations made ahead."""
     c, cells = config.mmdit, side // config.autoencoder.downsample
-    told = Context(
-        place.randn(1, text, c.context_in_dim),
+    conditioning = Context(
+        target.randn(1, text, c.context_in_dim),
         context_ids_generation(text),
-        place.randn(1, c.vec_in_dim),
+        target.randn(1, c.vec_in_dim),
     )
-    field = velocity_field(mmdit, told, cells, cells, times=(0.5,))
-    x, t = place.randn(1, c.in_channels // PATCH**2, cells, cells).float(), torch.tensor([0.5])
-    return place.timed(lambda: field(x, t.to(x.device))), flop(c, (cells // PATCH) ** 2, text)
+    field = velocity_field(mmdit, conditioning, cells, cells, times=(0.5,))
+    x, t = target.randn(1, c.in_channels // PATCH**2, cells, cells).float(), torch.tensor([0.5])
+    return target.timed(lambda: field(x, t.to(x.device))), flop(c, (cells // PATCH) ** 2, text)
 
 
-def steps(place: Place, config: NexusGenConfig, mmdit: MMDiT) -> Iterator[Found]:
+def steps(target: Target, config: NexusGenConfig, mmdit: MMDiT) -> Iterator[Found]:
     """One pass at twice the model's side, and at its side."""
     side, slots = config.image_size, config.ar.num_image_slots
-    for size, text, asked in ((2 * side, T5_TOKENS, 0.110), (side, slots, 0.027)):
-        took, work = velocity(place, config, mmdit, size, text)
-        yield Found(f"step at {size}x{size}, {text} context tokens", took, asked, work)
+    for size, text, goal in ((2 * side, T5_TOKENS, 0.110), (side, slots, 0.027)):
+        took, work = velocity(target, config, mmdit, size, text)
+        yield Found(f"step at {size}x{size}, {text} context tokens", took, goal, work)
 
 
-def pictures(place: Place, config: NexusGenConfig, mmdit: MMDiT) -> Iterator[Found]:
+def images(target: Target, config: NexusGenConfig, mmdit: MMDiT) -> Iterator[Found]:
     """Generation with CFG and editing without, from embeddings to an image on the host."""
     c, width, slots = config.mmdit, config.ar.text.hidden_size, config.ar.num_image_slots
-    adapter = place.make(lambda: GenerationAdapter(width, c.context_in_dim))
-    merger = place.make(lambda: ImageEmbeddingMerger(config.ar.text, c.context_in_dim))
+    adapter = target.make(lambda: GenerationAdapter(width, c.context_in_dim))
+    merger = target.make(lambda: ImageEmbeddingMerger(config.ar.text, c.context_in_dim))
     model = NexusGen(
         config,
-        autoencoder=place.make(lambda: AutoEncoder(config.autoencoder)),
+        autoencoder=target.make(lambda: AutoEncoder(config.autoencoder)),
         generation=GenerationDecoder(mmdit, adapter),
         editing=EditingDecoder(mmdit, merger),
         empty_prompt={
-            "pooled": place.randn(1, c.vec_in_dim),
-            "context": place.randn(1, T5_TOKENS, c.context_in_dim),
+            "pooled": target.randn(1, c.vec_in_dim),
+            "context": target.randn(1, T5_TOKENS, c.context_in_dim),
         },
     )
     grid = config.reference_size // config.ar.vision.patch_size // 2
-    reference = place.randn(1, grid**2, width)
-    for name, source, scale, asked in (
+    reference = target.randn(1, grid**2, width)
+    for name, source, scale, goal in (
         ("generation", None, 3.0, 3.3),
         ("editing", reference, 1.0, 1.9),
     ):
         settings = SamplingParams().resolve(config, scale)  # 50 steps at full size
-        drawing = ImageRequest("", place.randn(1, slots, width), source, name, settings)
-        took = place.timed(lambda d=drawing: list(model.draw(d)), rounds=1)
+        request = ImageRequest("", target.randn(1, slots, width), source, name, settings)
+        took = target.timed(lambda d=request: list(model.draw(d)), rounds=1)
         side = config.image_size
         what = f"{name} at {side}x{side}, {settings.num_steps} steps, cfg {scale:g}"
-        yield Found(what, took, asked)
+        yield Found(what, took, goal)
 
 
 # ---- the AR model --------------------------------------------------------------------------------
 
 
-def language(place: Place, config: NexusGenConfig) -> Iterator[Found]:
+def language(target: Target, config: NexusGenConfig) -> Iterator[Found]:
     """All slots in one pass, and a reply token by token."""
-    ar = place.make(lambda: NexusGenAR(config.ar))
-    ids = torch.randint(0, ORDINARY, (1, PROMPT), device=place.device)
+    ar = target.make(lambda: NexusGenAR(config.ar))
+    ids = torch.randint(0, ORDINARY, (1, PROMPT), device=target.device)
     start = ids.new_tensor([[config.ar.vision_start_token_id]])
-    asking = torch.cat((ids, start), dim=1)
-    took = place.timed(lambda: prefill_image_slots(ar, asking))
+    prompt = torch.cat((ids, start), dim=1)
+    took = target.timed(lambda: prefill_image_slots(ar, prompt))
     size = sum(p.numel() for p in ar.model.layers.parameters())
     work = 2 * size * (PROMPT + 1 + config.ar.num_image_slots)
     yield Found(f"slots pass, prompt of {PROMPT} tokens", took, 0.015, work)
@@ -161,21 +161,21 @@ def language(place: Place, config: NexusGenConfig) -> Iterator[Found]:
         sample = lambda logits: greedy(logits[:ORDINARY])  # noqa: E731, never the end
         assert len(list(generate(ar, ids, max_new_tokens=REPLY, sample=sample))) == REPLY
 
-    took = place.timed(reply, rounds=2)
+    took = target.timed(reply, rounds=2)
     rate = f"{REPLY / took:.0f} tokens/s, prompt included"
     yield Found(f"greedy reply of {REPLY} tokens", took, REPLY / 230, note=rate)
 
 
-def found(place: Place, config: NexusGenConfig, compiled: bool) -> Iterator[Found]:
-    """Every target; the MMDiT is freed before the AR model is made."""
-    mmdit = place.make(lambda: MMDiT(config.mmdit))
+def found(target: Target, config: NexusGenConfig, compiled: bool) -> Iterator[Found]:
+    """Every measurement; the MMDiT is freed before the AR model is made."""
+    mmdit = target.make(lambda: MMDiT(config.mmdit))
     if compiled:
         for block in blocks(mmdit):
             block.compile()
-    yield from steps(place, config, mmdit)
-    yield from pictures(place, config, mmdit)
+    yield from steps(target, config, mmdit)
+    yield from images(target, config, mmdit)
     del mmdit
-    yield from language(place, config)
+    yield from language(target, config)
 
 
 @torch.no_grad()
@@ -188,12 +188,12 @@ def main() -> None:
     if not gpu and not args.tiny:
         print("no GPU here: nothing measured (--tiny runs the same code on the CPU)")
         return
-    place = Place("cuda", torch.bfloat16) if gpu else Place("cpu", torch.float32)
-    print(torch.cuda.get_device_name() if gpu else "CPU: times say nothing about the targets")
-    ceiling = place.ceiling()
-    print(f"ceiling: {ceiling / 1e12:.3g} TFLOP/s, {place.dtype}")
+    target = Target("cuda", torch.bfloat16) if gpu else Target("cpu", torch.float32)
+    print(torch.cuda.get_device_name() if gpu else "CPU: times say nothing about the goals")
+    ceiling = target.ceiling()
+    print(f"ceiling: {ceiling / 1e12:.3g} TFLOP/s, {target.dtype}")
     config = NexusGenConfig.tiny() if args.tiny else NexusGenConfig.v2()
-    for one in found(place, config, args.compile):
+    for one in found(target, config, args.compile):
         print(one.line(ceiling), flush=True)
 
 

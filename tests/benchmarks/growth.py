@@ -29,7 +29,7 @@ from .common import require
 from .diffusion import context, random_model
 
 PLOT = Path(__file__).with_name("growth.png")
-BLUE, GREY = "#0072B2", "#595959"  # of Okabe and Ito's palette, told apart by the color-blind
+BLUE, GREY = "#0072B2", "#595959"  # of Okabe and Ito's palette, safe for the color-blind
 WIDTH = MMDiTConfig(hidden_size=512, num_heads=4, depth=1, depth_single_blocks=1)
 ROUNDS = 3
 
@@ -80,9 +80,9 @@ def mmdit_tokens(sizes: Sequence[int] = (256, 512, 1024, 2048, 3072, 4608)) -> C
     """One velocity of latents that make so many tokens, a sixteenth of them the context."""
     model, times = random_model(WIDTH), []
     for n in sizes:
-        told = context(n // 16, WIDTH)
+        conditioning = context(n // 16, WIDTH)
         latents = torch.randn(1, WIDTH.in_channels // 4, 2, 2 * (n - n // 16))
-        field = velocity_field(model, told, *latents.shape[-2:], times=(0.5,))
+        field = velocity_field(model, conditioning, *latents.shape[-2:], times=(0.5,))
         times.append(timed(lambda f=field, x=latents: f(x, torch.tensor([0.5]))))
     return Curve("MMDiT, one velocity, width 512", "tokens", sizes, times)
 
@@ -100,8 +100,8 @@ def decoder_tokens(sizes: Sequence[int] = (64, 128, 256, 512, 1024, 2048, 4096))
 def batch_sizes(sizes: Sequence[int] = (1, 2, 4, 8, 16)) -> Curve:
     """One velocity of so many images by the tiny MMDiT."""
     config = NexusGenConfig.tiny().mmdit
-    model, told, times = random_model(config), context(16, config), []
-    field = velocity_field(model, told, 8, 8, times=(0.5,))
+    model, conditioning, times = random_model(config), context(16, config), []
+    field = velocity_field(model, conditioning, 8, 8, times=(0.5,))
     for n in sizes:
         x, t = torch.randn(n, config.in_channels // 4, 8, 8), torch.full((n,), 0.5)
         times.append(timed(lambda x=x, t=t: [field(x, t) for _ in range(4)]) / 4)
@@ -111,7 +111,7 @@ def batch_sizes(sizes: Sequence[int] = (1, 2, 4, 8, 16)) -> Curve:
 def step_numbers(sizes: Sequence[int] = (1, 2, 4, 8, 16, 32)) -> Curve:
     """A whole sampling by the tiny MMDiT, its modulations of all steps made ahead."""
     config = NexusGenConfig.tiny().mmdit
-    model, told, noise, times = (
+    model, conditioning, noise, times = (
         random_model(config),
         context(16, config),
         torch.randn(1, config.in_channels // 4, 8, 8),
@@ -121,7 +121,7 @@ def step_numbers(sizes: Sequence[int] = (1, 2, 4, 8, 16, 32)) -> Curve:
         sigmas = flow.schedule(n)
 
         def sample(sigmas=sigmas) -> None:
-            field = velocity_field(model, told, 8, 8, times=sigmas[:-1].tolist())
+            field = velocity_field(model, conditioning, 8, 8, times=sigmas[:-1].tolist())
             for _ in flow.denoise(field, noise, sigmas):
                 pass
 

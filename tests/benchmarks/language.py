@@ -64,29 +64,29 @@ def rows() -> Iterator[Row]:
             yield from prefill_and_decode(size, dtype, 1.1 if dtype == torch.float32 else 1.5)
 
 
-def prefill_and_decode(size: str, dtype: torch.dtype, bar: float) -> Iterator[Row]:
+def prefill_and_decode(size: str, dtype: torch.dtype, goal: float) -> Iterator[Row]:
     """A prompt until its first token; then, by difference, the tokens that follow."""
     model, (prefills, decodes) = our_ar(ar_config(size)).to(dtype), ROUNDS[size]
     peer, name = their_ar(model), f"transformers generate, {size}"
     torch.manual_seed(1)
     ids = torch.randint(0, model.config.text.vocab_size - 16, (1, PROMPT))
-    said: dict[str, list[int]] = {}
+    tokens_of: dict[str, list[int]] = {}
 
     def run_ours(tokens: int) -> None:
-        said["ours"] = ours(model, ids, tokens)
+        tokens_of["ours"] = ours(model, ids, tokens)
 
     def run_theirs(tokens: int) -> None:
-        said["theirs"] = theirs(peer, ids, tokens)
+        tokens_of["theirs"] = theirs(peer, ids, tokens)
 
     both, kind = (run_ours, run_theirs), name_of(dtype)
     run_ours(1), run_theirs(1)
     first = alternate(*(partial(run, 1) for run in both), prefills)
-    error, flop = unlike(*said.values()), decoder_flop(model, PROMPT)
+    error, flop = unlike(*tokens_of.values()), decoder_flop(model, PROMPT)
     core = core_share(partial(run_ours, 1))
-    yield Row(f"prefill, {PROMPT} tokens", kind, name, *first, bar, error, flop, core)
+    yield Row(f"prefill, {PROMPT} tokens", kind, name, *first, goal, error, flop, core)
     whole = alternate(*(partial(run, TOKENS) for run in both), decodes)
     a, b = (all_ - one for all_, one in zip(whole, first, strict=True))
     speed = read_bytes(model) * (TOKENS - 1) / a
     note = f"{speed / 1e9:.0f} GB/s of weights; a copy moves {copy_speed() / 1e9:.0f} GB/s"
-    work, error = f"greedy decode, {TOKENS} tokens", unlike(*said.values())
-    yield Row(work, kind, name, a, b, bar, error, note=note)
+    work, error = f"greedy decode, {TOKENS} tokens", unlike(*tokens_of.values())
+    yield Row(work, kind, name, a, b, goal, error, note=note)

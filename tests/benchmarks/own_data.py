@@ -32,7 +32,7 @@ WORDS = {"yellow circle": "sun", "pink star": "rose"}
 KINDS = {"understand": "describe", "generate": "caption", "edit": None}  # None: any kind
 
 
-def renamed(text: str) -> str:
+def in_new_words(text: str) -> str:
     """The text in the new words."""
     for old, new in WORDS.items():
         text = text.replace(old, new)
@@ -40,12 +40,12 @@ def renamed(text: str) -> str:
 
 
 def examples(task: str, n: int, rng: np.random.Generator, unseen: bool) -> list[Example]:
-    """n English examples in which something is said that has a new name."""
+    """n English examples that name an object with a new name."""
     found: list[Example] = []
     while len(found) < n:
         ex = example(rng, task, KINDS[task], False, unseen=unseen)
         words = ex.text if task != "understand" else ex.messages[1]["content"]
-        found += [ex] * (renamed(words) != words)
+        found += [ex] * (in_new_words(words) != words)
     return found
 
 
@@ -57,42 +57,44 @@ def lines(folder: Path, n: int) -> Iterator[dict]:
             names = [f"{task}_{i}_{k}.png" for k in range(len(ex.scenes))]
             for name, scene in zip(names, ex.scenes, strict=True):
                 Image.fromarray(render(scene)).save(folder / name)
-            said = [m | {"content": renamed(m["content"])} for m in ex.messages]
-            yield {"id": f"{task}_{i}", "images": names, "messages": said}
+            messages = [m | {"content": in_new_words(m["content"])} for m in ex.messages]
+            yield {"id": f"{task}_{i}", "images": names, "messages": messages}
 
 
-def drawn_right(model: NexusGen, batch: list[Example]) -> float:
-    """Share of images that hold the whole scene asked for."""
+def images_correct(model: NexusGen, batch: list[Example]) -> float:
+    """Share of images that show exactly the whole scene."""
     right: list[bool] = []
     for part in batches(batch):
         decoder = "editing" if part[0].task == "edit" else "generation"
         sources = [Image.fromarray(render(ex.scenes[0])) for ex in part]
-        pictures = draw(model, decoder, predict(model, part), sources, seed=0)
-        found = zip(score.read(pictures), part, strict=True)
+        images = draw(model, decoder, predict(model, part), sources, seed=0)
+        found = zip(score.read(images), part, strict=True)
         right += [reading.is_exactly(ex.scenes[-1]) for reading, ex in found]
     return float(np.mean(right))
 
 
-def described_right(model: NexusGen, batch: list[Example]) -> float:
+def descriptions_correct(model: NexusGen, batch: list[Example]) -> float:
     """Share of descriptions that are right to the letter, in the new words."""
-    said = [model.understand(Image.fromarray(render(ex.scenes[0])), ex.text) for ex in batch]
-    wanted = [renamed(ex.messages[1]["content"]) for ex in batch]
-    return float(np.mean([a.strip() == b for a, b in zip(said, wanted, strict=True)]))
+    answers = [model.understand(Image.fromarray(render(ex.scenes[0])), ex.text) for ex in batch]
+    wanted = [in_new_words(ex.messages[1]["content"]) for ex in batch]
+    return float(np.mean([a.strip() == b for a, b in zip(answers, wanted, strict=True)]))
 
 
 def scores(model: NexusGen, cases: int) -> dict[str, float]:
-    """By what was asked and in which words."""
+    """By task and words."""
     rng = np.random.default_rng(1)
     known = {task: examples(task, cases, rng, unseen=True) for task in KINDS}
-    new = {t: [replace(ex, text=renamed(ex.text)) for ex in batch] for t, batch in known.items()}
+    new = {
+        t: [replace(ex, text=in_new_words(ex.text)) for ex in batch] for t, batch in known.items()
+    }
     others = [example(rng, "generate", "caption", False, unseen=True) for _ in range(cases)]
     found = {
-        "captions, new words": drawn_right(model, new["generate"]),
-        "captions, old words": drawn_right(model, known["generate"]),
-        "captions of any scene": drawn_right(model, others),
-        "descriptions, new words": described_right(model, new["understand"]),
-        "edits, new words": drawn_right(model, new["edit"]),
-        "edits, old words": drawn_right(model, known["edit"]),
+        "captions, new words": images_correct(model, new["generate"]),
+        "captions, old words": images_correct(model, known["generate"]),
+        "captions of any scene": images_correct(model, others),
+        "descriptions, new words": descriptions_correct(model, new["understand"]),
+        "edits, new words": images_correct(model, new["edit"]),
+        "edits, old words": images_correct(model, known["edit"]),
     }
     return {name: round(value, 3) for name, value in found.items()}
 

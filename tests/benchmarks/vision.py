@@ -25,8 +25,8 @@ def tower_flop(model: QwenViT, grid: tuple[int, int, int]) -> float:
     merger = sum(p.numel() for p in model.merger.parameters() if p.ndim == 2)
     linears = sum(p.numel() for p in model.parameters() if p.ndim > 1) - merger + merger / 4
     full = len(model.config.fullatt_block_indexes)
-    seen = 64 * (model.config.depth - full) + patches * full
-    return 2.0 * patches * (linears + 2 * seen * model.config.hidden_size)
+    attended = 64 * (model.config.depth - full) + patches * full
+    return 2.0 * patches * (linears + 2 * attended * model.config.hidden_size)
 
 
 @torch.inference_mode()
@@ -35,7 +35,7 @@ def rows() -> Iterator[Row]:
         yield from towers(dtype, 1.25 if dtype == torch.float32 else 1.6)
 
 
-def towers(dtype: torch.dtype, bar: float) -> Iterator[Row]:
+def towers(dtype: torch.dtype, goal: float) -> Iterator[Row]:
     """Both sizes in one dtype."""
     torch.manual_seed(0)
     model = QwenViT(CONFIG).to(dtype)
@@ -48,4 +48,4 @@ def towers(dtype: torch.dtype, bar: float) -> Iterator[Row]:
         times = alternate(ours, theirs, 3)
         flop = tower_flop(model, grid)
         work = f"vision tower, {name}"
-        yield Row(work, name_of(dtype), "transformers", *times, bar, error, flop, core_share(ours))
+        yield Row(work, name_of(dtype), "transformers", *times, goal, error, flop, core_share(ours))
