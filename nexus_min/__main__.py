@@ -1,124 +1,117 @@
 """The command line: `python -m nexus_min understand | generate | edit | chat | batch | app | eval`.
 
-Options as in the official `image_understanding.py`, `image_generation.py` and `image_editing.py`,
-with shorter names beside them. Whatever is wrong with what the user gave is one line on stderr and
-exit status 2; an image appears whole or not at all. Nothing heavy is imported before it is needed.
+One function a verb, and each option once, in `OPTIONS`, under its name in Python and in batches.
+The spellings of the official `image_understanding.py`, `image_generation.py` and `image_editing.py`
+work too. An error is one line on stderr and exit status 2; an image is written whole or not at
+all. Heavy modules are imported where a command needs them.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
+
+from .cli import Parser, exit_status, one_line, write
 
 PROGRAM = "nexus_min"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DTYPES |= {name: name for name in DTYPES.values()}
 WORD = r"[a-z\u00c0-\u024f]+|[^\W\d_a-z\u00c0-\u024f]+"  # Latin letters, or other letters
-OPTION = r"--|-[^\d\s]\S*$"  # a word that looks like one: not "-3", not "- make it red"
-# What an image tells of how it was drawn -> the option that sets it; not the model or the output,
-# which a file from outside shall not choose.
-RECALLED = {"height": "--height", "width": "--width", "num_steps": "--steps", "seed": "--seed"}
-RECALLED |= {"cfg_scale": "--cfg", "guidance": "--guidance", "negative_prompt": "--negative_prompt"}
-RECALLED |= {"language": "--language", "max_new_tokens": "--max_new_tokens", "dtype": "--dtype"}
-MAX_NAME = 220  # bytes of a file's name: what is written first has a longer one, of at most 255
-MAX_MESSAGE = 600  # characters of an error that are shown
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line without the usage."""
-
-    def error(self, message: str):
-        fail(f"{message} (try: python -m {PROGRAM} --help)")
-
-
-def fail(message: object) -> NoReturn:
-    """One line on stderr, exit status 2."""
-    line = " ".join(str(message).split())
-    line = line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ..."
-    say(sys.stderr, f"{PROGRAM}: error: {line}")
-    raise SystemExit(2)
-
-
-def say(stream, line: str, end: str = "\n") -> None:
-    """Write a line in the stream's encoding, escaping what that cannot hold."""
-    encoding = stream.encoding or "utf-8"
-    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + end)
-
+OPTION = r"--|-[^\d\s]\S*$"  # a word that looks like an option: not "-3", not "- make it red"
+MAX_NAME = 220  # bytes of a file's name: the temporary file has a longer one, of at most 255
+MAX_SCALE = 16
 
 # ---- arguments ---------------------------------------------------------------------------------
 
+OPTIONS = {  # name: other spellings, type or choices, default, help
+    "image": ("--input_image", str, None, "the image"),
+    "question": ("--instruction", str, None, "the question about the image"),
+    "instruction": ("--question", str, None, "how to change the image"),
+    "prompt": ("", str, None, "the description of the image"),
+    "like": ("", str, None, "repeat this PNG of ours; what is given beside it takes precedence"),
+    "max_image_pixels": ("", int, None, "refuse a larger image (default: 50 million)"),
+    "decoder": ("", ("auto", "editing", "generation"), None, "editing keeps the rest of the image"),
+    "use_generation_decoder": ("", bool, False, "the same as --decoder generation"),
+    "keep": (
+        "",
+        ("slots", "predicted", "reencoded"),
+        "predicted",
+        "how images stay in the history",
+    ),
+    "height": ("", int, None, "pixels, rounded up to whole tokens (default: the model's)"),
+    "width": ("", int, None, "pixels, rounded up to whole tokens (default: the model's)"),
+    "num_steps": ("--num_inference_steps --steps", int, None, "Euler steps (default: the model's)"),
+    "cfg_scale": ("--cfg", float, None, "classifier-free guidance (default: the decoder's)"),
+    "guidance": ("--embedded_guidance", float, 3.5, "distilled guidance, a network input"),
+    "negative_prompt": ("", str, "", "what cfg leads away from (default: the empty prompt)"),
+    "seed": ("", int, 0, "seed of the noise, or the first of several"),
+    "output": ("-o", str, None, "the file of the image (PNG, JPEG or WEBP), or the batch's folder"),
+    "scale": ("", int, 1, f"enlarge the saved image 1 to {MAX_SCALE} times, by nearest neighbor"),
+    "language": ("", ("en", "zh"), None, "of the template (default: by the prompt's characters)"),
+    "fast_preamble": ("", bool, False, "fixed reply; the tiny model then mostly fails to edit"),
+    "max_new_tokens": ("", int, 1024, "most tokens of a reply"),
+    "file": ("", str, None, 'JSONL, a task a line: {"task": "generate", "prompt": ...}'),
+    "batch_size": ("", int, 8, "images sampled at once"),
+    "host": ("", str, "127.0.0.1", "address to listen on; the default serves this machine only"),
+    "port": ("", int, 7860, "port to listen on"),
+    "model": ("", str, "tiny", "a model's folder, or tiny"),
+    "device": ("", str, None, "default: cuda, mps or cpu, the first available; cpu for tiny"),
+    "dtype": ("", tuple(DTYPES), None, "default: fp32 on the CPU, else bf16"),
+    "memory": (
+        "",
+        ("auto", "resident", "staged", "stream"),
+        None,
+        "what stays on the GPU: all, one part at a time, a few blocks (default: auto, what fits)",
+    ),
+    "fp8": ("", bool, False, "store the decoders in 8 bits"),
+}
+MODEL = ("model", "device", "dtype", "memory", "fp8")
+SAMPLING = ("height", "width", "num_steps", "cfg_scale", "guidance", "negative_prompt", "seed")
+REPLY = ("language", "fast_preamble", "max_new_tokens")
+# What --like takes from a PNG: not the model or the output, which a foreign file must not choose.
+PNG_OPTIONS = (*SAMPLING, "language", "max_new_tokens", "dtype", "scale")
+DEFAULTS = {
+    "generate": {"output": "generated.png"},
+    "edit": {"output": "edited.png", "decoder": "editing"},
+    "chat": {"output": "chat.png", "decoder": "auto"},
+    "batch": {"output": "results"},
+}
+
 
 def build_parser(with_eval: bool) -> Parser:
-    """All subcommands; the options of `eval` are those of `toy.evaluate`, imported if asked for."""
-    parser = Parser(prog=f"python -m {PROGRAM}", description="Understand, draw and edit images.")
+    """All commands; only `eval` imports the toy world, for its options."""
+    parser = Parser(prog=f"python -m {PROGRAM}", description="Understand, generate, edit images.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    understand = commands.add_parser("understand", help="answer a question about an image")
-    add_image(understand)
-    add_model(understand)
-    add_tokens(understand)
-    generate = commands.add_parser("generate", help="draw a description")
-    generate.add_argument("words", nargs="*", metavar="PROMPT", help="the description, in quotes")
-    generate.add_argument("--prompt")
-    add_like(generate)
-    add_drawing(generate, "generated.png")
-    add_preamble(generate)
-    add_model(generate)
-    add_tokens(generate)
-    edit = commands.add_parser("edit", help="change an image as told")
-    add_image(edit)
-    edit.add_argument("--decoder", choices=("editing", "generation"), default="editing")
-    edit.add_argument(
-        "--use_generation_decoder", action="store_const", const="generation", dest="decoder"
-    )
-    add_like(edit)
-    add_drawing(edit, "edited.png")
-    add_preamble(edit)
-    add_model(edit)
-    add_tokens(edit)
-    chat = commands.add_parser("chat", help="talk, line by line; /help lists the commands")
-    chat.set_defaults(words=[])
-    chat.add_argument(
-        "--keep",
-        choices=("slots", "predicted", "reencoded"),
-        default="predicted",
-        help="what is remembered of a drawn image",
-    )
-    chat.add_argument("--decoder", choices=("auto", "generation", "editing"), default="auto")
-    add_limit(chat)
-    add_drawing(chat, "chat.png")
-    add_model(chat)
-    add_tokens(chat)
-    batch = commands.add_parser("batch", help="the tasks of a JSONL file")
-    batch.set_defaults(words=[])
-    batch.add_argument(
-        "file", type=Path, metavar="FILE", help='{"task": "generate", "prompt": ...}'
-    )
-    batch.add_argument("--output", "-o", type=Path, default=Path("results"), metavar="DIR")
-    batch.add_argument("--batch_size", "--batch-size", type=int, default=8, metavar="N")
-    batch.add_argument("--seed", type=int, default=0, metavar="N", help="of the first item")
-    add_limit(batch)
-    add_model(batch)
-    app = commands.add_parser("app", help="a web page, on this machine only unless told otherwise")
-    app.set_defaults(words=[])
-    app.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine only")
-    app.add_argument("--port", type=int, default=7860, metavar="N")
-    add_model(app)
-    evaluate = commands.add_parser("eval", help="score a model on the toy world")
-    add_model(evaluate)
-    evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of cases and noise")
-    if with_eval:
-        from .toy.evaluate import add_arguments
+    for verb, (run, positionals, names) in COMMANDS.items():
+        command = commands.add_parser(verb, help=run.__doc__, description=run.__doc__)
+        text = f"the same as {' '.join('--' + name for name in positionals)}"
+        metavar = " ".join(positionals).upper()
+        help = text if positionals else argparse.SUPPRESS
+        command.add_argument("words", nargs="*", metavar=metavar, help=help)
+        for name in (*positionals, *names, *MODEL):
+            aliases, kind, default, text = OPTIONS[name]
+            settings = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            if kind is bool:
+                settings = {"action": "store_true"}
+            default = DEFAULTS.get(verb, {}).get(name, default)
+            command.add_argument(
+                f"--{name}", *aliases.split(), default=default, help=text, **settings
+            )
+        if with_eval and verb == "eval":
+            from .toy.evaluate import add_arguments
 
-        add_arguments(evaluate)
+            add_arguments(command)
+        command.set_defaults(run=run, positionals=positionals)
     return parser
 
 
@@ -127,246 +120,213 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser(argv[:1] == ["eval"])
     args, rest = parser.parse_known_args(argv)
     if getattr(args, "like", None) is not None:
-        argv = [argv[0], *recall(args, len(rest)), *argv[1:]]  # what comes later counts
+        argv = [argv[0], *args_from_png(args, len(rest)), *argv[1:]]  # what comes later counts
         args, rest = parser.parse_known_args(argv)
-    if rest and (args.command == "eval" or any(re.match(OPTION, word) for word in rest)):
+    if any(re.match(OPTION, word) for word in rest):
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    if rest:
-        args.words += rest
+    assign_positionals(args, args.words + rest)
     return args
 
 
-def add_like(parser: argparse.ArgumentParser) -> None:
-    """An image that tells how it was drawn."""
-    told = "draw as this PNG of ours was drawn; text and options given beside it come first"
-    parser.add_argument("--like", metavar="PNG", help=told)
-
-
-def recall(args: argparse.Namespace, more_words: int) -> list[str]:
-    """The options that `args.like` was drawn with, and its text unless the user gives one."""
-    kept = read_settings(args.like)
-    device = find_device(args.device, args.model)
-    for name, now in (("model", args.model), ("device", device), ("versions", versions())):
-        if kept.get(name, now) != now:
-            told = f"drawn with {name} {kept[name][:100]!r}, now it is {now!r}"
-            say(sys.stderr, f"{PROGRAM}: warning: {args.like}: {told}")
-    options = [f"{RECALLED[name]}={kept[name]}" for name in RECALLED if kept.get(name)]
-    options += [f"--{name}" for name in ("fast_preamble", "fp8") if kept.get(name) == "True"]
-    text, wanted = ("prompt", 1) if args.command == "generate" else ("instruction", 2)
-    if args.command == "edit" and "decoder" in kept:
-        options.append(f"--decoder={kept['decoder']}")
-    named = [getattr(args, name, None) for name in ("prompt", "input_image", "instruction")]
-    if len(args.words) + more_words + sum(x is not None for x in named) < wanted:
-        options.append(f"--{text}={kept.get('prompt', '')}")
-    return options
-
-
-def add_image(parser: argparse.ArgumentParser) -> None:
-    """An image, and what to ask or do about it: by position or by name."""
-    parser.add_argument("words", nargs="*", metavar="IMAGE TEXT", help="the image, then the text")
-    parser.add_argument("--input_image", "--input-image", metavar="FILE")
-    parser.add_argument("--instruction", "--question", metavar="TEXT")
-    add_limit(parser)
-
-
-def add_limit(parser: argparse.ArgumentParser) -> None:
-    """How large an image from outside may be."""
-    told = "refuse a larger image before decoding it; default 50 million"
-    parser.add_argument("--max_image_pixels", type=int, metavar="N", help=told)
-
-
-def add_drawing(parser: argparse.ArgumentParser, output: str) -> None:
-    """How an image is drawn and where it goes; sizes, steps and cfg default to the model's own."""
-    number = {"type": int, "metavar": "N"}
-    real = {"type": float, "metavar": "X"}
-    parser.add_argument("--height", **number, help="pixels, rounded up to whole tokens")
-    parser.add_argument("--width", **number)
-    parser.add_argument("--num_inference_steps", "--steps", dest="num_steps", **number)
-    parser.add_argument("--cfg_scale", "--cfg", dest="cfg_scale", **real)
-    parser.add_argument("--embedded_guidance", "--guidance", dest="guidance", default=3.5, **real)
-    parser.add_argument("--negative_prompt", "--negative-prompt", default="", metavar="TEXT")
-    parser.add_argument("--seed", default=0, **number)
-    parser.add_argument("--output", "-o", default=output, metavar="FILE", help=f"default {output}")
-
-
-def add_preamble(parser: argparse.ArgumentParser) -> None:
-    """What is said around the prompt."""
-    parser.add_argument("--language", choices=("en", "zh"), help="default: by the characters")
-    parser.add_argument(
-        "--fast_preamble",
-        "--fast-preamble",
-        action="store_true",
-        help="no text before the image; the tiny model then mostly fails to edit one object",
-    )
-
-
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Which model, and where it runs."""
-    parser.add_argument("--model", default="tiny", metavar="DIR", help="a model's folder, or tiny")
-    parser.add_argument("--device", help="default: cuda, mps or cpu, what is there; tiny: cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on the CPU, else bf16")
-    parser.add_argument(
-        "--memory",
-        choices=("auto", "resident", "staged", "stream"),
-        help="what stays on the GPU: all, one part at a time, or a few blocks; auto, the default:"
-        " what fits, and why is told",
-    )
-    parser.add_argument("--fp8", action="store_true", help="store the decoders in 8 bits")
-
-
-def add_tokens(parser: argparse.ArgumentParser) -> None:
-    """How long a reply may be."""
-    parser.add_argument("--max_new_tokens", type=int, default=1024, metavar="N")
-
-
-def place_words(args: argparse.Namespace, *names: str) -> None:
-    """Give the positional words to those of `names` that no option has set; all must be set."""
-    free = [name for name in names if getattr(args, name) is None]
-    if len(args.words) > len(free):
-        extra = " ".join(args.words[len(free) :])
+def assign_positionals(args: argparse.Namespace, words: list[str]) -> None:
+    """Give the words to those of `args.positionals` that no option has set; all must be set."""
+    free = [name for name in args.positionals if getattr(args, name) is None]
+    if len(words) > len(free):
+        extra = " ".join(words[len(free) :])
         raise ValueError(f"what to do with {extra!r}? put quotes around a text of several words")
-    for name, word in zip(free, args.words, strict=False):
+    for name, word in zip(free, words, strict=False):
         setattr(args, name, word)
-    if missing := [name for name in names if getattr(args, name) is None]:
+    if missing := free[len(words) :]:
         raise ValueError(f"{args.command} needs {' and '.join('--' + name for name in missing)}")
+
+
+def args_from_png(args: argparse.Namespace, num_rest: int) -> list[str]:
+    """The options that `args.like` records, and its text unless the user gives one."""
+    saved, device = read_metadata(args.like), find_device(args.device, args.model)
+    for name, value in (("model", args.model), ("device", device), ("versions", versions())):
+        if saved.get(name, value) != value:
+            warn(f"{args.like}: made with {name} {saved[name][:100]!r}, now it is {value!r}")
+    options = [f"--{name}={saved[name]}" for name in PNG_OPTIONS if saved.get(name)]
+    options += [f"--{name}" for name in ("fast_preamble", "fp8") if saved.get(name) == "True"]
+    if args.command == "edit" and "decoder" in saved:
+        options.append(f"--decoder={saved['decoder']}")
+    num_set = sum(getattr(args, name) is not None for name in args.positionals)
+    if len(args.words) + num_rest + num_set < len(args.positionals):
+        options.append(f"--{args.positionals[-1]}={saved['prompt']}")
+    return options
 
 
 # ---- the commands ------------------------------------------------------------------------------
 
 
 def run_understand(args: argparse.Namespace) -> None:
-    """Print the answer."""
-    place_words(args, "input_image", "instruction")
-    image = open_image(args.input_image, args.max_image_pixels)
-    model = load_model(args, ["ar"])
-    answer = model.understand(image, args.instruction, max_new_tokens=args.max_new_tokens)
-    warn_unknown(args.model, args.instruction, image)
-    say(sys.stdout, answer)
+    """Answer a question about an image."""
+    image = open_image(args.image, args)
+    answer = load_model(args, ["ar"]).understand(
+        image, args.question, max_new_tokens=args.max_new_tokens
+    )
+    warn_oov(args.model, args.question, image)
+    show(answer)
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    """Draw the prompt; save and name the image."""
-    place_words(args, "prompt")
-    check_output(args.output)
+    """Generate an image from a description."""
+    check_output(args)
     model = load_model(args, ["ar", "generation", "autoencoder"])
-    events = model.generate_steps(args.prompt, **drawing(args))
-    finish(args, events, {"prompt": args.prompt})
+    events = model.generate_steps(args.prompt, **sampling_kwargs(args))
+    save_events(args, events, {"prompt": args.prompt})
 
 
 def run_edit(args: argparse.Namespace) -> None:
-    """Edit the image; save and name the new one."""
-    place_words(args, "input_image", "instruction")
-    check_output(args.output)
-    image = open_image(args.input_image, args.max_image_pixels)
-    model = load_model(args, ["ar", args.decoder, "autoencoder"])
-    events = model.edit_steps(image, args.instruction, decoder=args.decoder, **drawing(args))
-    finish(args, events, {"prompt": args.instruction, "decoder": args.decoder}, image)
+    """Change an image as an instruction says."""
+    check_output(args)
+    image = open_image(args.image, args)
+    decoder = "generation" if args.use_generation_decoder else args.decoder
+    model = load_model(args, ["ar", decoder, "autoencoder"])
+    options = {"decoder": decoder, **sampling_kwargs(args)}
+    events = model.edit_steps(image, args.instruction, **options)
+    save_events(args, events, {"prompt": args.instruction, "decoder": decoder}, image)
 
 
 def run_chat(args: argparse.Namespace) -> None:
-    """Talk over standard input and output; images are saved as chat-1.png, chat-2.png, ..."""
-    from .chat import Chat
-    from .talk import HELP, Talk
+    """Chat line by line; /help lists the commands, images go to numbered files."""
+    from .chat import HELP, Chat
 
-    place_words(args)
-    check_output(args.output)
-    model = load_model(args)
-    chat = Chat(model, keep=args.keep, decoder=args.decoder, **drawing(args))
+    check_output(args)
+    chat = Chat(load_model(args), args.keep, args.decoder, **sampling_kwargs(args))
+    images, numbers, is_terminal = [], itertools.count(1), sys.stdin.isatty()
+    if is_terminal:
+        show(HELP)
+    for line in filter(None, map(str.strip, sys.stdin)):
+        if line == "/quit":
+            return
+        try:
+            answer_line(args, chat, line, images, numbers)
+        except (ValueError, OSError, MemoryError, KeyboardInterrupt) as error:
+            if not is_terminal:
+                raise
+            write(sys.stderr, f"{PROGRAM}: " + (f"error: {error}" if str(error) else "stopped"))
 
-    def write(text: str) -> None:
-        say(sys.stdout, text, end="")
-        sys.stdout.flush()
 
-    def save(image, number: int, sampling, message: str) -> str:
-        path = Path(args.output)
-        path = path.with_stem(f"{path.stem}-{number}")
-        save_image(image, path, how_drawn(args, sampling, {"message": message}))
-        return str(path)
+def answer_line(
+    args: argparse.Namespace, chat, line: str, images: list, numbers: Iterator[int]
+) -> None:
+    """Follow a command, or send a message with the `images` so far and show the reply."""
+    from .chat import HELP
+    from .tokenizer import GENERATION_PROMPT, check_text, language
 
-    def complain(error: BaseException) -> None:
-        say(sys.stderr, f"{PROGRAM}: " + (f"error: {error}" if str(error) else "stopped"))
-
-    at_terminal = sys.stdin.isatty()
-    if at_terminal:
-        write(HELP + "\n")
-    talk = Talk(chat, write, save, complain if at_terminal else None, args.max_image_pixels)
-    talk.run(sys.stdin)
+    command, _, rest = line.partition(" ")
+    if command == "/image":
+        images.append(open_image(rest.strip(), args))
+        return
+    if line == "/help":
+        show(HELP)
+        return
+    if line == "/new":
+        chat.clear()
+        images.clear()
+        return
+    if command == "/draw":
+        check_text(rest, "prompt")
+        line = GENERATION_PROMPT[language(rest)].format(rest.strip())
+    elif line.startswith("/"):
+        raise ValueError(f"unknown command {command!r}; there are /image /draw /new /quit /help")
+    names, path, attached, images[:] = [], Path(args.output), images[:], []
+    for kind, value in chat.say(line, attached):
+        if kind == "text":
+            show(value, end="")
+        elif kind == "sampling":
+            sampling = value
+        elif kind == "image":
+            names.append(path.with_stem(f"{path.stem}-{next(numbers)}"))
+            save_image(value, names[-1], metadata(args, sampling, vars(args), {"message": line}))
+    show("".join(f"\n{name}" for name in names))
 
 
 def run_batch(args: argparse.Namespace) -> None:
-    """Do the tasks of a file; a line a task in results.jsonl, images by number beside it."""
-    from . import batch as batches
+    """Do the tasks of a file; write results.jsonl and numbered images."""
+    from . import batch
 
-    place_words(args)
-    items = batches.read_items(args.file)
-    args.output.mkdir(parents=True, exist_ok=True)
-    check_place(args.output / "results.jsonl")
-    model = load_model(args)
+    items, folder = batch.read_items(Path(args.file)), Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder / "results.jsonl")
     options = {"batch_size": args.batch_size, "seed": args.seed, "progress": sys.stderr.isatty()}
-    options["max_pixels"] = args.max_image_pixels
+    results = batch.run(load_model(args), items, **options, max_pixels=args.max_image_pixels)
 
-    def save(result, path: Path) -> None:
-        facts = item_facts(items[result.index], result.sampling)
-        save_image(result.image, path, how_drawn(args, result.sampling, facts))
+    def save(result: batch.Result, path: Path) -> None:
+        item = items[result.index]
+        facts = {"prompt": item.get("prompt")}
+        if item["task"] == "edit":
+            facts = {"prompt": item["instruction"], "decoder": item.get("decoder", "editing")}
+        save_image(result.image, path, metadata(args, result.sampling, item, facts))
 
-    rows = batches.to_folder(batches.run(model, items, **options), args.output, save)
-    say(sys.stdout, str(args.output / "results.jsonl"))
+    rows = batch.to_folder(results, folder, save)
+    show(str(folder / "results.jsonl"))
     if failed := [row for row in rows if "error" in row]:
         first = f"item {failed[0]['index']}: {failed[0]['error']}"
         raise ValueError(f"{len(failed)} of {len(items)} items failed; {first}")
 
 
-def item_facts(item: dict, sampling) -> dict:
-    """What an image's PNG tells of its item in a batch, as `finish` tells it of a single one."""
-    apart = {"task", "id", "image", "instruction", *asdict(sampling)}
-    facts = {k: v for k, v in item.items() if k not in apart and v is not None}
-    facts["fast_preamble"] = bool(item.get("fast_preamble"))
-    if item["task"] == "edit":
-        facts = {"prompt": item["instruction"], "decoder": "editing"} | facts
-    return facts
-
-
 def run_app(args: argparse.Namespace) -> None:
-    """Serve the web page until Ctrl-C."""
-    from .app import page as app
+    """Serve a web page."""
+    from .app import page
 
-    place_words(args)
-    app.find_gradio()
-    place = app.listen(args.host, args.port)  # now, not after the model has been loaded
+    page.find_gradio()
+    sock = page.listen(args.host, args.port)  # fails before the model is loaded
     if args.host not in ("127.0.0.1", "localhost", "::1"):
-        say(sys.stderr, f"{PROGRAM}: warning: anyone who reaches {args.host} can use this page")
+        warn(f"anyone who reaches {args.host} can use this page")
     model = load_model(args)
     host = f"[{args.host}]" if ":" in args.host else args.host
-    say(sys.stdout, f"http://{host}:{args.port}")
-    sys.stdout.flush()
-    app.serve(model, place)
+    show(f"http://{host}:{args.port}")
+    page.server(model).run(sockets=[sock])
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    """Score a model on the toy world; where results go is checked before the work is done."""
+    """Score a model on the toy world."""
     from .toy.evaluate import main as evaluate
 
     if args.seed < 0:
         raise ValueError(f"the seed must be 0 or more, got {args.seed}")
     for path in filter(None, (args.json, args.write_prompts)):
-        check_place(path)
+        check_writable(path)
     if args.save and args.save.exists() and not args.save.is_dir():
         raise ValueError(f"cannot write grids to {str(args.save)!r}: it is no folder")
     evaluate(args, lambda: load_model(args))
 
 
-def drawing(args: argparse.Namespace) -> dict:
-    """The options of `generate`, `edit` and `chat` that the command line sets."""
-    names = ("height", "width", "num_steps", "cfg_scale", "guidance", "negative_prompt", "seed")
-    names += ("language", "fast_preamble", "max_new_tokens")
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+IMAGE_OUTPUT = (*SAMPLING, "max_new_tokens", "output", "scale")
+COMMANDS = {  # what runs, its words, its options but for those of the model
+    "understand": (run_understand, ("image", "question"), ("max_image_pixels", "max_new_tokens")),
+    "generate": (run_generate, ("prompt",), ("like", "language", "fast_preamble", *IMAGE_OUTPUT)),
+    "edit": (
+        run_edit,
+        ("image", "instruction"),
+        ("max_image_pixels", "decoder", "use_generation_decoder", "like", "language")
+        + ("fast_preamble", *IMAGE_OUTPUT),
+    ),
+    "chat": (run_chat, (), ("keep", "decoder", "max_image_pixels", *IMAGE_OUTPUT)),
+    "batch": (run_batch, ("file",), ("output", "batch_size", "seed", "max_image_pixels")),
+    "app": (run_app, (), ("host", "port")),
+    "eval": (run_eval, (), ("seed",)),
+}
 
 
-def open_image(path: str, max_pixels: int | None):
-    """The image at `path`: checked before a model is loaded."""
+def show(text: str, end: str = "\n") -> None:
+    """Write to stdout at once."""
+    write(sys.stdout, text, end)
+    sys.stdout.flush()
+
+
+def sampling_kwargs(args: argparse.Namespace) -> dict:
+    """The options of `generate`, `edit` and `Chat` that the command has."""
+    return {name: getattr(args, name) for name in (*SAMPLING, *REPLY) if hasattr(args, name)}
+
+
+def open_image(path: str, args: argparse.Namespace):
+    """An image of the user."""
     from .images import load_image
 
-    return load_image(path, max_pixels)
+    return load_image(path, args.max_image_pixels)
 
 
 def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
@@ -376,33 +336,33 @@ def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
     from .offload import choose, memory_needed
     from .pipeline import PARTS, NexusGen
 
-    parts, device = parts or PARTS, find_device(args.device, args.model)
-    args.device = device  # for what an image tells of itself
+    parts, args.device = parts or PARTS, find_device(args.device, args.model)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
-    model = NexusGen.load(args.model, device, dtype, parts, args.memory or "auto", args.fp8)
+    model = NexusGen.load(args.model, args.device, dtype, parts, args.memory or "auto", args.fp8)
     profile, reason = "resident", ""
     if model.offloader is not None:
         profile, reason = model.offloader.profile, model.offloader.reason
-    elif args.memory == "auto":  # on the CPU, where there is nothing to choose, only if asked
+    elif args.memory == "auto":  # the CPU leaves no choice: say so only to who asks
         profile, reason = choose(memory_needed({name: model.part(name) for name in parts}), None)
     if reason:
-        say(sys.stderr, f"{PROGRAM}: memory {profile}: {reason}")
+        write(sys.stderr, f"{PROGRAM}: memory {profile}: {reason}")
     return model
 
 
 def find_device(name: str | None, model: str) -> str:
-    """The device asked for, else the first of cuda, mps, cpu that is there; tiny: the CPU."""
+    """The named device, else the first available of cuda, mps and cpu; for tiny the CPU."""
     if name is None:
-        return next(d for d in ("cuda", "mps", "cpu") if is_there(d)) if model != "tiny" else "cpu"
+        names = ["cpu"] if model == "tiny" else ["cuda", "mps", "cpu"]
+        return next(filter(device_available, names))
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"the device must be cuda, cuda:N, mps or cpu, got {name!r}")
-    if not is_there(name):
+    if not device_available(name):
         raise ValueError(f"this machine, or this build of torch, has no {name}")
     return name
 
 
-def is_there(device: str) -> bool:
-    """Whether a tensor can live there."""
+def device_available(device: str) -> bool:
+    """Whether a tensor can live on the device."""
     import torch
 
     try:
@@ -412,52 +372,42 @@ def is_there(device: str) -> bool:
     return True
 
 
-def finish(args: argparse.Namespace, events, facts: dict, source=None) -> None:
-    """Walk the events to the image, save it with how it was made, and print its name."""
-    seen = dict(progress(events))
-    settings = how_drawn(args, seen["sampling"], facts)
-    if settings["negative_prompt"] and settings["cfg_scale"] == 1:
-        say(sys.stderr, f"{PROGRAM}: warning: a negative prompt has no effect at cfg scale 1")
-    save_image(seen["image"], Path(args.output), settings)
-    warn_unknown(args.model, facts["prompt"], source)
-    say(sys.stdout, args.output)
-
-
-def progress(events):
-    """The same events, with a bar on a terminal."""
-    from tqdm import tqdm
-
-    with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
-        for name, value in events:
-            if name == "sampling":
-                bar.reset(value.num_steps)
-            bar.update(name == "step")
-            yield name, value
-
-
-COMMANDS = {
-    "understand": run_understand,
-    "generate": run_generate,
-    "edit": run_edit,
-    "chat": run_chat,
-    "batch": run_batch,
-    "app": run_app,
-    "eval": run_eval,
-}
-
-
 # ---- output ------------------------------------------------------------------------------------
 
 
-def check_output(output: str) -> None:
-    """ValueError when no image can be written there; asked before the work is done."""
-    path = Path(output)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f"output {output!r} must end in {', '.join(FORMATS)}")
-    check_place(path)
+def save_events(args: argparse.Namespace, events, facts: dict, source=None) -> None:
+    """Run the events to the image, save it and print its name; a summary goes to stderr."""
+    from tqdm import tqdm
+
+    result, start = {}, time.perf_counter()
+    with tqdm(unit="step", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for name, value in events:
+            result[name] = value  # of each kind the last
+            if name == "sampling":
+                bar.reset(value.num_steps)
+            elif name == "step":
+                bar.update()
+    seconds, image, sampling = time.perf_counter() - start, result["image"], result["sampling"]
+    if sampling.negative_prompt and sampling.cfg_scale == 1:
+        warn("a negative prompt has no effect at cfg scale 1")
+    save_image(image, Path(args.output), metadata(args, sampling, vars(args), facts))
+    warn_oov(args.model, facts["prompt"], source)
+    reply = json.dumps(result["text"], ensure_ascii=False)
+    summary = f"{image.width}x{image.height}, {sampling.num_steps} steps, {seconds:.1f} s"
+    write(sys.stderr, one_line(f"{PROGRAM}: {summary}; reply: {reply}"))
+    show(args.output)
 
 
-def check_place(path: Path) -> None:
+def check_output(args: argparse.Namespace) -> None:
+    """ValueError when no image can be written; called before the work is done."""
+    if not 1 <= args.scale <= MAX_SCALE:
+        raise ValueError(f"--scale must be 1 to {MAX_SCALE}, got {args.scale}")
+    if Path(args.output).suffix.lower() not in FORMATS:
+        raise ValueError(f"output {args.output!r} must end in {', '.join(FORMATS)}")
+    check_writable(Path(args.output))
+
+
+def check_writable(path: Path) -> None:
     """ValueError when no file can be written to `path`."""
     if len(os.fsencode(path.name)) > MAX_NAME:
         raise ValueError(f"the name {path.name[:60]!r}... is longer than {MAX_NAME} bytes")
@@ -465,44 +415,45 @@ def check_place(path: Path) -> None:
         raise ValueError(f"cannot write {str(path)!r}: no file can be made there")
 
 
-def how_drawn(args: argparse.Namespace, sampling, facts: dict) -> dict:
-    """All that an image depends on but its source: its own facts, settings, versions."""
-    names = ("language", "fast_preamble", "max_new_tokens", "device", "dtype", "fp8")
-    options = {name: getattr(args, name, None) or "" for name in names}
-    known = {"model": args.model, **asdict(sampling), **options, "versions": versions()}
-    return known | facts
+def metadata(args: argparse.Namespace, sampling, options: dict, facts: dict) -> dict:
+    """All that an image depends on, but its source: settings, options of the reply, versions."""
+    fast = bool(options.get("fast_preamble"))  # a batch may spell it otherwise
+    reply = {name: options.get(name) for name in REPLY} | {"fast_preamble": fast}
+    known = {"model": args.model, **asdict(sampling)}
+    known |= {name: value or "" for name, value in reply.items()}
+    known |= {name: getattr(args, name) or "" for name in ("device", "dtype", "fp8")}
+    scale = {"scale": options["scale"]} if options.get("scale", 1) > 1 else {}
+    return known | {"versions": versions()} | facts | scale
 
 
 def save_image(image, path: Path, settings: dict) -> None:
-    """Write the image beside `path`, then move it there; a PNG also tells how it was made."""
+    """Write the image, enlarged by its `scale`, in one step; a PNG also records the settings."""
     from PIL.PngImagePlugin import PngInfo
 
-    info = PngInfo()
+    from .weights import replace_file
+
+    info, kind, scale = PngInfo(), FORMATS[path.suffix.lower()], settings.get("scale", 1)
     for key, value in settings.items():
         info.add_text(key, str(value))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    extra = {"pnginfo": info} if path.suffix.lower() == ".png" else {"quality": 95}
-    try:
-        image.save(partial, format=FORMATS[path.suffix.lower()], **extra)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    options = {"pnginfo": info} if kind == "PNG" else {"quality": 95}
+    image = image.resize((scale * image.width, scale * image.height), resample=0)  # nearest
+    replace_file(path, lambda partial: image.save(partial, format=kind, **options))
 
 
-def read_settings(path: str) -> dict[str, str]:
-    """What `save_image` wrote into a PNG, unchecked. ValueError for any other file."""
+def read_metadata(path: str) -> dict[str, str]:
+    """What `save_image` has written into a PNG, unchecked. ValueError for any other file."""
     from .images import open_image
 
     try:
         with open_image(path) as image:
-            kept = {name: text for name, text in image.info.items() if isinstance(text, str)}
+            saved = {name: text for name, text in image.info.items() if isinstance(text, str)}
     except Exception as error:  # Pillow's readers raise a dozen kinds on a broken file
         raise ValueError(f"cannot read {path!r}: {error}") from error
-    if "message" in kept:
-        raise ValueError(f"{path!r} was drawn in a conversation, on which it depends")
-    if not {"prompt", "seed", "num_steps"} <= kept.keys():
-        raise ValueError(f"{path!r} does not tell how it was drawn: no PNG of generate or edit")
-    return kept
+    if "message" in saved:
+        raise ValueError(f"{path!r} was made in a conversation, on which it depends")
+    if not {"prompt", "seed", "num_steps"} <= saved.keys():
+        raise ValueError(f"{path!r} records no settings: no PNG of generate or edit")
+    return saved
 
 
 def versions() -> str:
@@ -515,38 +466,40 @@ def versions() -> str:
         return f"unknown ({error.name})"
 
 
-def warn_unknown(model: str, text: str, image=None) -> None:
-    """A line on stderr when the model's folder lists its words and the text has others, and one
-    when the image is none of its world."""
+# ---- warnings ----------------------------------------------------------------------------------
+
+
+def warn(message: str) -> None:
+    """A warning on stderr."""
+    write(sys.stderr, f"{PROGRAM}: warning: {message}")
+
+
+def warn_oov(model: str, text: str, image=None) -> None:
+    """Warn of words and of an image that a model of the toy world has never seen."""
     from .weights import model_folder
 
     file = model_folder(model) / "toy_words.json"
-    if file.is_file() and (words := unknown_words(text, read_words(file))):
+    if not file.is_file():
+        return
+    if words := unknown_words(text, read_words(file)):
         shown = ", ".join(words[:10]) + (" ..." if len(words) > 10 else "")
-        say(sys.stderr, f"{PROGRAM}: warning: words this model has never seen: {shown}")
-    if file.is_file() and image is not None and not is_toy(image):
-        say(sys.stderr, f"{PROGRAM}: warning: this model has never seen an image like this one")
+        warn(f"words this model has never seen: {shown}")
+    if image is not None:
+        import numpy as np
+
+        from .toy import score
+
+        reading = score.read(np.asarray(image.resize((64, 64)))[None])[0]
+        if not (reading.known and reading.scene.objects):
+            warn("this model has never seen an image like this one")
 
 
 def read_words(file: Path) -> list[str]:
-    """The words of a toy model. ValueError, with the file, when it is no list of them."""
+    """The words of a toy model."""
     try:
-        words = json.loads(file.read_text("utf-8"))
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise ValueError("it holds other things")
-        return words
-    except (ValueError, RecursionError) as error:
+        return [word.lower() for word in json.loads(file.read_text("utf-8"))]
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not a list of words ({error}); delete it") from None
-
-
-def is_toy(image) -> bool:
-    """Whether the checker can read a scene of the toy world from the image."""
-    import numpy as np
-
-    from .toy.score import read
-
-    reading = read(np.asarray(image.resize((64, 64)))[None])[0]
-    return reading.known and bool(reading.scene.objects)
 
 
 def unknown_words(text: str, known: list[str]) -> list[str]:
@@ -560,21 +513,14 @@ def unknown_words(text: str, known: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        args = parse(argv)
-        logging.basicConfig(format=f"{PROGRAM}: warning: %(message)s")
-        COMMANDS[args.command](args)
-    except (ValueError, OSError) as error:
-        fail(error)
-    except (RuntimeError, MemoryError) as error:
-        from .offload import is_out_of_memory
 
-        if not is_out_of_memory(error):
-            raise
-        fail(f"out of memory: {error}".rstrip(": "))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    def command() -> None:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        logging.basicConfig(format=f"{PROGRAM}: warning: %(message)s")
+        args.run(args)
+
+    if status := exit_status(PROGRAM, command):
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""A conversation: turns of text and images, in which an image just drawn is seen like any other.
+"""A conversation: turns of text and images; an image of the model is read like one of the user.
 
-    user: text, images -> AR model -> text and image embeddings -> decoders -> images, seen next
+    user: text, images -> AR model -> text and image embeddings -> decoders -> images of the history
 
-The history is one growing list of token ids, never text that is encoded again: an image is entered
-once, as many tokens as it has embeddings, and the cache of keys and values goes on from turn to
-turn. What the AR model later sees of an image that it drew is one of `KEEP`:
+The history is one growing list of token ids; no text is encoded twice. Each image fills as many
+tokens as it has embeddings, and one KV cache serves all turns. What the AR model reads of an image
+that it generated is one of `HISTORY_MODES`:
 
-    slots      the prefilled slots as they stand in the cache: what training showed, and free
-    predicted  the embeddings it predicted, read as if they were a user's image
-    reencoded  the drawn image through the vision tower: what the decoder made of it
+    slots      the prefilled slots that the cache already holds, as in training
+    predicted  the embeddings that it predicted, read like those of a user's image
+    reencoded  the decoded image, through the vision tower
 
-Figure 1 of the paper (one model, interleaved turns). The official code has no counterpart: its
-scripts answer one turn.
+Figure 1 of the paper (one model, interleaved turns). The official scripts answer one turn only.
 """
 
 from __future__ import annotations
@@ -28,11 +27,25 @@ from .images import bound_image, load_image
 from .model.decoder import KVCache
 from .offload import explain_oom
 from .sampling import ImageRequest, SamplingParams
-from .tokenizer import GENERATION_REPLY, IMAGE, VISION_START, QwenTokenizer, check_text
+from .tokenizer import (
+    GENERATION_REPLY,
+    IMAGE,
+    VISION_START,
+    QwenTokenizer,
+    check_text,
+)
 
-KEEP = ("slots", "predicted", "reencoded")
-SPELLED = IMAGE.replace(">", " >")  # `<image>` that the model wrote as words: no image is there
+HISTORY_MODES = ("slots", "predicted", "reencoded")
+ESCAPED_IMAGE = IMAGE.replace(">", " >")  # a literal `<image>` in the model's text
 DECODERS = ("auto", "generation", "editing")
+HELP = """\
+/image FILE   attach an image to the next message; repeat it for several images
+/draw TEXT    request an image with the prompt of the training data
+/new          start a new conversation
+/quit         leave, as the end of the input does\
+"""
+
+Event = tuple[str, Any]
 
 
 class ChatInputs(NamedTuple):
@@ -44,45 +57,31 @@ class ChatInputs(NamedTuple):
 
 
 @dataclass
-class Picture:
-    """One image of a conversation, and what the AR model reads in its place."""
+class ChatImage:
+    """One image of a conversation, and what the AR model reads of it."""
 
     image: Image.Image
     embeds: Tensor  # [n, C]
     grid: tuple[int, int, int]  # in patches
 
 
-class TextStream:
-    """Ids in, text out as soon as its characters are whole: one may come in several tokens.
-
-    In it `<image>` is an image and nothing else: words that spell it come as `SPELLED`.
-    """
-
-    def __init__(self, tokenizer: QwenTokenizer):
-        self.tokenizer, self.text = tokenizer, ""
-        self.start = tokenizer.special_ids[VISION_START]
-        self.runs: list[list[int]] = [[]]  # ids between the images
-
-    def push(self, token: int) -> str:
-        """The text that this id completes, perhaps none."""
-        if token == self.start:
-            self.runs.append([])
+def reply_text(tokenizer: QwenTokenizer, ids: Sequence[int]) -> str:
+    """The model's text, `<image>` only where an image starts: a literal `<image>` is escaped."""
+    start, runs = tokenizer.special_ids[VISION_START], [[]]
+    for i in ids:
+        if i == start:
+            runs.append([])
         else:
-            self.runs[-1].append(token)
-        whole = IMAGE.join(self.tokenizer.decode(r).replace(IMAGE, SPELLED) for r in self.runs)
-        if whole.endswith("\ufffd"):
-            return ""
-        new, self.text = whole[len(self.text) :], whole
-        return new
+            runs[-1].append(i)
+    return IMAGE.join(tokenizer.decode(run).replace(IMAGE, ESCAPED_IMAGE) for run in runs)
 
 
 class Chat:
-    """A conversation with `model` (a `pipeline.NexusGen`); made by `NexusGen.chat`.
+    """A conversation with `model`, a `pipeline.NexusGen`.
 
-    keep: one of `KEEP`. decoder: which one draws; "auto" takes the editing decoder, with the latest
-    image as its source, unless there is none or the reply says the sentence that announces a new
-    image in training. The other options are fields of `SamplingParams`; every further image takes
-    the next seed. ValueError for another keep or decoder.
+    keep: one of `HISTORY_MODES`. decoder: one of `DECODERS`; "auto" edits the latest image, unless
+    there is none or the reply announces a new image with the sentence of the training data. The
+    other options are fields of `SamplingParams`; the seed grows by one with every image.
     """
 
     def __init__(
@@ -93,137 +92,126 @@ class Chat:
         max_new_tokens: int = 1024,
         **sampling,
     ):
-        for name, value, known in (("keep", keep, KEEP), ("decoder", decoder, DECODERS)):
+        for name, value, known in (("keep", keep, HISTORY_MODES), ("decoder", decoder, DECODERS)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.model, self.keep, self.decoder = model, keep, decoder
         self.max_new_tokens, self.sampling = max_new_tokens, SamplingParams(**sampling)
-        self.sampling.resolve(model.config, 1.0)  # now, not after the reply
+        self.sampling.resolve(model.config, 1.0)  # a bad option fails here, not after a reply
         self.clear()
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Start a new conversation."""
         self.ids: list[int] = []
-        self.pictures: list[Picture] = []
-        self.messages: list[dict] = []  # in the official format, `<image>` marking the images
-        self.cache, self.known, self.drawn = KVCache(), 0, 0
-
-    # ---- a turn --------------------------------------------------------------------------------
+        self.images: list[ChatImage] = []
+        self.messages: list[dict] = []  # in the format of training data
+        self.cache, self.num_cached = KVCache(), 0
+        self.num_images = 0  # that the model has generated
 
     @torch.no_grad()
-    def say(self, text: str, images: Sequence[Any] = ()) -> Iterator[tuple[str, Any]]:
+    def say(self, text: str, images: Sequence[Any] = ()) -> Iterator[Event]:
         """One turn of the user; yields the reply as it comes.
 
-        Events: ("text", str) piece by piece; ("embeddings", [1, N, C]) of each image; when the
-        text is done, for each of them what `NexusGen.draw` yields, the last of which is
-        ("image", PIL). `<image>` in the text places the images, else they stand before it. A turn
-        that fails, or is not read to its end, leaves the conversation as it was. ValueError for an
-        empty text, an image that cannot be read, or a conversation that has become too long.
+        Events: ("text", str) piece by piece; ("embeddings", [1, N, C]) of each image; after the
+        text, the events of `NexusGen.sample_image` for each image, up to ("image", PIL). `<image>`
+        in the text places the user's images; without it they precede the text. A turn that fails,
+        or is not read to its end, leaves the conversation unchanged.
         """
         with explain_oom(self.model.advice):
             text = text if IMAGE in text else IMAGE * len(images) + text
-            shown = [self._look(load_image(image)) for image in images]
-            self.cache.crop(min(self.known, self.cache.length))  # what a turn that failed has added
-            prompt, pictures = self.ids + self._turn(text, shown), [*self.pictures, *shown]
-            ids, reply, embeds = yield from self._reply(prompt, pictures)
-            drawn = yield from self._draw(reply, embeds, pictures)
-            seen = [self._seen(*pair) for pair in zip(drawn, embeds, strict=True)]
-            self.ids = self._enter(ids, len(prompt), seen)
-            self.pictures, self.drawn = pictures + seen, self.drawn + len(seen)
-            self.known = self.cache.length
-            turns = zip(("user", "assistant"), (text, reply), strict=True)
-            self.messages += [{"role": role, "content": content} for role, content in turns]
+            check_text(text, "message")
+            given = [self._encode(load_image(image)) for image in images]
+            prompt, history = self.ids + self._encode_turn(text, given), [*self.images, *given]
+            self.cache.crop(min(self.num_cached, self.cache.length))  # drops a turn that failed
+            tokens, reply, embeds = yield from self._reply(prompt, history)
+            drawn = yield from self._sample_images(reply, embeds, history)
+            new = [self._as_history(*pair) for pair in zip(drawn, embeds, strict=True)]
+            # The conversation changes only here, once the turn is complete.
+            self.ids = self._splice(prompt, tokens, new)
+            self.images, self.num_images = history + new, self.num_images + len(new)
+            self.num_cached = self.cache.length
+            turns = {"user": text, "assistant": reply}
+            self.messages += [{"role": role, "content": turns[role]} for role in turns]
 
-    def _turn(self, text: str, shown: list[Picture]) -> list[int]:
-        """Ids of the user's turn and the opening of the reply. ValueError when out of room."""
-        check_text(text, "message")
-        message, counts = {"role": "user", "content": text}, [len(p.embeds) for p in shown]
-        new = self.model.part_on_device("tokenizer").encode_chat(
-            [message], counts, continued=bool(self.ids)
-        )
-        if (length := len(self.ids) + len(new)) > (room := self.model.room()):
+    def _encode_turn(self, text: str, images: list[ChatImage]) -> list[int]:
+        """Ids of the user's turn and of the start of the reply."""
+        message, counts = {"role": "user", "content": text}, [len(i.embeds) for i in images]
+        tokenizer, limit = self.model.part("tokenizer"), self.model.room()
+        ids = tokenizer.encode_chat([message], counts, continued=bool(self.ids))
+        if (length := len(self.ids) + len(ids)) > limit:
             raise ValueError(
-                f"the conversation is {length} tokens long; this model reads {room}: begin anew"
+                f"the conversation is {length} tokens long; the limit is {limit}: start a new one"
             )
-        return new
+        return ids
 
-    def _reply(self, ids: list[int], pictures: list[Picture]) -> Iterator[tuple[str, Any]]:
-        """Yield the reply; return all ids with it, its text, and the embeddings of its images."""
-        config, stream, found = self.model.config.ar, TextStream(self.model.tokenizer), []
-        inputs = self._inputs(ids, pictures)
+    def _reply(self, prompt: list[int], images: list[ChatImage]) -> Iterator[Event]:
+        """Yield the reply; return its ids, none of them an image's, its text and the embeddings."""
+        ar, tokenizer = self.model.part_on_device("ar"), self.model.tokenizer
+        ids = torch.tensor([prompt], device=ar.lm_head.weight.device)
+        image_embeds = torch.cat([i.embeds for i in images]) if images else None
+        grids = torch.tensor([i.grid for i in images]) if images else None
+        inputs = ChatInputs(ids, image_embeds, grids)
+        tokens, text, embeds = [], "", []
         for kind, value in self.model.reply(inputs, self.max_new_tokens, self.cache):
             if kind == "image":
-                found.append(value)
-                ids = ids + [config.image_token_id] * len(value)
+                embeds.append(value)
                 yield "embeddings", value[None]
-            else:
-                ids = [*ids, value]
-                if piece := stream.push(value):
-                    yield "text", piece
-        if ids[-1] == config.vision_start_token_id:  # out of tokens: announced, not read
-            ids, stream.text = ids[:-1], stream.text.removesuffix(IMAGE)
-        return [*ids, *self.model.tokenizer.turn_end], stream.text, found
+                continue
+            tokens.append(value)
+            whole = reply_text(tokenizer, tokens)
+            if len(whole) > len(text) and not whole.endswith("\ufffd"):  # no partial character
+                yield "text", whole[len(text) :]
+                text = whole
+        if tokens[-1:] == [tokenizer.special_ids[VISION_START]]:  # no tokens left for the image
+            tokens, text = tokens[:-1], text.removesuffix(IMAGE)
+        return tokens + tokenizer.turn_end, text, embeds
 
-    def _inputs(self, ids: list[int], pictures: list[Picture]) -> ChatInputs:
-        """All ids, and all that stands at their images."""
-        tensor = torch.tensor([ids], device=self.model.part_on_device("ar").lm_head.weight.device)
-        if not pictures:
-            return ChatInputs(tensor, None, None)
-        grids = torch.tensor([p.grid for p in pictures])
-        return ChatInputs(tensor, torch.cat([p.embeds for p in pictures]), grids)
+    def _sample_images(
+        self, reply: str, embeds: list[Tensor], history: list[ChatImage]
+    ) -> Iterator[Event]:
+        """Sample the reply's images one after the other; return them."""
+        images = [i.image for i in history]
+        announcements = tuple(s.removesuffix(IMAGE).strip() for s in GENERATION_REPLY.values())
+        for sentence, image_embeds in zip(reply.split(IMAGE), embeds, strict=False):
+            decoder, reference, cfg_scale = self.decoder, None, self.model.config.cfg_scale
+            if decoder == "auto":
+                is_new = not images or sentence.strip().endswith(announcements)
+                decoder = "generation" if is_new else "editing"
+            if decoder == "editing":
+                if not images:
+                    raise ValueError("the editing decoder needs an image to start from; give one")
+                reference, cfg_scale = self.model.reference_embeds(images[-1]), 1.0
+            seed = self.sampling.seed + self.num_images + len(images) - len(history)
+            sampling = replace(self.sampling, seed=seed).resolve(self.model.config, cfg_scale)
+            request = ImageRequest("", image_embeds[None], reference, decoder, sampling)
+            for kind, value in self.model.draw(request):
+                yield kind, value
+            images.append(value)
+        return images[len(history) :]
 
-    def _draw(
-        self, reply: str, embeds: list[Tensor], pictures: list[Picture]
-    ) -> Iterator[tuple[str, Any]]:
-        """Draw the reply's images one after the other; return them."""
-        drawn: list[Image.Image] = []
-        for sentence, one in zip(reply.split(IMAGE), embeds, strict=False):
-            before = [p.image for p in pictures] + drawn
-            decoder = self._decoder(sentence, before)
-            reference = self.model.reference_embeds(before[-1]) if decoder == "editing" else None
-            scale = 1.0 if decoder == "editing" else self.model.config.cfg_scale
-            seed = self.sampling.seed + self.drawn + len(drawn)
-            settings = replace(self.sampling, seed=seed).resolve(self.model.config, scale)
-            for event in self.model.draw(ImageRequest("", one[None], reference, decoder, settings)):
-                yield event
-            drawn.append(event[1])
-        return drawn
-
-    def _decoder(self, sentence: str, before: list[Image.Image]) -> str:
-        """Which decoder draws the image that `sentence` announces."""
-        if self.decoder == "editing" and not before:
-            raise ValueError("the editing decoder needs an image to start from; give one")
-        if self.decoder != "auto":
-            return self.decoder
-        news = [known.removesuffix(IMAGE).strip() for known in GENERATION_REPLY.values()]
-        return "generation" if not before or sentence.strip().endswith(tuple(news)) else "editing"
-
-    # ---- what is remembered --------------------------------------------------------------------
-
-    def _look(self, image: Image.Image) -> Picture:
-        """An image as the AR model reads it."""
+    def _encode(self, image: Image.Image) -> ChatImage:
+        """The image as the vision tower reads it."""
         config = self.model.config
         view = bound_image(image, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
         embeds, grid = self.model.embed_images([view])
-        return Picture(image, embeds, tuple(grid[0].tolist()))
+        return ChatImage(image, embeds, tuple(grid[0].tolist()))
 
-    def _seen(self, image: Image.Image, embeds: Tensor) -> Picture:
-        """What the AR model will see of an image that it drew."""
+    def _as_history(self, image: Image.Image, embeds: Tensor) -> ChatImage:
+        """A generated image as later turns read it."""
         if self.keep == "reencoded":
-            return self._look(image)
-        return Picture(image, embeds, self.model.config.ar.slot_grid)
+            return self._encode(image)
+        return ChatImage(image, embeds, self.model.config.ar.slot_grid)
 
-    def _enter(self, ids: list[int], start: int, seen: list[Picture]) -> list[int]:
-        """The ids with as many tokens for each new image, from `start` on, as it will be read in.
+    def _splice(self, prompt: list[int], tokens: list[int], images: list[ChatImage]) -> list[int]:
+        """All ids, with as many image tokens for each image as it has embeddings.
 
-        The cache forgets what comes after the first slot that is to be read otherwise.
+        Unless the slots stay, the cache is cropped to what precedes the first of the images.
         """
-        config, at = self.model.config.ar, start
-        for picture in seen:
-            at = ids.index(config.image_token_id, at)
-            if picture is seen[0] and self.keep != "slots":
-                self.cache.crop(min(at, self.cache.length))
-            pads = [config.image_token_id] * len(picture.embeds)
-            ids = [*ids[:at], *pads, *ids[at + config.num_image_slots :]]
-            at += len(pads)
+        config, ids, embeds = self.model.config.ar, list(prompt), iter([i.embeds for i in images])
+        for token in tokens:
+            ids.append(token)
+            if token == config.vision_start_token_id:
+                if self.keep != "slots":
+                    self.cache.crop(min(len(ids), self.cache.length))
+                ids += [config.image_token_id] * len(next(embeds))
         return ids

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 MAX_MESSAGE = 600  # characters of an error that are shown
 ERRORS = (ValueError, OSError, FloatingPointError)  # what a user can cause and mend
@@ -15,15 +15,22 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps the description's lines; ends each help text with the default, where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        is_plain = action.default in (None, False, "", argparse.SUPPRESS)
-        return action.help if is_plain else super()._get_help_string(action)
+        has_default = action.default not in (None, "", [], argparse.SUPPRESS)
+        has_default &= action.default is not False  # unlike 0
+        return super()._get_help_string(action) if has_default else action.help
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are a ValueError of one line."""
+    """argparse with one-line errors; `--an-option` and `--an_option` mean the same."""
 
     def __init__(self, *args, formatter_class=HelpFormatter, **options):
         super().__init__(*args, formatter_class=formatter_class, **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        spellings = {name.replace("_", "-"): name for name in self._option_string_actions}
+        words = [word.partition("=") for word in (sys.argv[1:] if args is None else args)]
+        args = [spellings.get(n.replace("_", "-"), n) + eq + value for n, eq, value in words]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see --help)")
@@ -40,9 +47,10 @@ def check_least(args: argparse.Namespace, **least: float) -> None:
 
 
 def one_line(message: object, limit: int = MAX_MESSAGE) -> str:
-    """A message without line breaks and not too long."""
+    """A message without line breaks and control characters, and not too long."""
     line = " ".join(str(message).split()) or type(message).__name__
-    return line if len(line) <= limit else f"{line[:limit]} ..."
+    line = line if len(line) <= limit else f"{line[:limit]} ..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def write(stream, line: str, end: str = "\n") -> None:

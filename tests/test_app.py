@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -22,7 +23,7 @@ from tiny_model import make_tiny
 
 from nexus_min.__main__ import main
 from nexus_min.app import page as app
-from nexus_min.app.page_tasks import Limits, Tasks
+from nexus_min.app.page import Handlers, Limits
 from nexus_min.model import flow
 from nexus_min.pipeline import NexusGen
 from nexus_min.sampling import SamplingParams
@@ -35,8 +36,8 @@ PATIENCE = 600  # seconds; a page on a busy machine
 
 
 @pytest.fixture(scope="module")
-def tasks() -> Tasks:
-    return Tasks(make_tiny(), Limits(num_steps=12, tokens=2))
+def handlers() -> Handlers:
+    return Handlers(make_tiny(), Limits(num_steps=12, tokens=2))
 
 
 @pytest.fixture
@@ -48,32 +49,32 @@ def photo(tmp_path) -> str:
 # ---- what the buttons do -------------------------------------------------------------------------
 
 
-def test_drawing_shows_pictures_on_the_way(tasks):
-    seen = list(tasks.draw("a circle", 9, 3, 64, 48))
+def test_drawing_shows_pictures_on_the_way(handlers):
+    seen = list(handlers.generate("a circle", 9, 3, 64, 48))
     assert all(facts.startswith("seed 3, 9 steps, cfg 1, 48 x 64 px; ") for *_, facts in seen[1:])
     pictures = [image for image, *_ in seen if image is not None]
     assert len(pictures) == 5 + 1 and len({p.tobytes() for p in pictures}) > 1  # every second step
-    want = tasks.model.generate("a circle", num_steps=9, seed=3, width=48, max_new_tokens=2)
+    want = handlers.model.generate("a circle", num_steps=9, seed=3, width=48, max_new_tokens=2)
     assert pictures[-1].tobytes() == want.tobytes()
 
 
-def test_editing_and_asking(tasks, photo):
-    image, said, facts = list(tasks.edit(photo, "white", "editing", *FORM))[-1]
+def test_editing_and_asking(handlers, photo):
+    image, said, facts = list(handlers.edit(photo, "white", "editing", *FORM))[-1]
     assert image.size == (64, 64) and "2 steps" in facts
-    model, options = tasks.model, {"max_new_tokens": 2, "num_steps": 1}
+    model, options = handlers.model, {"max_new_tokens": 2, "num_steps": 1}
     assert said == dict(model.edit_steps(photo, "white", **options))["text"] != ""
     for image in (photo, None):
         want = model.understand(image, "what?", max_new_tokens=2)
-        assert list(tasks.ask(image, "what?")) == [want]
+        assert list(handlers.understand(image, "what?")) == [want]
 
 
-def test_a_conversation_keeps_its_turns_and_takes_the_form_of_each(tasks, photo):
-    chat, shown, _, _ = list(tasks.talk(None, "hello", photo, "slots", *FORM))[-1]
+def test_a_conversation_keeps_its_turns_and_takes_the_form_of_each(handlers, photo):
+    chat, shown, _, _ = list(handlers.chat(None, "hello", photo, "slots", *FORM))[-1]
     assert [m["role"] for m in shown] == ["user", "assistant"]
     assert shown[0]["content"] == "[image] hello" and len(chat.messages) == 2
-    again, shown, _, _ = list(tasks.talk(chat, "more", None, "slots", 3, 8, 64, 64))[-1]
+    again, shown, _, _ = list(handlers.chat(chat, "more", None, "slots", 3, 8, 64, 64))[-1]
     assert again is chat and len(shown) == 4 and chat.sampling == SamplingParams(64, 64, 3, seed=8)
-    other, shown, _, _ = list(tasks.talk(chat, "more", None, "predicted", *FORM))[-1]
+    other, shown, _, _ = list(handlers.chat(chat, "more", None, "predicted", *FORM))[-1]
     assert other is not chat and len(shown) == 2  # another memory begins anew
 
 
@@ -92,22 +93,22 @@ def test_a_conversation_keeps_its_turns_and_takes_the_form_of_each(tasks, photo)
         ("a", (2, 0, 1024, 64), "height and width must be 1 to 512"),
     ],
 )
-def test_what_is_asked_for_is_capped(tasks, text, form, message):
+def test_what_is_asked_for_is_capped(handlers, text, form, message):
     with pytest.raises(ValueError, match=message):
-        list(tasks.draw(text, *form))
+        list(handlers.generate(text, *form))
 
 
-def test_bad_pictures(tasks, tmp_path):
+def test_bad_pictures(handlers, tmp_path):
     (tmp_path / "bad.png").write_text("no image")
     for task in (
-        lambda: list(tasks.edit(str(tmp_path / "bad.png"), "a", "editing", *FORM)),
-        lambda: list(tasks.ask(str(tmp_path / "bad.png"), "a")),
-        lambda: list(tasks.talk(None, "a", str(tmp_path / "bad.png"), "slots", *FORM)),
+        lambda: list(handlers.edit(str(tmp_path / "bad.png"), "a", "editing", *FORM)),
+        lambda: list(handlers.understand(str(tmp_path / "bad.png"), "a")),
+        lambda: list(handlers.chat(None, "a", str(tmp_path / "bad.png"), "slots", *FORM)),
     ):
         with pytest.raises(ValueError, match="cannot read image 'bad.png'"):
             task()
     with pytest.raises(ValueError, match="upload an image first"):
-        list(tasks.edit(None, "a", "editing", *FORM))
+        list(handlers.edit(None, "a", "editing", *FORM))
 
 
 def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys):
@@ -122,7 +123,8 @@ def test_other_hosts_are_warned_of(monkeypatch, capsys):
     served = []
     monkeypatch.setattr(app, "find_gradio", lambda: None)
     monkeypatch.setattr(app, "listen", lambda *place: place)
-    monkeypatch.setattr(app, "serve", lambda model, place: served.append(place))
+    server = SimpleNamespace(run=lambda sockets: served.extend(sockets))
+    monkeypatch.setattr(app, "server", lambda model: server)
     main(["app"])
     assert capsys.readouterr() == ("http://127.0.0.1:7860\n", "")
     main(["app", "--host", "0.0.0.0", "--port", "8000"])
@@ -336,7 +338,7 @@ def asked(address: str, file) -> str:
     """What a request about an image, made by hand, is answered; the file as gradio names it."""
     body = json.dumps({"data": [file, "What color is the background?"]}).encode()
     headers = {"Content-Type": "application/json"}
-    call = f"{address}/gradio_api/call/ask"
+    call = f"{address}/gradio_api/call/understand"
     request = urllib.request.Request(call, body, headers)
     event = json.load(urllib.request.urlopen(request, timeout=PATIENCE))["event_id"]
     with urllib.request.urlopen(f"{call}/{event}", timeout=PATIENCE) as stream:

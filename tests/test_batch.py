@@ -79,9 +79,9 @@ def test_a_batch_is_its_items_one_by_one(tiny):
 
 def test_alike_items_are_drawn_together(tiny, monkeypatch):
     sizes = []
-    whole = batches.draw_together
+    whole = batches.sample_batch
     monkeypatch.setattr(
-        batches, "draw_together", lambda m, d: sizes.append((d[0].decoder, len(d))) or whole(m, d)
+        batches, "sample_batch", lambda m, d: sizes.append((d[0].decoder, len(d))) or whole(m, d)
     )
     results_of(tiny, [*mixed(), {"task": "generate", "prompt": "b", **FAST}], batch_size=3)
     want = [("editing", 2), *[("generation", 1)] * 3, ("generation", 3)]

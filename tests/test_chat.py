@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from tiny_model import make_tiny, save_tiny
 
+from nexus_min import __main__ as command_line
 from nexus_min.__main__ import main
-from nexus_min.chat import KEEP, SPELLED, Chat, TextStream
+from nexus_min.chat import ESCAPED_IMAGE, HELP, HISTORY_MODES, Chat, reply_text
 from nexus_min.model import autoregressive
 from nexus_min.pipeline import NexusGen
-from nexus_min.talk import Talk
+from nexus_min.sampling import SamplingParams
 from nexus_min.tokenizer import GENERATION_REPLY
 from nexus_min.train.data import check_line
 
@@ -37,10 +38,10 @@ def script(tiny, monkeypatch):
             coming.extend([start] if part is PICTURE else tiny.tokenizer.encode(part))
         coming.append(end)
 
-    def logits(model, hidden, ids, penalty):
-        return torch.nn.functional.one_hot(torch.tensor(coming.pop(0)), 768).float()
+    def penalize(logits, ids, penalty):
+        return torch.nn.functional.one_hot(torch.tensor(coming.pop(0)), len(logits)).float()
 
-    monkeypatch.setattr(autoregressive, "_text_logits", logits)
+    monkeypatch.setattr(autoregressive, "penalize", penalize)
     return write
 
 
@@ -60,16 +61,16 @@ def last(events, kind: str):
 # ---- history -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("keep", HISTORY_MODES)
 def test_a_cached_turn_is_the_whole_conversation_in_one_pass(tiny, script, keep):
     talk = chat(tiny, keep=keep)
     script("Here: ", PICTURE, " and ", PICTURE, ".")
     list(talk.say("draw two", [photo()]))
-    known = list(talk.ids), list(talk.pictures), talk.cache.length
+    known = list(talk.ids), list(talk.images), talk.cache.length
     script("It is ", PICTURE)
     got = last(talk.say("change it", [photo(7), photo(9)]), "embeddings")
 
-    config, pictures = tiny.config.ar, talk.pictures[:-1]
+    config, pictures = tiny.config.ar, talk.images[:-1]
     at = len(talk.ids) - 2 - talk.ids[::-1].index(config.vision_end_token_id)
     ids = torch.tensor([talk.ids[: at + 1]])  # up to the last image token
     is_image = ids == config.image_token_id
@@ -83,7 +84,7 @@ def test_a_cached_turn_is_the_whole_conversation_in_one_pass(tiny, script, keep)
     if keep == "slots":
         slots[is_image & ~new] = runs
     read = [p.embeds for p, d in zip(pictures, drawn, strict=True) if keep != "slots" or not d]
-    grids = torch.tensor([p.grid for p in [*pictures, talk.pictures[-1]]])
+    grids = torch.tensor([p.grid for p in [*pictures, talk.images[-1]]])
     grids[-1] = torch.tensor(config.slot_grid)
     with torch.no_grad():
         out = tiny.ar(ids, torch.cat(read), grids, None, slots).image_embeddings
@@ -92,18 +93,18 @@ def test_a_cached_turn_is_the_whole_conversation_in_one_pass(tiny, script, keep)
     torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("keep", HISTORY_MODES)
 def test_every_picture_is_in_the_history_once(tiny, script, keep):
     talk = chat(tiny, keep=keep, height=96)  # drawn larger than what the slots hold
     for turn in range(3):
         script("so ", PICTURE)
         list(talk.say("more", [photo(turn)]))
         pads = talk.ids.count(tiny.config.ar.image_token_id)
-        assert pads == sum(len(p.embeds) for p in talk.pictures)
-        assert len(talk.pictures) == 2 * turn + 2
+        assert pads == sum(len(p.embeds) for p in talk.images)
+        assert len(talk.images) == 2 * turn + 2
     assert talk.ids.count(tiny.config.ar.vision_start_token_id) == 6
     assert tiny.tokenizer.decode(talk.ids).count("You are a helpful assistant.") == 1
-    images = [p.image for p in talk.pictures]
+    images = [p.image for p in talk.images]
     check_line({"images": images, "messages": talk.messages}, "the conversation")
     assert talk.messages[-2:] == [
         {"role": "user", "content": "<image>more"},
@@ -120,22 +121,22 @@ def test_words_that_spell_a_picture_are_none(tiny, script, said):
     for turn, reply in enumerate(([said, PICTURE, said], [said], [said, "Here: ", PICTURE])):
         script(*reply)
         told.append("".join(v for k, v in talk.say("more") if k == "text"))
-        want = [SPELLED.join(p.split("<image>")) if p is not PICTURE else "<image>" for p in reply]
+        want = ["<image>" if p is PICTURE else p.replace("<image>", ESCAPED_IMAGE) for p in reply]
         assert told[turn] == "".join(want)
-    record = {"images": [p.image for p in talk.pictures], "messages": talk.messages}
+    record = {"images": [p.image for p in talk.images], "messages": talk.messages}
     check_line(record, "the conversation")
-    assert [m["content"] for m in talk.messages[1::2]] == told and len(talk.pictures) == 2
+    assert [m["content"] for m in talk.messages[1::2]] == told and len(talk.images) == 2
     config = tiny.config.ar
     assert talk.ids.count(config.vision_start_token_id) == 2
     assert talk.ids.count(config.image_token_id) == 2 * config.num_image_slots
 
 
-def test_a_word_for_a_picture_from_pieces_around_a_special_token(tiny):
+def test_a_literal_image_around_a_special_token_is_escaped(tiny):
     """A token that is not shown stands in the middle: what is left together spells an image."""
-    stream, special = TextStream(tiny.tokenizer), tiny.tokenizer.special_ids
+    special = tiny.tokenizer.special_ids
     ids = [*tiny.tokenizer.encode("<im"), special["<|vision_end|>"], *tiny.tokenizer.encode("age>")]
     ids.append(special["<|vision_start|>"])
-    assert "".join(map(stream.push, ids)) == stream.text == SPELLED + "<image>"
+    assert reply_text(tiny.tokenizer, ids) == ESCAPED_IMAGE + "<image>"
 
 
 def test_nothing_said_by_either_is_special_in_any_turn(tiny, script):
@@ -159,7 +160,7 @@ def test_the_sentence_before_a_picture_is_found_behind_words_that_spell_one(tiny
 
 def test_what_is_kept_of_a_picture_differs(tiny, script):
     said = {}
-    for keep in KEEP:
+    for keep in HISTORY_MODES:
         talk = chat(tiny, keep=keep)
         script(PICTURE)
         list(talk.say("draw"))
@@ -177,7 +178,7 @@ def test_each_picture_of_a_reply_has_its_own_seed_and_source(tiny, script):
     drawn = [v for k, v in events if k == "image"]
     lengths = [v.txt.shape[1] for k, v in events if k == "context"]
     assert [s.seed for s in settings] == [5, 6]
-    assert [p.image for p in talk.pictures] == drawn
+    assert [p.image for p in talk.images] == drawn
     assert lengths == [16, 80]  # the second is drawn from the first
     assert [k for k, _ in events if k == "text"] and events.index(("text", "o")) == 0
 
@@ -204,14 +205,14 @@ def test_a_turn_that_is_left_leaves_no_trace(tiny, script, stop):
     for talk in (plain, left):
         script("hello ", PICTURE)
         list(talk.say("draw"))
-    before = list(left.ids), len(left.pictures), len(left.messages)
+    before = list(left.ids), len(left.images), len(left.messages)
     script("no ", PICTURE)
     events = left.say("another", [photo()])
     for kind, _ in events:
         if kind == stop:
             break
     events.close()
-    assert (left.ids, len(left.pictures), len(left.messages)) == before
+    assert (left.ids, len(left.images), len(left.messages)) == before
     pictures = []
     for talk in (plain, left):
         script("so ", PICTURE)
@@ -227,14 +228,14 @@ def test_a_first_turn_that_fails_leaves_an_empty_conversation(tiny, script, monk
     assert talk.ids == [] and talk.messages == []
     script("yes ", PICTURE)
     list(talk.say("draw", [photo()]))
-    assert len(talk.pictures) == 2
+    assert len(talk.images) == 2
 
 
 def test_an_announced_picture_without_tokens_left_is_dropped(tiny, script):
     talk = chat(tiny, max_new_tokens=3)
     script("ab", PICTURE)
     assert "".join(v for k, v in talk.say("draw") if k == "text") == "ab<image>"
-    assert talk.messages[-1]["content"] == "ab" and not talk.pictures
+    assert talk.messages[-1]["content"] == "ab" and not talk.images
     script("ok")
     list(talk.say("and"))
     assert talk.messages[-1]["content"] == "ok"
@@ -247,7 +248,7 @@ def test_an_announced_picture_without_tokens_left_is_dropped(tiny, script):
         ("a \udcff", (), "not valid Unicode"),
         ("<image> a", (), "1 <image> placeholders for 0 images"),
         ("a", ("missing.png",), "cannot read image 'missing.png': no such file"),
-        ("a" * 3000, (), "tokens long; this model reads"),
+        ("a" * 3000, (), "tokens long; the limit is"),
     ],
 )
 def test_bad_turns(tiny, text, images, message):
@@ -274,18 +275,20 @@ def test_bad_options_are_found_at_once(tiny, options, message):
 # ---- text ----------------------------------------------------------------------------------------
 
 
-def test_characters_of_several_tokens_come_whole(tiny):
-    stream = TextStream(tiny.tokenizer)
-    pieces = [stream.push(i) for i in tiny.tokenizer.encode("a 圆é")]
-    assert len(pieces) == 7 and [p for p in pieces if p] == ["a", " ", "圆", "é"]
-    assert stream.text == "a 圆é"
+def test_characters_of_several_tokens_come_whole(tiny, script):
+    talk = chat(tiny)
+    script("a 圆é")
+    assert len(tiny.tokenizer.encode("a 圆é")) == 7
+    assert [v for _, v in talk.say("go")] == ["a", " ", "圆", "é"]
+    script()
+    assert list(talk.say("nothing")) == [] and talk.messages[-1]["content"] == ""
 
 
 # ---- on a terminal -------------------------------------------------------------------------------
 
 
 class Stub:
-    """A Chat that says what it heard."""
+    """A Chat that records what it is given."""
 
     def __init__(self):
         self.heard = []
@@ -299,30 +302,36 @@ class Stub:
             raise KeyboardInterrupt
         yield "text", "yes"
         if text == "draw":
-            yield "sampling", "settings"
-            yield "image", "image"
+            yield "sampling", SamplingParams(64, 64, 1, 1.0)
+            yield "image", photo()
 
 
-def test_lines_are_messages_or_commands(tmp_path, monkeypatch):
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_are_messages_or_commands(tmp_path, monkeypatch, capsys):
     photo().save(tmp_path / "a b.png")
     monkeypatch.chdir(tmp_path)
-    stub, out, saved, told = Stub(), [], [], []
-    talk = Talk(stub, out.append, lambda *a: saved.append(a) or f"p{a[1]}", told.append)
-    lines = ["draw\n", "", "/image a b.png", "/image a b.png", "what?", "stop", "/image none.png"]
-    lines += ["/nonsense", "/draw 圆", "/draw", "draw", "/new", "/quit", "never"]
-    talk.run(lines)
+    stub = Stub()
+    monkeypatch.setattr("nexus_min.chat.Chat", lambda *_, **__: stub)
+    monkeypatch.setattr(command_line, "load_model", lambda args: setattr(args, "device", "cpu"))
+    lines = ["draw", "", "/image a b.png", "/image a b.png", "what?", "stop", "/image none.png"]
+    lines += ["/nonsense", "/draw 圆", "/draw", "draw", "/image a b.png", "/new", "more", "/help"]
+    monkeypatch.setattr("sys.stdin", Terminal("\n".join([*lines, "/quit", "never"])))
+    main(["chat", "-o", "p.png", "--scale", "2"])
     said = "根据以下描述生成一张图像：圆"
-    want = [("draw", 0), ("what?", 2), ("stop", 0), (said, 0), ("draw", 0), "clear"]
+    want = [("draw", 0), ("what?", 2), ("stop", 0), (said, 0), ("draw", 0), "clear", ("more", 0)]
     assert stub.heard == want
-    assert saved == [("image", 1, "settings", "draw"), ("image", 2, "settings", "draw")]
-    assert "".join(out) == "yes\np1\nyes\nyes\nyes\np2\n"
-    reasons = [
-        "",
-        "cannot read image 'none.png'",
-        "unknown command '/nonsense'",
-        "prompt is empty",
-    ]
-    assert len(told) == 4 and all(r in str(t) for r, t in zip(reasons, told, strict=True))
+    with Image.open("p-2.png") as image:
+        assert image.text["message"] == "draw" and image.size == (100, 60)
+    out, err = capsys.readouterr()
+    assert out == f"{HELP}\nyes\np-1.png\nyes\nyes\nyes\np-2.png\nyes\n{HELP}\n"
+    reasons = ["stopped", "cannot read image 'none.png'", "unknown command '/nonsense'"]
+    reasons.append("prompt is empty")
+    for reason, line in zip(reasons, err.splitlines(), strict=True):
+        assert line.startswith("nexus_min: ") and reason in line
 
 
 def test_a_conversation_through_a_pipe(tmp_path, monkeypatch, capsys):

@@ -1,29 +1,139 @@
-"""`python -m nexus_min app`: draw, edit, ask and talk in a browser.
+"""`python -m nexus_min app`: generate, edit, ask and chat in a browser.
 
-One model for all visitors, one task at a time, a queue before it; images appear while they are
-sampled, and Stop ends a task between two steps. What the buttons do, and how much a visitor can ask
-for, is in `page_tasks`; images are uploaded, never fetched from an address. Needs gradio (6.7 or
-newer), imported when the page is built. Official counterpart: `app.py` of modelscope/Nexus-Gen.
+One model serves all visitors, one task at a time, with a queue before it. Images appear while they
+are sampled; Stop ends a task between two steps. Images are uploaded, never fetched from an address.
+Needs gradio (6.7 or newer), imported when the page is built. Official counterpart: `app.py` of
+modelscope/Nexus-Gen.
 """
 
 from __future__ import annotations
 
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from ..chat import KEEP
-from ..pipeline import NexusGen
-from .page_tasks import Limits, Tasks
+from PIL import Image
 
+from ..chat import HISTORY_MODES, Chat
+from ..images import load_image
+from ..pipeline import NexusGen
+from ..sampling import SamplingParams
+from ..tokenizer import IMAGE
+
+PREVIEWS = 8  # images shown while one is sampled
+IMAGE_MARK = "[image] "  # stands for an image in the text of a conversation
 CSS = ".image img { width: 100%; height: 100%; object-fit: contain }"
-PIXELS = ".image img { image-rendering: pixelated }"  # of a small image
-FONT = ["system-ui", "sans-serif"]  # nothing comes from elsewhere
+PIXELATED = ".image img { image-rendering: pixelated }"  # for small images
+FONT = ["system-ui", "sans-serif"]  # no font is fetched
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one visitor can ask for."""
+
+    num_steps: int = 100
+    height: int = 1024  # pixels
+    width: int = 1024
+    seed: int = 2**53  # larger integers are not exact in a browser
+    tokens: int = 512  # of a reply
+    text: int = 2000  # characters of a prompt
+    file: str = "20mb"
+    queue: int = 16  # waiting tasks
+
+
+class Handlers:
+    """What the buttons do: each generator yields the values of its outputs, again and again.
+
+    They know nothing of gradio. A visitor's mistake is a ValueError that the page may show.
+    """
+
+    def __init__(self, model: NexusGen, limits: Limits):
+        self.model, self.limits = model, limits
+
+    def options(self, text: str, *numbers: float | None) -> dict:
+        """The form as options of `generate`, within the limits."""
+        if len(text or "") > self.limits.text:
+            raise ValueError(f"the text is longer than {self.limits.text} characters")
+        form = dict(zip(("num_steps", "seed", "height", "width"), numbers, strict=True))
+        for name, value in form.items():
+            if value is None or not 0 <= value <= getattr(self.limits, name):
+                raise ValueError(f"{name} must be 0 to {getattr(self.limits, name)}, got {value}")
+            form[name] = int(value)
+        return form | {"max_new_tokens": self.limits.tokens}
+
+    def generate(self, prompt: str, *form) -> Iterator[tuple[Any, str, str]]:
+        """A prompt -> (image, reply, facts)."""
+        options = self.options(prompt, *form)
+        yield from self.watch(self.model.generate_steps(prompt or "", **options))
+
+    def edit(self, image, instruction: str, decoder: str, *form) -> Iterator[tuple[Any, str, str]]:
+        """An image and an instruction -> (image, reply, facts)."""
+        if image is None:
+            raise ValueError("upload an image first")
+        options = self.options(instruction, *form) | {"decoder": decoder}
+        source = load_upload(image)
+        yield from self.watch(self.model.edit_steps(source, instruction or "", **options))
+
+    def understand(self, image, question: str) -> Iterator[str]:
+        """An image, or none, and a question -> the answer."""
+        tokens = self.options(question, 0, 0, 0, 0)["max_new_tokens"]
+        source = load_upload(image) if image else None
+        yield self.model.understand(source, question or "", max_new_tokens=tokens)
+
+    def chat(
+        self, chat: Chat | None, text: str, image, keep: str, *form
+    ) -> Iterator[tuple[Chat, list[dict], Any, str]]:
+        """A turn -> (conversation, its messages as shown, the latest image, facts)."""
+        options = self.options(text, *form)
+        max_new_tokens = options.pop("max_new_tokens")
+        if chat is None or chat.keep != keep:
+            chat = Chat(self.model, keep, max_new_tokens=max_new_tokens)
+        chat.sampling = SamplingParams(**options)
+        past = [m | {"content": m["content"].replace(IMAGE, IMAGE_MARK)} for m in chat.messages]
+        past.append({"role": "user", "content": (IMAGE_MARK if image else "") + (text or "")})
+        latest = chat.images[-1].image if chat.images else None
+        events = chat.say(text or "", [load_upload(image)] if image else [])
+        for new, reply, facts in self.watch(events):
+            reply = {"role": "assistant", "content": reply.replace(IMAGE, IMAGE_MARK) or "..."}
+            yield chat, [*past, reply], new or latest, facts
+
+    def watch(self, events: Iterator) -> Iterator[tuple[Any, str, str]]:
+        """(image so far, text so far, facts), whenever one of them changes."""
+        image, text, facts, interval, start = None, "", "", 1, time.perf_counter()
+        offloader = self.model.offloader
+        has_previews = offloader is None or offloader.profile == "resident"  # no weights move
+        with closing(events):
+            for kind, value in events:
+                if kind == "text":
+                    text += value
+                elif kind == "sampling":
+                    interval = -(-value.num_steps // PREVIEWS)
+                    facts = f"seed {value.seed}, {value.num_steps} steps, cfg {value.cfg_scale:g}"
+                    facts += f", {value.width} x {value.height} px; "
+                elif kind == "step" and has_previews and value.i % interval == 0:
+                    image = self.model.decode(value.x0)[0]
+                elif kind == "image":
+                    image = value
+                else:
+                    continue
+                yield image, text, f"{facts}{time.perf_counter() - start:.1f} s"
+
+
+def load_upload(path: str) -> Image.Image:
+    """An uploaded image; an error does not name the folder of uploads."""
+    try:
+        return load_image(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{Path(path).parent}/", "")) from None
 
 
 def find_gradio() -> Any:
-    """The gradio package. ValueError when it is not installed."""
+    """The gradio package, or a ValueError that names it."""
     try:
         import gradio
     except ImportError:
@@ -31,19 +141,19 @@ def find_gradio() -> Any:
     return gradio
 
 
-def uploaded(path: str) -> str:
-    """The path of a file that a browser has uploaded.
+def check_upload(path: str) -> str:
+    """The path of a file that a browser has uploaded; gradio.Error for any other.
 
-    gradio.Error for any other: a request may name an address, a device, or a file of this machine,
-    and gradio itself checks that only for pages that its own `launch` has started.
+    A request may name an address, a device or a file of this machine; gradio itself checks that
+    only for pages that its own `launch` has started.
     """
     gr = find_gradio()
     try:
         file, folder = Path(path).resolve(), Path(gr.utils.get_upload_folder()).resolve()
-        good = file.is_relative_to(folder) and file.is_file()
-    except (OSError, TypeError, ValueError):  # no path at all, a NUL in it, too long a name
-        good = False
-    if not good:
+        is_upload = file.is_relative_to(folder) and file.is_file()
+    except (OSError, TypeError, ValueError):  # not a path, a NUL in it, too long a name
+        is_upload = False
+    if not is_upload:
         raise gr.Error("images are uploaded, not read from an address or a path")
     return path
 
@@ -51,28 +161,26 @@ def uploaded(path: str) -> str:
 def build(model: NexusGen, limits: Limits) -> Any:
     """The page, a `gradio.Blocks` with its queue."""
     gr = find_gradio()
-    tasks, size = Tasks(model, limits), model.config.image_size
+    handlers, size = Handlers(model, limits), model.config.image_size
 
     def upload(label: str) -> Any:
-        """An image input that takes files from the browser only, opened by `load_image` alone."""
-        look = {"height": 240, "elem_classes": "image", "buttons": []}
-        image = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], **look)
+        """An image input that takes files of the browser only; `load_image` alone opens them."""
+        style = {"height": 240, "elem_classes": "image", "buttons": []}
+        image = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], **style)
         move = image.async_move_resource_to_block_cache
 
-        async def move_file(path):
-            return await move(uploaded(path))
+        async def move_upload(path):
+            return await move(check_upload(path))
 
-        image.async_move_resource_to_block_cache = move_file
-        image.preprocess = lambda payload: uploaded(payload.path) if payload else None
+        image.async_move_resource_to_block_cache = move_upload
+        image.preprocess = lambda payload: check_upload(payload.path) if payload else None
         return image
 
-    def told(task):
-        """The task, its mistakes shown to the visitor."""
-
-        @wraps(task)
+    def show_errors(handler):
+        @wraps(handler)
         def steps(*values):
             try:
-                yield from task(*values)
+                yield from handler(*values)
             except (ValueError, OSError, MemoryError) as error:
                 raise gr.Error(str(error)) from None
 
@@ -89,14 +197,15 @@ def build(model: NexusGen, limits: Limits) -> Any:
         with gr.Row():
             return gr.Button(name, variant="primary"), gr.Button("Stop")
 
-    def results(*more: str) -> list:
-        look = {"height": 360, "elem_classes": "image", "buttons": ["download", "fullscreen"]}
-        picture = gr.Image(label="Image", format="png", **look)  # above the words
-        return [picture, *[gr.Textbox(label=label) for label in (*more, "Made with")]]
+    def results(*labels: str) -> list:
+        style = {"height": 360, "elem_classes": "image", "buttons": ["download", "fullscreen"]}
+        image = gr.Image(label="Image", format="png", **style)
+        return [image, *[gr.Textbox(label=label) for label in (*labels, "Made with")]]
 
-    def wire(pressed, task, inputs: list, outputs: list, text) -> Any:
+    def wire(pressed, handler, inputs: list, outputs: list, text) -> Any:
         options = {"concurrency_id": "model", "concurrency_limit": 1}
-        run = gr.on([pressed[0].click, text.submit], told(task), inputs, outputs, **options)
+        triggers = [pressed[0].click, text.submit]
+        run = gr.on(triggers, show_errors(handler), inputs, outputs, **options)
         pressed[1].click(None, cancels=[run])
         return run
 
@@ -106,20 +215,20 @@ def build(model: NexusGen, limits: Limits) -> Any:
             with gr.Column():
                 text, numbers, go = gr.Textbox(label="Prompt"), form(), buttons("Draw")
             with gr.Column():
-                wire(go, tasks.draw, [text, *numbers], results("Reply"), text)
+                wire(go, handlers.generate, [text, *numbers], results("Reply"), text)
         with gr.Tab("Edit"), gr.Row():
             with gr.Column():
                 source, text = upload("Source"), gr.Textbox(label="Instruction")
                 decoder = gr.Radio(["editing", "generation"], value="editing", label="Decoder")
                 numbers, go = form(), buttons("Edit")
             with gr.Column():
-                wire(go, tasks.edit, [source, text, decoder, *numbers], results("Reply"), text)
+                wire(go, handlers.edit, [source, text, decoder, *numbers], results("Reply"), text)
         with gr.Tab("Ask"), gr.Row():
             with gr.Column():
-                seen, text = upload("Image to ask about"), gr.Textbox(label="Question")
+                source, text = upload("Image to ask about"), gr.Textbox(label="Question")
                 go = buttons("Ask")
             with gr.Column():
-                wire(go, tasks.ask, [seen, text], [gr.Textbox(label="Answer")], text)
+                wire(go, handlers.understand, [source, text], [gr.Textbox(label="Answer")], text)
         with gr.Tab("Conversation"), gr.Row():
             chat = gr.State(None)
             with gr.Column():
@@ -128,42 +237,38 @@ def build(model: NexusGen, limits: Limits) -> Any:
                 go, new = buttons("Send"), gr.Button("New conversation")
             with gr.Column():
                 outputs, added = [chat, history, *results()], upload("Show an image")
-                keep = gr.Radio(list(KEEP), value="predicted", label="A drawn image is kept as")
-                sent = wire(go, tasks.talk, [chat, text, added, keep, *form()], outputs, text)
-                sent.success(lambda: ("", None), None, [text, added])  # said and shown once
+                keep = gr.Radio(
+                    list(HISTORY_MODES), value="predicted", label="A drawn image is kept as"
+                )
+                sent = wire(go, handlers.chat, [chat, text, added, keep, *form()], outputs, text)
+                sent.success(lambda: ("", None), None, [text, added])
                 gr.on([new.click, history.clear], lambda: (None, [], None, ""), None, outputs)
     return page.queue(max_size=limits.queue, default_concurrency_limit=1)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at host:port, any free port for 0. ValueError when it cannot be had."""
+    """A socket at host:port; port 0 is any free one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        )
+        return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise ValueError(f"cannot listen on {host}:{port}: {error}") from None
 
 
 def server(model: NexusGen) -> Any:
-    """A `uvicorn.Server` of the page, which `run(sockets=[...])` shows until stopped.
+    """A `uvicorn.Server` of the page, which `run(sockets=[...])` shows until it is stopped.
 
-    Not `launch`: its own checks of the page give up after seconds, which a busy machine needs.
+    gradio's `launch` gives up on a busy machine: it waits only seconds for its own page.
     """
     gr, limits = find_gradio(), Limits()
-    import fastapi  # with gradio come both
+    import fastapi  # gradio installs both
     import uvicorn
 
     theme = gr.themes.Default(font=FONT, font_mono=["monospace"])
-    css = CSS + (PIXELS if model.config.image_size < 256 else "")
+    css = CSS + (PIXELATED if model.config.image_size < 256 else "")
     settings = {"max_file_size": limits.file, "theme": theme, "css": css, "footer_links": []}
     settings |= {"show_error": False, "ssr_mode": False, "mcp_server": False}
     site = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     site = gr.mount_gradio_app(site, build(model, limits), "/", **settings)
     config = uvicorn.Config(site, log_level="warning", timeout_graceful_shutdown=1)
     return uvicorn.Server(config)
-
-
-def serve(model: NexusGen, place: socket.socket) -> None:
-    """Show the page at a socket until Ctrl-C."""
-    server(model).run(sockets=[place])
