@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from nexus_min.chat import KEEP, Chat
+from nexus_min.chat import HISTORY_MODES, Chat
 from nexus_min.pipeline import NexusGen
 from nexus_min.tokenizer import EDITING_PROMPT, GENERATION_PROMPT
 from nexus_min.toy import score
@@ -71,7 +71,7 @@ def main() -> None:
     args = parser.parse_args()
     model, rng = NexusGen.load(args.model), np.random.default_rng(0)
     captions = [example(rng, "generate", "caption", False, unseen=True) for _ in range(args.cases)]
-    for keep in ("fresh", *KEEP):
+    for keep in ("fresh", *HISTORY_MODES):
         rows = []
         for ex in captions:
             others = [b for b in BACKGROUNDS if b != ex.scenes[0].background]
