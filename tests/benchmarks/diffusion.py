@@ -4,8 +4,9 @@
 
 One velocity of a 512x512 image with a context of 81 embeddings (generation) and of 405 (editing).
 A whole sampling with classifier-free guidance, the negative context of 512 states as T5's: a
-256x256 image in few steps, since twenty at 512x512 would take an hour. The peer's loop is that of diffusers'
-`FluxPipeline` with true CFG: two passes a step, its own scheduler. Its weights are views of ours.
+256x256 image in few steps, since twenty at 512x512 would take an hour. The peer's loop is that of
+diffusers' `FluxPipeline` with true CFG: two passes a step, its own scheduler. Its weights are views
+of ours.
 """
 
 from __future__ import annotations
