@@ -32,7 +32,7 @@ from ..images import (
     smart_resize,
     to_patches,
 )
-from ..tokenizer import IGNORE, IMAGE, ROLES, QwenTokenizer, count_placeholders, locate_placeholders
+from ..tokenizer import IGNORE, IMAGE, ROLES, QwenTokenizer, locate_placeholders
 
 
 class Batch(NamedTuple):
@@ -71,9 +71,10 @@ def mistakes(line: Any) -> Iterator[str]:
         return
     if not any(m["role"] == "assistant" for m in messages):
         yield "`messages` need a turn of the assistant to learn from"
-    if images is not None and (places := count_placeholders(messages)) != len(images):
-        told = f"{places} {IMAGE} in `messages` for {len(images)} `images`"
-        yield told + locate_placeholders(messages)
+    found = sum(m["content"].count(IMAGE) for m in messages)
+    if images is not None and found != len(images):
+        message = f"{found} {IMAGE} in `messages` for {len(images)} `images`"
+        yield message + locate_placeholders(messages)
 
 
 def message_mistakes(message: Any) -> Iterator[str]:
