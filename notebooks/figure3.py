@@ -38,7 +38,7 @@ from nexus_min.toy import score
 from nexus_min.toy.pretrain import standardise
 from nexus_min.toy.pictures import embed_views, save_grid, scenes, to_uint8, to_unit
 from nexus_min.toy.stages import ar_batch_loss, predict_after_reply
-from nexus_min.toy.tasks import example
+from nexus_min.toy.tasks import sample_example
 from nexus_min.toy.world import held_out, jittered, random_scene, render
 from nexus_min.train.trainer import Run, Stage, fit
 
@@ -193,7 +193,7 @@ def prediction(model: NexusGen, config, ar: NexusGenAR, draw, steps: int, cases:
 
 def captions(rng, n: int, unseen: bool) -> list:
     """n examples of the generation task, long captions in English."""
-    return [example(rng, "generate", "caption", False, unseen=unseen) for _ in range(n)]
+    return [sample_example(rng, "generate", "caption", False, unseen=unseen) for _ in range(n)]
 
 
 @torch.no_grad()

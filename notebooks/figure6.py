@@ -37,7 +37,7 @@ from nexus_min.model.decoder import KVCache
 from nexus_min.pipeline import NexusGen
 from nexus_min.toy.pictures import embed_views, to_unit
 from nexus_min.toy.init import init_ar
-from nexus_min.toy.language import a, caption, noun
+from nexus_min.toy.language import caption, noun_phrase, with_article
 from nexus_min.toy.world import Scene, held_out, random_scene, render
 
 CAPTIONS = ("full", "vague")
@@ -127,7 +127,7 @@ def words(rng: np.random.Generator, scene: Scene, kind: str) -> str:
     if kind == "full":
         return caption(rng, scene, zh=False)
     objects = [scene.objects[i] for i in rng.permutation(len(scene.objects))]
-    return " and ".join(a(noun(o.shape, o.color, None, False)) for o in objects)
+    return " and ".join(with_article(noun_phrase(o.shape, o.color, None, False)) for o in objects)
 
 
 def encode(model: NexusGen, rng: np.random.Generator, scenes: list[Scene], kind: str) -> Data:

@@ -17,7 +17,7 @@ from common import BLACK, BLUE, GREEN, ORANGE, PINK, setup
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from nexus_min.pipeline import NexusGen
-from nexus_min.toy.questions import final
+from nexus_min.toy.questions import final_answer
 from nexus_min.toy.world import Object, Scene, render
 
 OUTPUT = Path(__file__).with_name("overview.png")
@@ -90,7 +90,7 @@ def results() -> list[tuple[str, list]]:
     source = render(Scene((*objects, Object("triangle", "pink", "large", 7)), "gray"))
     order = "Change the triangle to yellow."
     question = "What color is the triangle?"
-    said = final(model.understand(source, question))
+    said = final_answer(model.understand(source, question))
     edited = dict(model.edit_steps(source, order))
     told = fill(f"→ “{edited['text'].split('. ')[1]}.”", 44)
     return [

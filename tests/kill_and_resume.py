@@ -37,7 +37,7 @@ from nexus_min.config import NexusGenConfig
 from nexus_min.toy import pictures
 from nexus_min.toy import pretrain as base
 from nexus_min.toy import stages as toy
-from nexus_min.toy.tasks import example
+from nexus_min.toy.tasks import sample_example
 from nexus_min.train import trainer as training
 
 OWN = {"data": [], "lora": ["--lora", "2"]}  # all stages of `--data`, one command
@@ -63,7 +63,7 @@ def write_data(folder: Path) -> None:
     """Two lines of every task in `own.jsonl`, and their images."""
     lines, rng = [], np.random.default_rng(0)
     for task in (toy.UND, toy.GEN, toy.EDIT) * 2:
-        line = toy.toy_line(example(rng, task))
+        line = toy.toy_line(sample_example(rng, task))
         names = [f"{len(lines)}-{i}.png" for i in range(len(line["images"]))]
         for name, pixels in zip(names, line["images"], strict=True):
             Image.fromarray(pixels).save(folder / name)

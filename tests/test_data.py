@@ -15,7 +15,7 @@ from nexus_min.config import NexusGenConfig
 from nexus_min.images import bound_image, center_crop_view, to_patches
 from nexus_min.tokenizer import IGNORE, QwenTokenizer
 from nexus_min.toy.stages import toy_line
-from nexus_min.toy.tasks import example
+from nexus_min.toy.tasks import sample_example
 from nexus_min.toy.vocabulary import build_tokenizer
 from nexus_min.train.data import MessageDataset, collate
 
@@ -124,7 +124,7 @@ def test_images_are_in_reading_order(tokenizer):
 @pytest.mark.parametrize("task", ["understand", "generate", "edit"])
 def test_toy_example_through_a_file_is_the_same_batch(tmp_path, write, task):
     tokenizer, rng = QwenTokenizer(build_tokenizer(CONFIG)), np.random.default_rng(5)
-    lines = [toy_line(example(rng, task)) for _ in range(3)]
+    lines = [toy_line(sample_example(rng, task)) for _ in range(3)]
     rows = []
     for i, line in enumerate(lines):
         names = [f"{i}_{k}.png" for k in range(len(line["images"]))]

@@ -24,7 +24,7 @@ from nexus_min.scale.estimate import (
 )
 from nexus_min.scale.fsdp import PRESETS, LossModule, checkpoint_activations
 from nexus_min.toy.stages import toy_line
-from nexus_min.toy.tasks import example
+from nexus_min.toy.tasks import sample_example
 from nexus_min.train import finetune
 from nexus_min.train.data import collate
 
@@ -55,7 +55,7 @@ def test_bytes_of_the_decoders(name):
 def edits():
     """The AR stage on edits alone, and how long they are."""
     model = make_tiny()
-    line = toy_line(example(np.random.default_rng(3), "edit"))
+    line = toy_line(sample_example(np.random.default_rng(3), "edit"))
     stage = finetune.autoregressive_stage(
         model.ar, model.tokenizer, TINY, finetune.Mixture([line]), MICRO_BATCH
     )

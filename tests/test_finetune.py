@@ -16,7 +16,7 @@ from tiny_model import make_tiny, save_tiny
 import train_tiny
 from nexus_min.pipeline import NexusGen
 from nexus_min.toy.stages import toy_line
-from nexus_min.toy.tasks import example
+from nexus_min.toy.tasks import sample_example
 from nexus_min.train import finetune
 from nexus_min.train import trainer as training
 from nexus_min.train.data import MessageDataset, Shards, cache_embeddings, check_file, collate
@@ -31,7 +31,7 @@ def toy_file(folder, tasks) -> tuple:
     """A JSONL file of toy examples beside its images; its path, and the examples."""
     rng, rows, found = np.random.default_rng(3), [], []
     for i, task in enumerate(tasks):
-        found.append(example(rng, task))
+        found.append(sample_example(rng, task))
         line = toy_line(found[-1])
         names = [f"{i}_{k}.png" for k in range(len(line["images"]))]
         for name, image in zip(names, line["images"], strict=True):

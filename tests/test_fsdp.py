@@ -32,7 +32,7 @@ from nexus_min.scale.fsdp import (
 )
 from nexus_min.scale.train import processes
 from nexus_min.toy.stages import toy_line
-from nexus_min.toy.tasks import example
+from nexus_min.toy.tasks import sample_example
 from nexus_min.train import finetune
 from nexus_min.train.trainer import Run, make_rng
 
@@ -61,7 +61,7 @@ def make_stage(name: str):
     model = make_tiny()
     if name == "ar":
         rng = np.random.default_rng(3)
-        lines = [toy_line(example(rng, k)) for k in ("understand", "generate", "edit")]
+        lines = [toy_line(sample_example(rng, k)) for k in ("understand", "generate", "edit")]
         given = model.tokenizer, model.config, finetune.Mixture(lines), MICRO_BATCH
         return finetune.autoregressive_stage(model.ar, *given)
     mmdit, projector = getattr(model, name)

@@ -13,7 +13,7 @@ from tiny_model import make_tiny
 from nexus_min.__main__ import main
 from nexus_min.toy import geneval
 from nexus_min.toy.prompts import CATEGORIES, canonical_scene, satisfies
-from nexus_min.toy.tasks import example
+from nexus_min.toy.tasks import sample_example
 from nexus_min.toy.world import Object, Scene, render
 
 
@@ -29,14 +29,15 @@ def scene(*objects: tuple) -> Scene:
 def test_toy_prompts_mean_the_same_in_the_format_of_geneval(kind):
     rng = np.random.default_rng(1)
     for _ in range(40):
-        ex = example(rng, "generate", kind, False)
+        ex = sample_example(rng, "generate", kind, False)
         meta = geneval.metadata(ex)
-        assert not list(geneval.mistakes(meta)) and geneval.in_toy_world(meta)
+        assert geneval.problem(meta) == ""
+        assert geneval.verdict(render(ex.scenes[0]), meta)["correct"]
         assert meta["tag"] == dict(zip(CATEGORIES, geneval.TAGS, strict=True))[kind]
-        want = canonical_scene(ex.wanted)
-        assert geneval.judge(want, meta) == "" and satisfies(want, ex.wanted)
+        want = canonical_scene(ex.spec)
+        assert geneval.judge(want, meta) == "" and satisfies(want, ex.spec)
         fewer = replace(want, objects=want.objects[1:])
-        assert geneval.judge(fewer, meta) and not satisfies(fewer, ex.wanted)
+        assert geneval.judge(fewer, meta) and not satisfies(fewer, ex.spec)
         if kind == "position":
             cells = [o.cell for o in want.objects][::-1]
             swapped = [replace(o, cell=c) for o, c in zip(want.objects, cells, strict=True)]

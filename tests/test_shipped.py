@@ -16,7 +16,7 @@ from safetensors import safe_open
 from nexus_min.pipeline import NexusGen
 from nexus_min.toy import evaluate
 from nexus_min.toy.prompts import CATEGORIES
-from nexus_min.toy.questions import QUESTIONS, final
+from nexus_min.toy.questions import QUESTIONS, final_answer
 from nexus_min.toy.score import read
 from nexus_min.weights import TINY
 
@@ -50,14 +50,14 @@ def test_it_is_small_and_says_how_it_was_made():
 @pytest.mark.parametrize("kind", [*CATEGORIES, "caption"])
 def test_it_draws_unseen_prompts(model, kind, zh):
     """Below the measured score, as rounding differs between machines, far above chance."""
-    tally = evaluate.score_generation(model, kind, zh, 10, 123)[0]
-    assert tally.n == 10 and tally.right >= 8, tally.line()
+    score = evaluate.score_generation(model, kind, zh, 10, 123)[0]
+    assert score.n == 10 and score.right >= 8, score.line()
 
 
 @pytest.mark.parametrize("zh", [False, True])
 def test_it_answers_unseen_questions(model, zh):
-    tallies = [evaluate.score_questions(model, kind, zh, 4, 123)[0] for kind in QUESTIONS]
-    assert sum(t.right for t in tallies) >= 26, [t.line() for t in tallies]
+    scores = [evaluate.score_questions(model, kind, zh, 4, 123)[0] for kind in QUESTIONS]
+    assert sum(t.right for t in scores) >= 26, [t.line() for t in scores]
     described = evaluate.score_questions(model, "describe", zh, 10, 123)[0]
     assert described.right >= 8, described.line()
 
@@ -65,12 +65,12 @@ def test_it_answers_unseen_questions(model, zh):
 @pytest.mark.parametrize("zh", [False, True])
 def test_it_edits_unseen_pictures(model, zh):
     """Below the measured scores, as rounding differs between machines."""
-    tally = evaluate.score_edits(model, "background", zh, 10, 123)[0]
-    assert tally.right >= 7, tally.line()
+    score = evaluate.score_edits(model, "background", zh, 10, 123)[0]
+    assert score.right >= 7, score.line()
     kinds = ("recolor", "add", "remove", "move")
-    tallies = [evaluate.score_edits(model, kind, zh, 10, 123)[0] for kind in kinds]
-    assert sum(t.right for t in tallies) >= 24, [t.line() for t in tallies]
-    told = {kind: t.notes.get("told") for kind, t in zip(kinds, tallies, strict=True)}
+    scores = [evaluate.score_edits(model, kind, zh, 10, 123)[0] for kind in kinds]
+    assert sum(t.right for t in scores) >= 24, [t.line() for t in scores]
+    told = {kind: t.notes.get("told") for kind, t in zip(kinds, scores, strict=True)}
     assert told.pop("add") is None  # refers to no object
     assert all(share > 0.7 for share in told.values()), told
 
@@ -128,7 +128,7 @@ def test_readme_commands_draw_edit_and_answer(tmp_path):
     edit = command("edit", output, "Change the background to gray.", "-o", "n.png", cwd=tmp_path)
     assert edit.returncode == 0, edit.stderr
     answer = command("understand", "n.png", "What color is the background?", cwd=tmp_path)
-    assert final(answer.stdout) == "gray"
+    assert final_answer(answer.stdout) == "gray"
 
 
 def test_readme_python_block_runs(tmp_path, monkeypatch):
@@ -136,4 +136,4 @@ def test_readme_python_block_runs(tmp_path, monkeypatch):
     (block,) = re.findall(r"```python\n(.+?)```", README.read_text("utf-8"), re.S)
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
-    assert final(names["answer"]) == "white"
+    assert final_answer(names["answer"]) == "white"

@@ -13,7 +13,7 @@ from nexus_min.toy.prompts import CATEGORIES, LAYOUTS, canonical_scene, satisfie
 from nexus_min.toy.tasks import Example, generation_example
 from nexus_min.toy.world import (
     BACKGROUNDS,
-    CENTRES,
+    CENTERS,
     COLORS,
     CROP,
     JITTER,
@@ -53,7 +53,7 @@ def noisy(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def window(image: np.ndarray, cell: int) -> np.ndarray:
     """The part of an image that belongs to a cell, as a view."""
-    top, left = CENTRES[cell // 3] - CROP // 2, CENTRES[cell % 3] - CROP // 2
+    top, left = CENTERS[cell // 3] - CROP // 2, CENTERS[cell % 3] - CROP // 2
     return image[top : top + CROP, left : left + CROP]
 
 
@@ -254,13 +254,13 @@ def test_l1_outside_counts_the_untouched_pixels_only():
     target = source.copy()
     target[:2] = 200  # the edit
     picture = target.copy()
-    assert score.l1_outside(picture, target, source) == 0
+    assert score.l1_unedited(picture, target, source) == 0
     picture[:2] = 7  # inside the edit: not counted
-    assert score.l1_outside(picture, target, source) == 0
+    assert score.l1_unedited(picture, target, source) == 0
     picture[3, 0] = 51  # one of eight untouched pixels, a fifth of the range
-    assert score.l1_outside(picture, target, source) == pytest.approx(0.2 / 8)
+    assert score.l1_unedited(picture, target, source) == pytest.approx(0.2 / 8)
     with pytest.raises(ValueError, match="nothing is outside"):
-        score.l1_outside(picture, source + 1, source)
+        score.l1_unedited(picture, source + 1, source)
 
 
 # ---- prompts -----------------------------------------------------------------------------------
@@ -271,12 +271,12 @@ def prompts(kind: str, n: int = 60) -> list[Example]:
     return [generation_example(rng, kind, zh=i % 5 == 0) for i in range(n)]
 
 
-def changes(scene: Scene, wanted: dict) -> list[tuple[str, Scene, bool]]:
+def changes(scene: Scene, spec: dict) -> list[tuple[str, Scene, bool]]:
     """Every scene one change away, with whether the prompt leaves that change open."""
     found = []
     add = lambda what, objects, ok: found.append((what, replace(scene, objects=objects), ok))  # noqa: E731
     free = next(c for c in range(9) if c not in {o.cell for o in scene.objects})
-    for i, (obj, named) in enumerate(zip(scene.objects, wanted["objects"], strict=True)):
+    for i, (obj, named) in enumerate(zip(scene.objects, spec["objects"], strict=True)):
         rest = scene.objects[:i] + scene.objects[i + 1 :]
         for shape in set(SHAPES) - {obj.shape}:
             add(f"shape {i}", (*rest, replace(obj, shape=shape)), False)
@@ -284,13 +284,13 @@ def changes(scene: Scene, wanted: dict) -> list[tuple[str, Scene, bool]]:
             add(f"color {i}", (*rest, replace(obj, color=color)), named[1] is None)
         for size in set(RADIUS) - {obj.size}:
             add(f"size {i}", (*rest, replace(obj, size=size)), named[2] is None)
-        if "relation" not in wanted:
+        if "relation" not in spec:
             add(f"cell {i}", (*rest, replace(obj, cell=free)), named[3] is None)
         add(f"without {i}", rest, False)
         add(f"twice {i}", (*scene.objects, replace(obj, cell=free)), False)
     for background in set(BACKGROUNDS) - {scene.background}:
         other = replace(scene, background=background)
-        found.append((f"on {background}", other, wanted["background"] is None))
+        found.append((f"on {background}", other, spec["background"] is None))
     other = replace(scene, style=STYLES[1 - STYLES.index(scene.style)])
     return [*found, ("style", other, False)]
 
@@ -298,25 +298,25 @@ def changes(scene: Scene, wanted: dict) -> list[tuple[str, Scene, bool]]:
 @pytest.mark.parametrize("kind", CATEGORIES)
 def test_satisfies_accepts_the_right_pictures_and_no_single_change_of_what_is_named(kind):
     for ex in prompts(kind):
-        scene, wanted = ex.scenes[0], ex.wanted
-        assert scene.key == canonical_scene(wanted).key
-        assert satisfies(scene, wanted)
-        assert satisfies(replace(scene, objects=scene.objects[::-1]), wanted)
-        for what, other, left_open in changes(scene, wanted):
-            assert satisfies(other, wanted) == left_open, (what, ex.text)
+        scene, spec = ex.scenes[0], ex.spec
+        assert scene.key == canonical_scene(spec).key
+        assert satisfies(scene, spec)
+        assert satisfies(replace(scene, objects=scene.objects[::-1]), spec)
+        for what, other, left_open in changes(scene, spec):
+            assert satisfies(other, spec) == left_open, (what, ex.text)
 
 
 def test_satisfies_knows_positions_and_attribution():
     for ex in prompts("position"):
         one, two = ex.scenes[0].objects
         crossed = replace(one, cell=two.cell), replace(two, cell=one.cell)
-        assert not satisfies(replace(ex.scenes[0], objects=crossed), ex.wanted)
-        axis = ("left of", "right of", "above", "below").index(ex.wanted["relation"]) // 2
+        assert not satisfies(replace(ex.scenes[0], objects=crossed), ex.spec)
+        axis = ("left of", "right of", "above", "below").index(ex.spec["relation"]) // 2
         line = [(0, 8), (8, 0)]  # diagonals hold two relations at once
         right = [
             satisfies(
                 replace(ex.scenes[0], objects=(replace(one, cell=a), replace(two, cell=b))),
-                ex.wanted,
+                ex.spec,
             )
             for a, b in line
         ]
@@ -324,18 +324,18 @@ def test_satisfies_knows_positions_and_attribution():
         beside = [(3, 5), (5, 3)] if axis == 1 else [(1, 7), (7, 1)]  # the other axis: neither
         for a, b in beside:
             moved = replace(one, cell=a), replace(two, cell=b)
-            assert not satisfies(replace(ex.scenes[0], objects=moved), ex.wanted)
+            assert not satisfies(replace(ex.scenes[0], objects=moved), ex.spec)
     for ex in prompts("attribution"):
         one, two = ex.scenes[0].objects
         swapped = replace(one, color=two.color), replace(two, color=one.color)
-        assert not satisfies(replace(ex.scenes[0], objects=swapped), ex.wanted)
+        assert not satisfies(replace(ex.scenes[0], objects=swapped), ex.spec)
 
 
 @pytest.mark.parametrize("kind", CATEGORIES)
 def test_true_pictures_of_prompts_pass_from_pixels(kind):
     found = prompts(kind, 40)
     for ex, reading in zip(found, score.read(pictures([e.scenes[0] for e in found])), strict=True):
-        assert reading.known and satisfies(reading.scene, ex.wanted)
+        assert reading.known and satisfies(reading.scene, ex.spec)
 
 
 def test_canonical_layouts_are_free_of_collisions():
@@ -343,4 +343,4 @@ def test_canonical_layouts_are_free_of_collisions():
     for kind in CATEGORIES:
         for ex in prompts(kind):
             cells = [o.cell for o in ex.scenes[0].objects]
-            assert len(set(cells)) == len(cells) == len(ex.wanted["objects"])
+            assert len(set(cells)) == len(cells) == len(ex.spec["objects"])

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_model import make_tiny
 
 from nexus_min.config import TINY_TOKEN_IDS, NexusGenConfig
 from nexus_min.tokenizer import QwenTokenizer
@@ -25,11 +26,11 @@ from nexus_min.toy.init import LIKENESS, translate
 from nexus_min.toy.language import ZH
 from nexus_min.toy.prompts import CATEGORIES
 from nexus_min.toy.questions import QUESTIONS
-from nexus_min.toy.tasks import MAKERS, example
+from nexus_min.toy.tasks import MAKERS, sample_example
 from nexus_min.toy.vocabulary import SPECIAL, build_tokenizer, translations, words
 from nexus_min.toy.world import Scene, held_out, render
 
-# ---- tallies -----------------------------------------------------------------------------------
+# ---- scores ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -43,31 +44,32 @@ from nexus_min.toy.world import Scene, held_out, render
     ],
 )
 def test_wilson_interval_against_known_values(right, n, low, high):
-    assert ev.Tally("x", right, n).interval == pytest.approx((low, high), abs=1e-4)
+    assert ev.Score("x", right, n).interval == pytest.approx((low, high), abs=1e-4)
 
 
-def test_a_tally_counts_and_prints():
-    tally = ev.Tally("x")
-    assert tally.rate == 0 and 0 <= tally.interval[0] < tally.interval[1] <= 1
-    for ok in (True, False, np.True_, True):
-        tally.add(ok)
-    assert (tally.right, tally.n, tally.rate) == (3, 4, 0.75)
-    tally.notes = {"ratio": 0.5}
-    assert "0.750" in tally.line() and "n=4" in tally.line() and "ratio 0.5" in tally.line()
-    assert json.loads(json.dumps(tally.as_dict())) == {
+def test_a_score_counts_and_prints():
+    empty = ev.Score("x")
+    assert empty.rate == 0 and 0 <= empty.interval[0] < empty.interval[1] <= 1
+    score = ev.Score.of("x", [True, False, np.True_, True], ratio=0.5)
+    assert (score.right, score.n, score.rate) == (3, 4, 0.75)
+    assert "0.750" in score.line() and "n=4" in score.line() and "ratio 0.5" in score.line()
+    assert json.loads(json.dumps(score.as_dict())) == {
         "name": "x",
         "rate": 0.75,
-        "interval": list(tally.interval),
+        "interval": list(score.interval),
         "n": 4,
         "ratio": 0.5,
     }
 
 
-def test_totals_add_up_and_name_the_worst():
-    rows = ev.totals("all of it", [ev.Tally("g / a", 9, 10), ev.Tally("g / b", 5, 10)])
+def test_totals_add_up_and_name_the_worst_kind():
+    right = {"a": 9, "b": 5}
+    rows = ev.by_kind("g", ("a", "b"), lambda kind, name: [ev.Score(name, right[kind], 10)])
     assert [(t.name, t.right, t.n) for t in rows] == [
-        ("all of it: all", 14, 20),
-        ("all of it: worst (b)", 5, 10),
+        ("g / a", 9, 10),
+        ("g / b", 5, 10),
+        ("g: all", 14, 20),
+        ("g: worst (b)", 5, 10),
     ]
 
 
@@ -76,24 +78,35 @@ def test_totals_add_up_and_name_the_worst():
 
 @pytest.mark.parametrize("kind", [*CATEGORIES, "caption"])
 def test_cases_are_unseen_distinct_and_the_same_every_time(kind):
-    found = ev.examples("generate", kind, False, 60, 0)
+    found = ev.sample_examples("generate", kind, False, 60, 0)
     assert len({ex.text for ex in found}) == len(found) == 60
     assert all(ex.unseen for ex in found)
-    assert found == ev.examples("generate", kind, False, 60, 0)
-    assert found != ev.examples("generate", kind, False, 60, 1)
-    assert not any(ex.unseen for ex in ev.examples("generate", kind, True, 20, 0, unseen=False))
+    assert found == ev.sample_examples("generate", kind, False, 60, 0)
+    assert found != ev.sample_examples("generate", kind, False, 60, 1)
+    assert not any(
+        ex.unseen for ex in ev.sample_examples("generate", kind, True, 20, 0, unseen=False)
+    )
 
 
 def test_two_hundred_cases_exist_in_every_category_and_language():
     for kind in ("single", "two"):  # those with the fewest prompts
         for zh in (False, True):
-            assert len(ev.examples("generate", kind, zh, 200, 0)) == 200
+            assert len(ev.sample_examples("generate", kind, zh, 200, 0)) == 200
 
 
-def test_batches_hold_everything_once():
-    items = list(range(2 * ev.BATCH + 3))
-    parts = ev.batches(items)
-    assert sum(parts, []) == items and max(map(len, parts)) == ev.BATCH
+def test_images_are_sampled_in_batches_each_with_its_own_seed(monkeypatch):
+    monkeypatch.setattr(ev, "BATCH", 2)
+    model = make_tiny()
+    embeds = torch.randn(5, 16, model.config.ar.text.hidden_size)
+    sources = [Image.new("RGB", (64, 64), (40 * i, 0, 0)) for i in range(5)]
+    for decoder in ("generation", "editing"):
+        images = ev.sample_images(model, decoder, embeds, sources, 7)
+        parts = [slice(0, 2), slice(2, 4), slice(4, 5)]
+        same = [
+            ev.sample_images(model, decoder, embeds[part], sources[part], 7 + i)
+            for i, part in enumerate(parts)
+        ]
+        assert images.shape == (5, 64, 64, 3) and np.array_equal(images, np.concatenate(same))
 
 
 # ---- score functions with models that are always right, or always wrong ------------------------
@@ -118,13 +131,12 @@ def artist(monkeypatch):
     def install(view, generation_view=None):
         views = {"editing": view, "generation": generation_view or view}
 
-        def draw(model, decoder, embeds, references, seed, **options):
-            assert decoder == "generation" or len(references) == len(embeds)
+        def sample_images(model, decoder, embeds, sources, seed):
+            assert decoder == "generation" or len(sources) == len(embeds)
             return np.stack([render(views[decoder](ex.scenes[-1])) for ex in embeds])
 
-        monkeypatch.setattr(ev, "replies", lambda model, batch: ([e.answer for e in batch], batch))
-        monkeypatch.setattr(ev, "predict", lambda model, batch: batch)
-        monkeypatch.setattr(ev, "draw", draw)
+        monkeypatch.setattr(ev, "predict", lambda model, cases: ([e.answer for e in cases], cases))
+        monkeypatch.setattr(ev, "sample_images", sample_images)
 
     return install
 
@@ -132,8 +144,8 @@ def artist(monkeypatch):
 @pytest.mark.parametrize("kind", CATEGORIES)
 def test_generation_scores(artist, kind, tmp_path):
     artist(truth)
-    (tally,) = ev.score_generation(None, kind, False, 12, 0, name="a / b c", save=tmp_path)
-    assert (tally.name, tally.right, tally.n) == ("a / b c", 12, 12)
+    (score,) = ev.score_generation(None, kind, False, 12, 0, name="a / b c", save=tmp_path)
+    assert (score.name, score.right, score.n) == ("a / b c", 12, 12)
     strip = Image.open(tmp_path / "a_b_c.png")
     assert strip.size == (10 * 64 * 2, 64 * 2)
     artist(one_missing)
@@ -152,13 +164,13 @@ def test_captions_are_scored_exactly_and_by_number_of_objects(artist):
 @pytest.mark.parametrize("kind", EDITS)
 def test_edit_scores(artist, kind):
     artist(truth, other_background)
-    (tally,) = ev.score_edits(None, kind, False, 12, 0)
-    assert (tally.right, tally.n) == (12, 12)
+    (score,) = ev.score_edits(None, kind, False, 12, 0)
+    assert (score.right, score.n) == (12, 12)
     if kind in ("background", "style"):
-        assert tally.notes == {}  # nothing to tell of one object, no outside
+        assert score.notes == {}  # nothing to tell of one object, no outside
     else:
-        assert tally.notes.get("told") == (None if kind == "add" else 1)
-        assert tally.notes["l1_outside_editing"] == 0 < tally.notes["l1_outside_generation"]
+        assert score.notes.get("told") == (None if kind == "add" else 1)
+        assert score.notes["l1_outside_editing"] == 0 < score.notes["l1_outside_generation"]
         artist(truth, lambda scene: replace(scene, texture=None))
         notes = ev.score_edits(None, kind, False, 12, 0)[0].notes
         assert 0 < notes["l1_outside_generation"] == notes["l1_outside_no_texture"] < 0.1
@@ -168,16 +180,16 @@ def test_edit_scores(artist, kind):
 
 def test_an_edit_left_undone_is_wrong(artist, monkeypatch):
     silent = lambda model, batch: ([""] * len(batch), batch)  # noqa: E731
-    monkeypatch.setattr(ev, "replies", silent)
-    undone = lambda model, decoder, embeds, *_, **__: np.stack(  # noqa: E731
+    monkeypatch.setattr(ev, "predict", silent)
+    undone = lambda model, decoder, embeds, *_: np.stack(  # noqa: E731
         [render(ex.scenes[0]) for ex in embeds]
     )
-    monkeypatch.setattr(ev, "draw", undone)
+    monkeypatch.setattr(ev, "sample_images", undone)
     for kind in EDITS:
-        (tally,) = ev.score_edits(None, kind, False, 8, 0)
-        assert tally.right == 0
-        assert tally.notes.get("l1_outside_editing", 0) == 0
-        assert tally.notes.get("told") == (None if kind in ("add", "background", "style") else 0)
+        (score,) = ev.score_edits(None, kind, False, 8, 0)
+        assert score.right == 0
+        assert score.notes.get("l1_outside_editing", 0) == 0
+        assert score.notes.get("told") == (None if kind in ("add", "background", "style") else 0)
 
 
 class Answers:
@@ -194,13 +206,13 @@ class Answers:
 
 @pytest.mark.parametrize("kind", [*QUESTIONS, "describe"])
 def test_question_scores(kind):
-    cases = ev.examples("understand", kind, False, 12, 0)
-    score = partial(ev.score_questions, kind=kind, zh=False, n=12, seed=0)
-    (tally,) = score(Answers(cases))
-    assert tally.right == tally.n == len(cases) > 1
-    assert score(Answers(cases, wrong=True))[0].right == 0
-    assert score(Answers(cases, pad=" a red star: "))[0].right == 0  # the last word counts
-    assert score(Answers(cases, sees="a star in the center: "))[0].right == tally.n
+    cases = ev.sample_examples("understand", kind, False, 12, 0)
+    score_kind = partial(ev.score_questions, kind=kind, zh=False, n=12, seed=0)
+    (score,) = score_kind(Answers(cases))
+    assert score.right == score.n == len(cases) > 1
+    assert score_kind(Answers(cases, wrong=True))[0].right == 0
+    assert score_kind(Answers(cases, pad=" a red star: "))[0].right == 0  # the last word counts
+    assert score_kind(Answers(cases, sees="a star in the center: "))[0].right == score.n
 
 
 def test_reconstruction_is_of_held_out_scenes(monkeypatch):
@@ -210,28 +222,26 @@ def test_reconstruction_is_of_held_out_scenes(monkeypatch):
         assert {v.size for v in views} == {(112, 112)}
         return (torch.zeros(len(views) * 16, 8),)
 
-    def draw(model, decoder, embeds, references, seed, **options):
+    def sample_images(model, decoder, embeds, sources, seed):
         assert decoder == "generation" and embeds.shape[1:] == (16, 8)
         part = scenes[len(shown) : len(shown) + len(embeds)]
         shown.extend(part)
         return np.stack([render(s) for s in part])
 
-    scenes = [ex.scenes[0] for ex in ev.examples("generate", "caption", False, 60, 4)]
+    scenes = [ex.scenes[0] for ex in ev.sample_examples("generate", "caption", False, 60, 4)]
     assert all(held_out(s.key) for s in scenes)
-    monkeypatch.setattr(ev, "draw", draw)
+    monkeypatch.setattr(ev, "sample_images", sample_images)
     model = SimpleNamespace(config=NexusGenConfig.tiny(), embed_images=embed)
-    (tally,) = ev.score_reconstruction(model, 60, 4)
-    assert tally.right == tally.n == len(shown) == 60
+    (score,) = ev.score_reconstruction(model, 60, 4)
+    assert score.right == score.n == len(shown) == 60
 
 
-def test_evaluate_reports_every_row_once_and_in_order(artist, monkeypatch):
+def test_evaluate_yields_every_row_once_and_in_order(artist, monkeypatch):
     artist(truth, other_background)
-    right = lambda model, kind, zh, n, seed, name="": [ev.Tally(name, n, n)]  # noqa: E731
+    right = lambda model, kind, zh, n, seed, name="": [ev.Score(name, n, n)]  # noqa: E731
     monkeypatch.setattr(ev, "score_questions", right)
-    monkeypatch.setattr(ev, "score_reconstruction", lambda *a, **k: [ev.Tally("reconstruction")])
-    told: list[ev.Tally] = []
-    rows = ev.evaluate(None, cases=3, report=told.append)
-    assert [t.name for t in told] == [t.name for t in rows]
+    monkeypatch.setattr(ev, "score_reconstruction", lambda *a, **k: [ev.Score("reconstruction")])
+    rows = list(ev.evaluate(None, cases=3))
     names = [t.name for t in rows]
     assert len(set(names)) == len(names)
     for lang in ("en", "zh"):
@@ -276,7 +286,7 @@ def test_every_word_is_one_token(tokenizer):
 def test_words_stay_whole_in_new_company(tokenizer, task, zh):
     rng = np.random.default_rng(5)
     for unseen in (False, True) * 20:
-        text = example(rng, task, zh=zh, unseen=unseen).messages[0]["content"]
+        text = sample_example(rng, task, zh=zh, unseen=unseen).messages[0]["content"]
         text = text.replace("<image>", "")  # a special token of its own
         pieces = [tokenizer.decode([i]) for i in tokenizer.encode(text).ids]
         assert "".join(pieces) == text

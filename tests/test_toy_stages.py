@@ -25,7 +25,7 @@ from nexus_min.toy.pretrain import (
     noised,
     random_phrases,
 )
-from nexus_min.toy.tasks import example
+from nexus_min.toy.tasks import sample_example
 from nexus_min.toy.world import COLORS, RADIUS, SHAPES, Object, Scene, render
 from nexus_min.train.trainer import mixed_precision
 
@@ -101,7 +101,7 @@ def test_noise_is_added_to_standard_embeddings():
 def test_loss_of_a_batch_is_the_mean_over_its_tasks():
     model = make_tiny()
     rng = np.random.default_rng(0)
-    batch = [example(rng, task) for task in ("understand", "generate", "edit", "generate")]
+    batch = [sample_example(rng, task) for task in ("understand", "generate", "edit", "generate")]
     whole = stages.ar_batch_loss(model.ar, model.tokenizer, model.config, batch)
     alone = [stages.ar_batch_loss(model.ar, model.tokenizer, model.config, [x]) for x in batch]
     assert alone[0].mse == 0 and all(x.ce > 0 for x in alone)
@@ -116,7 +116,10 @@ def test_earlier_pictures_of_a_conversation_are_predicted_or_read(monkeypatch):
         stages, "packed_ar_loss", lambda *args: found.append(args[-1].sum(1).tolist())
     )
     rng, n = np.random.default_rng(0), model.config.ar.num_image_slots
-    batch = [example(rng, "generate"), *(example(rng, "talk") for _ in range(20))]
+    batch = [
+        sample_example(rng, "generate"),
+        *(sample_example(rng, "multi_turn") for _ in range(20)),
+    ]
     pictures = [[m["content"].count("<image>") for m in ex.messages[1::2]] for ex in batch]
     assert {len(p) for p in pictures} >= {1, 3} and any(p[-1] and p[0] for p in pictures[1:])
     for value in (0.8, 0.2):

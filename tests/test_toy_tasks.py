@@ -18,11 +18,11 @@ from nexus_min.toy.edits import EDITS
 from nexus_min.toy.language import RELATIONS, ZH, ZH_CELLS, caption
 from nexus_min.toy.pictures import scenes as training_scenes
 from nexus_min.toy.prompts import CATEGORIES, canonical_scene
-from nexus_min.toy.questions import QUESTIONS, final
-from nexus_min.toy.tasks import MAKERS, TURNS, Example, example
+from nexus_min.toy.questions import QUESTIONS, final_answer
+from nexus_min.toy.tasks import MAKERS, QUESTIONS_PER_IMAGE, Example, sample_example
 from nexus_min.toy.world import (
     BACKGROUNDS,
-    CENTRES,
+    CENTERS,
     COLORS,
     RADIUS,
     SHAPES,
@@ -42,7 +42,7 @@ EVERY = [(task, kind) for task, kinds in KINDS.items() for kind in kinds]
 
 def draw(task: str, kind: str | None, n: int, unseen: bool = False, zh: bool | None = None):
     rng = np.random.default_rng([n, len(task), *(kind or task).encode(), unseen])
-    return [example(rng, task, kind, zh, unseen=unseen) for _ in range(n)]
+    return [sample_example(rng, task, kind, zh, unseen=unseen) for _ in range(n)]
 
 
 # ---- nothing held out is ever trained on -------------------------------------------------------
@@ -116,15 +116,15 @@ def meanings(kind: str):
         ],
     }[kind]
     for named, background, style in product(objects, [None, *BACKGROUNDS], (None, "outline")):
-        wanted = {"objects": named, "background": background, "style": style}
+        spec = {"objects": named, "background": background, "style": style}
         if kind == "position":
-            yield from ({**wanted, "relation": relation} for relation in RELATIONS)
+            yield from ({**spec, "relation": relation} for relation in RELATIONS)
         else:
-            yield wanted
+            yield spec
 
 
-def frozen(wanted: dict) -> tuple:
-    return tuple(wanted["objects"]), wanted["background"], wanted["style"], wanted.get("relation")
+def frozen(spec: dict) -> tuple:
+    return tuple(spec["objects"]), spec["background"], spec["style"], spec.get("relation")
 
 
 # of 1500, 1400, 4050, 12000, 45600, 11200; they mean 75, 59, 197, 609, 1806, 901 scenes
@@ -141,29 +141,29 @@ UNSEEN = {
 @pytest.mark.parametrize("kind", CATEGORIES)
 def test_every_category_has_at_least_100_unseen_prompts(kind):
     unseen, seen = set(), set()
-    for wanted in meanings(kind):
-        side = unseen if held_out(canonical_scene(wanted).key) else seen
-        side.add(frozen(wanted))
+    for spec in meanings(kind):
+        side = unseen if held_out(canonical_scene(spec).key) else seen
+        side.add(frozen(spec))
     assert len(unseen) == UNSEEN[kind] >= 100
     for ex in draw("generate", kind, 60, unseen=True):
-        assert frozen(ex.wanted) in unseen
+        assert frozen(ex.spec) in unseen
     for ex in draw("generate", kind, 60):
-        assert frozen(ex.wanted) in seen
+        assert frozen(ex.spec) in seen
 
 
 def test_all_wordings_of_a_meaning_are_on_one_side():
     opposite = {"left of": "right of", "above": "below"}
     for ex in draw("generate", "position", 80) + draw("generate", "position", 20, unseen=True):
-        objects, relation = ex.wanted["objects"], ex.wanted["relation"]
+        objects, relation = ex.spec["objects"], ex.spec["relation"]
         turned = opposite.get(relation) or next(k for k, v in opposite.items() if v == relation)
-        scene = canonical_scene(ex.wanted | {"objects": objects[::-1], "relation": turned})
+        scene = canonical_scene(ex.spec | {"objects": objects[::-1], "relation": turned})
         assert replace(ex, scenes=(scene,)).unseen == ex.unseen
     for kind in ("single", "colors", "two", "counting"):  # named or left open: the same image
         for ex in draw("generate", kind, 40) + draw("generate", kind, 10, unseen=True):
-            named = ex.wanted | {"background": ex.scenes[0].background}
+            named = ex.spec | {"background": ex.scenes[0].background}
             named["objects"] = [
                 (s, o.color, o.size, c)
-                for (s, _, _, c), o in zip(ex.wanted["objects"], ex.scenes[0].objects, strict=True)
+                for (s, _, _, c), o in zip(ex.spec["objects"], ex.scenes[0].objects, strict=True)
             ]
             assert replace(ex, scenes=(canonical_scene(named),)).unseen == ex.unseen
 
@@ -211,7 +211,7 @@ def english(word: str) -> str:
 
 
 def centre(obj: Object) -> tuple[float, float]:
-    return CENTRES[obj.cell % 3] + obj.dx, CENTRES[obj.cell // 3] + obj.dy
+    return CENTERS[obj.cell % 3] + obj.dx, CENTERS[obj.cell // 3] + obj.dy
 
 
 def cell_in(text: str) -> int:
@@ -430,13 +430,13 @@ def test_both_ways_of_an_edit_are_asked_for_alike():
 def test_messages_follow_the_official_format(task):
     for ex in draw(task, None, 60):
         turns = len(ex.messages) // 2  # questions come several about one image
-        assert 1 <= turns <= {"understand": TURNS, "talk": 3}.get(task, 1)
+        assert 1 <= turns <= {"understand": QUESTIONS_PER_IMAGE, "multi_turn": 3}.get(task, 1)
         assert [m["role"] for m in ex.messages] == ["user", "assistant"] * turns
         joined = "".join(m["content"] for m in ex.messages)
         assert joined.count("<image>") == len(ex.scenes)
         assert ex.text in ex.messages[0]["content"]
         if task == "understand":
-            assert final(ex.messages[1]["content"]) == ex.answer
+            assert final_answer(ex.messages[1]["content"]) == ex.answer
 
 
 NAMED_FIRST = {"color": 1, "shape": 1, "where": 1, "background": 0, "count_all": 0, "relation": 2}
@@ -445,7 +445,7 @@ NAMED_FIRST = {"color": 1, "shape": 1, "where": 1, "background": 0, "count_all":
 def check_reply(scene: Scene, text: str, said: str) -> None:
     """The answer behind a question of any kind follows from what is thought before it."""
     *thought, answer = re.split(": |：", said)
-    assert final(said) == answer
+    assert final_answer(said) == answer
     kind = asked_kind(text)
     assert is_right(scene, kind, text, answer)
     parts = re.split(", |，", thought[0]) if thought else []
@@ -507,7 +507,7 @@ def test_an_answer_comes_behind_what_is_seen_and_what_decides_it(kind, zh):
         first, *others = (m["content"] for m in ex.messages[1::2])
         sees, first = first.split("。" if zh else ". ")  # said once
         assert read_caption(sees)[0] == {o.key for o in scene.objects}
-        assert final(first) == ex.answer
+        assert final_answer(first) == ex.answer
         questions = [m["content"].removeprefix("<image>") for m in ex.messages[::2]]
         assert asked_kind(questions[0]) == kind
         assert len(set(questions)) == len(questions)
@@ -517,8 +517,8 @@ def test_an_answer_comes_behind_what_is_seen_and_what_decides_it(kind, zh):
 
 @pytest.mark.parametrize("zh", [False, True])
 def test_a_conversation_goes_on_about_the_latest_picture(zh):
-    turns, edits, unseen = [], 0, draw("talk", None, 30, unseen=True, zh=zh)
-    for ex in draw("talk", None, 200, zh=zh) + unseen:
+    turns, edits, unseen = [], 0, draw("multi_turn", None, 30, unseen=True, zh=zh)
+    for ex in draw("multi_turn", None, 200, zh=zh) + unseen:
         scenes, seen = list(ex.scenes), ex.kind == "understand"
         at = 0 if ex.kind == "generate" else 1  # of the first image that is made
         turns.append(len(ex.messages) // 2)

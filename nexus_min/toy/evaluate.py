@@ -1,8 +1,8 @@
 """`python -m nexus_min eval`: scores a model in the toy world, on prompts and scenes it never saw.
 
 GenEval's six categories, long captions, questions, edits and reconstruction (the toy forms of the
-paper's tables 2 to 5), each with a 95 % interval. The checker reads every image back (score.py);
-nothing is judged by eye or by another model. The official code has no counterpart.
+paper's tables 2 to 5), each with a 95 % interval. The checker (`score`) reads every image back; no
+person and no other model judges one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,25 +19,29 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
+from ..cli import check_least, write
 from ..pipeline import NexusGen
 from ..sampling import SamplingParams
 from ..tokenizer import EDITING_REPLY, GENERATION_REPLY, IMAGE
-from . import geneval, score
+from . import geneval
 from .edits import EDITS
 from .pictures import save_grid
 from .prompts import CATEGORIES, satisfies
-from .questions import QUESTIONS, final
-from .tasks import Example, example
+from .questions import QUESTIONS, final_answer
+from .score import l1_unedited, read
+from .tasks import Example, sample_example
 from .world import render
 
 BATCH = 50
 GROUPS = ("generation", "captions", "questions", "describe", "edits", "reconstruction", "seen")
 LANGUAGES = ("en", "zh")
+DECODERS = ("editing", "generation")
 
 
 @dataclass
-class Tally:
+class Score:
     """Right answers out of n, with Wilson's 95 % interval."""
 
     name: str
@@ -45,25 +49,24 @@ class Tally:
     n: int = 0
     notes: dict = field(default_factory=dict)
 
-    def add(self, ok: bool) -> None:
-        """Count one case."""
-        self.right, self.n = self.right + bool(ok), self.n + 1
+    @classmethod
+    def of(cls, name: str, verdicts: Iterable[bool], **notes) -> Score:
+        verdicts = list(verdicts)
+        return cls(name, sum(map(bool, verdicts)), len(verdicts), notes)
 
     @property
     def rate(self) -> float:
-        """Share of right answers, 0 of 0 counted as 0."""
         return self.right / max(1, self.n)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the rate."""
         n, p, z = max(1, self.n), self.rate, 1.96
-        middle = p + z * z / (2 * n)
+        center = p + z * z / (2 * n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+        return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
 
     def line(self) -> str:
-        """For the terminal."""
+        """The score as a line of the printed table."""
         low, high = self.interval
         notes = "  ".join(f"{k} {v:.4g}" for k, v in self.notes.items())
         if not self.n and notes:  # a measure that is no rate
@@ -71,215 +74,150 @@ class Tally:
         return f"{self.name:34s} {self.rate:6.3f}  [{low:.3f}, {high:.3f}]  n={self.n:<5d} {notes}"
 
     def as_dict(self) -> dict:
-        """For JSON."""
-        own = {"name": self.name, "rate": self.rate, "interval": self.interval, "n": self.n}
-        return own | self.notes
+        """The score for JSON."""
+        values = {"name": self.name, "rate": self.rate, "interval": self.interval, "n": self.n}
+        return values | self.notes
 
 
-def examples(
-    task: str, kind: str, zh: bool | None, n: int, seed: int, unseen: bool = True
+def sample_examples(
+    task: str, kind: str, zh: bool, n: int, seed: int, unseen: bool = True
 ) -> list[Example]:
-    """n examples of one kind with different texts where there are so many."""
-    spelled = kind.replace("color", "colour").encode()  # seeds the same cases as ever
-    rng = np.random.default_rng([seed, len(spelled), *spelled, bool(zh), unseen])
+    """n examples of one kind with different texts, as far as there are so many."""
+    spelling = kind.replace("color", "colour").encode()  # keeps the cases of recorded scores
+    rng = np.random.default_rng([seed, len(spelling), *spelling, zh, unseen])
     found: dict = {}
     for _ in range(40 * n):
-        ex = example(rng, task, kind, zh, unseen=unseen)
+        ex = sample_example(rng, task, kind, zh, unseen=unseen)
         found.setdefault(ex.text if task == "generate" else (ex.text, ex.scenes), ex)
         if len(found) == n:
             break
     return list(found.values())
 
 
-def _pictures(scenes) -> list[Image.Image]:
-    return [Image.fromarray(render(s)) for s in scenes]
-
-
-def _arrays(pictures: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(p) for p in pictures])
-
-
-@torch.no_grad()
-def draw(
-    model: NexusGen, decoder: str, embeds: torch.Tensor, references, seed: int, **options
-) -> np.ndarray:
-    """Embeddings [B, N, C] -> images uint8 [B, H, W, 3], one batch, one noise an image."""
-    scale = 1.0 if decoder == "editing" else model.config.cfg_scale
-    sampling = SamplingParams(seed=seed, **options).resolve(model.config, scale)
-    shape = sampling.latent_shape(model.config)
-    if decoder == "editing":
-        refs = torch.cat([model.reference_embeds(p) for p in references])
-        context = model.editing_context(embeds, refs, *shape[2:])
-    else:
-        context = model.generation_context(embeds)
-    noise = torch.randn((len(embeds), *shape[1:]), generator=torch.Generator().manual_seed(seed))
-    steps = list(model.denoise_steps(getattr(model, decoder).mmdit, context, noise, sampling))
-    return _arrays(model.decode(steps[-1].x))
-
-
-def predict(model: NexusGen, batch: list[Example], fast: bool = False) -> torch.Tensor:
-    """The AR model's embeddings of the images that examples ask for: [B, N, C]."""
-    return replies(model, batch, fast)[1]
-
-
-def replies(
-    model: NexusGen, batch: list[Example], fast: bool = False
-) -> tuple[list[str], torch.Tensor]:
-    """What the AR model says before each image beyond the usual sentence, and `predict`."""
+def predict(model: NexusGen, cases: list[Example], fast: bool = False) -> tuple[list[str], Tensor]:
+    """The AR model's chain of thought before each image, and the images' embeddings [B, N, C]."""
     texts, rows = [], []
-    for ex in batch:
+    for ex in cases:
         if ex.task == "edit":
-            inputs = model.editing_inputs(_pictures(ex.scenes[:1])[0], ex.text)
+            inputs = model.editing_inputs(Image.fromarray(render(ex.scenes[0])), ex.text)
             sentence = EDITING_REPLY[ex.language]
         else:
             inputs = model.generation_inputs(ex.text, ex.language)
             sentence = GENERATION_REPLY[ex.language]
-        said, embeds = model.predict_embeddings(inputs, sentence, fast, max_new_tokens=128)
-        texts.append(said.removesuffix(sentence.removesuffix(IMAGE)).strip())
+        text, embeds = model.predict_embeddings(inputs, sentence, fast, max_new_tokens=128)
+        texts.append(text.removesuffix(sentence.removesuffix(IMAGE)).strip())
         rows.append(embeds)
     return texts, torch.cat(rows)
 
 
-def batches(items: list) -> list[list]:
-    """Consecutive parts of at most BATCH items."""
-    return [items[i : i + BATCH] for i in range(0, len(items), BATCH)]
+@torch.no_grad()
+def sample_images(
+    model: NexusGen, decoder: str, embeds: Tensor, sources: Sequence | None, seed: int
+) -> np.ndarray:
+    """Embeddings [B, N, C] -> images uint8 [B, H, W, 3], each from its own noise.
 
-
-def file_name(name: str) -> str:
-    """ "edits en / add" -> "edits_en_add"."""
-    return "_".join(name.replace("/", " ").split())
-
-
-def score_generation(
-    model, kind, zh, n, seed, unseen=True, name="", save=None, **options
-) -> list[Tally]:
-    """Images of prompts of one kind; captions also by number of objects."""
-    cases = examples("generate", kind, zh, n, seed, unseen)
-    tallies = {"all": Tally(name, notes={"scenes": len({ex.scenes[0].key for ex in cases})})}
-    for number, batch in enumerate(batches(cases)):
-        pictures = draw(model, "generation", predict(model, batch), None, seed + number, **options)
-        for ex, reading in zip(batch, score.read(pictures), strict=True):
-            if kind != "caption":
-                ok = reading.known and satisfies(reading.scene, ex.wanted)
-            else:
-                ok = reading.is_exactly(ex.scenes[0])
-                count = len(ex.scenes[0].objects)
-                tallies.setdefault(count, Tally(f"{name}, {count} objects")).add(ok)
-            tallies["all"].add(ok)
-        if save and number == 0:
-            save_grid(save / f"{file_name(name)}.png", [pictures[:10]])
-    return [tallies.pop("all")] + [tallies[k] for k in sorted(tallies)]
-
-
-def score_questions(model, kind, zh, n, seed, name="") -> list[Tally]:
-    """Exact answers to questions of one kind, whatever the model thinks before it answers."""
-    tally = Tally(name)
-    for ex in examples("understand", kind, zh, n, seed):
-        said = model.understand(_pictures(ex.scenes)[0], ex.text, max_new_tokens=128)
-        tally.add(final(said) == ex.answer)
-    return [tally]
-
-
-def score_edits(model, kind, zh, n, seed, name="", save=None, **options) -> list[Tally]:
-    """Edits of one kind by the editing decoder; both decoders' L1 outside, where textured.
-
-    `told`, where one object changes, is the share whose reply says rightly what will. Outside the
-    edit, `no_texture` is a faultless image but for the texture, which the source alone shows.
+    sources: the images that the "editing" decoder edits
     """
-    tally, distances = Tally(name), {"editing": [], "generation": [], "no_texture": []}
-    told = Tally(name)
-    for number, batch in enumerate(batches(examples("edit", kind, zh, n, seed))):
-        sources = _pictures([ex.scenes[0] for ex in batch])
-        texts, embeds = replies(model, batch)
-        for ex, text in zip(batch, texts, strict=True):
-            if ex.answer:  # it changes one object
-                told.add(text.endswith(ex.answer))
-        drawn = {
-            decoder: draw(model, decoder, embeds, sources, seed + number, **options)
-            for decoder in ("editing", "generation")
-        }
-        drawn["no_texture"] = [render(replace(ex.scenes[1], texture=None)) for ex in batch]
-        for i, (ex, reading) in enumerate(zip(batch, score.read(drawn["editing"]), strict=True)):
-            tally.add(reading.is_exactly(ex.scenes[1]))
-            if ex.scenes[0].texture and kind not in ("background", "style"):
-                source, target = (render(s) for s in ex.scenes)
-                for d, values in distances.items():
-                    values.append(score.l1_outside(drawn[d][i], target, source))
-        if save and number == 0:
-            targets = _arrays(_pictures([ex.scenes[1] for ex in batch]))
-            rows = [_arrays(sources), targets, drawn["editing"], drawn["generation"]]
-            save_grid(save / f"{file_name(name)}.png", [r[:10] for r in rows])
-    if told.n:
-        tally.notes = {"told": told.rate}
-    if distances["editing"]:
-        tally.notes |= {f"l1_outside_{d}": float(np.mean(v)) for d, v in distances.items()}
-    return [tally]
+    images, cfg_scale = [], 1.0 if decoder == "editing" else model.config.cfg_scale
+    for i, part in enumerate(embeds.split(BATCH)):
+        sampling = SamplingParams(seed=seed + i).resolve(model.config, cfg_scale)
+        shape = sampling.latent_shape(model.config)
+        if decoder == "editing":
+            refs = [model.reference_embeds(x) for x in sources[i * BATCH : (i + 1) * BATCH]]
+            context = model.editing_context(part, torch.cat(refs), *shape[2:])
+        else:
+            context = model.generation_context(part)
+        generator = torch.Generator().manual_seed(seed + i)
+        noise = torch.randn((len(part), *shape[1:]), generator=generator)
+        *_, last = model.denoise_steps(getattr(model, decoder).mmdit, context, noise, sampling)
+        images += [np.asarray(image) for image in model.decode(last.x)]
+    return np.stack(images)
 
 
-def score_reconstruction(model, n, seed, save=None, **options) -> list[Tally]:
-    """Unseen scenes drawn again by the generation decoder from their own image embeddings."""
-    tally = Tally("reconstruction")
-    scenes = [ex.scenes[0] for ex in examples("generate", "caption", False, n, seed)]
-    for number, batch in enumerate(batches(scenes)):
-        pictures, size = _pictures(batch), (model.config.target_size,) * 2
-        views = [p.resize(size, Image.Resampling.BICUBIC) for p in pictures]
-        with torch.no_grad():
-            tokens = model.embed_images(views)[0]
-        embeds = tokens.reshape(len(batch), -1, tokens.shape[-1])
-        drawn = draw(model, "generation", embeds, None, seed + number, **options)
-        for scene, reading in zip(batch, score.read(drawn), strict=True):
-            tally.add(reading.is_exactly(scene))
-        if save and number == 0:
-            save_grid(save / "reconstruction.png", [_arrays(pictures)[:10], drawn[:10]])
-    return [tally]
+def _save_samples(folder: Path | None, name: str, *rows: np.ndarray) -> None:
+    """Ten images of each row in one file: "edits en / add" -> edits_en_add.png."""
+    if folder:
+        path = folder / ("_".join(name.replace("/", " ").split()) + ".png")
+        save_grid(path, [row[:10] for row in rows])
 
 
-def totals(name: str, parts: list[Tally]) -> list[Tally]:
-    """The total over `parts`, and the worst of them."""
-    total = Tally(f"{name}: all", sum(t.right for t in parts), sum(t.n for t in parts))
-    worst = min(parts, key=lambda t: t.rate)
-    label = f"{name}: worst ({worst.name.split(' / ')[-1]})"
-    return [total, Tally(label, worst.right, worst.n)]
+def score_generation(model, kind, zh, n, seed, unseen=True, name="", save=None) -> list[Score]:
+    """Images of prompts of one kind; for captions then also by number of objects."""
+    cases = sample_examples("generate", kind, zh, n, seed, unseen)
+    images = sample_images(model, "generation", predict(model, cases)[1], None, seed)
+    _save_samples(save, name, images)
+    pairs = list(zip(read(images), cases, strict=True))
+    distinct = len({ex.scenes[0].key for ex in cases})
+    if kind != "caption":
+        verdicts = [r.known and satisfies(r.scene, ex.spec) for r, ex in pairs]
+        return [Score.of(name, verdicts, scenes=distinct)]
+    by_count: dict[int, list[bool]] = {}
+    for reading, ex in pairs:
+        verdicts = by_count.setdefault(len(ex.scenes[0].objects), [])
+        verdicts.append(reading.is_exactly(ex.scenes[0]))
+    parts = [Score.of(f"{name}, {count} objects", v) for count, v in sorted(by_count.items())]
+    return [Score.of(name, sum(by_count.values(), []), scenes=distinct), *parts]
 
 
-class _Book:
-    """The tallies so far; each is reported as it is known."""
-
-    def __init__(self, report: Callable[[Tally], None]):
-        self.rows: list[Tally] = []
-        self.report = report
-
-    def add(self, tallies: list[Tally]) -> Tally:
-        """Enter tallies; the first of them."""
-        self.rows.extend(tallies)
-        for tally in tallies:
-            self.report(tally)
-        return tallies[0]
-
-    def kinds(self, name: str, kinds: tuple[str, ...], score_one: Callable, part: str = "") -> None:
-        """Enter a tally a kind, named `part / kind`, then their total and the worst."""
-        parts = [self.add(score_one(k, name=f"{part or name} / {k}")) for k in kinds]
-        self.add(totals(name, parts))
+def score_questions(model, kind, zh, n, seed, name="") -> list[Score]:
+    """Exact answers to questions of one kind, after any chain of thought."""
+    verdicts = []
+    for ex in sample_examples("understand", kind, zh, n, seed):
+        image = Image.fromarray(render(ex.scenes[0]))
+        reply = model.understand(image, ex.text, max_new_tokens=128)
+        verdicts.append(final_answer(reply) == ex.answer)
+    return [Score.of(name, verdicts)]
 
 
-def _score_language(book: _Book, model, zh, cases, seed, groups, save, options) -> None:
-    lang = "zh" if zh else "en"
-    generation = partial(score_generation, model, zh=zh, n=cases, seed=seed, **options)
-    questions = partial(score_questions, model, zh=zh, n=cases, seed=seed)
-    edits = partial(score_edits, model, zh=zh, n=cases, seed=seed, save=save, **options)
-    if "generation" in groups:
-        book.kinds(f"geneval-toy {lang}", CATEGORIES, partial(generation, save=save))
-    if "captions" in groups:
-        book.add(generation("caption", name=f"long captions {lang}", save=save))
-    if "questions" in groups:
-        book.kinds(f"questions {lang}", QUESTIONS, questions)
-    if "describe" in groups:
-        book.add(questions("describe", name=f"describe {lang}"))
-    if "edits" in groups:
-        book.kinds(f"edits {lang}", EDITS, edits)
-    if "seen" in groups and not zh:
-        known = partial(generation, unseen=False)
-        book.kinds("geneval-toy en, in training", CATEGORIES, known, "in training")
+def score_edits(model, kind, zh, n, seed, name="", save=None) -> list[Score]:
+    """Edits of one kind by the editing decoder. Its notes, where an edit changes one object:
+
+    told: share of the replies that state rightly what changes
+    l1_outside_*: L1 outside the edit of textured images, for both decoders, and for `no_texture`,
+        the true target without the texture that only the source shows
+    """
+    cases = sample_examples("edit", kind, zh, n, seed)
+    sources, targets = (np.stack([render(ex.scenes[i]) for ex in cases]) for i in (0, 1))
+    texts, embeds = predict(model, cases)
+    references = [Image.fromarray(x) for x in sources]
+    images = {d: sample_images(model, d, embeds, references, seed) for d in DECODERS}
+    _save_samples(save, name, sources, targets, *images.values())
+    images["no_texture"] = [render(replace(ex.scenes[1], texture=None)) for ex in cases]
+    pairs = zip(read(images["editing"]), cases, strict=True)
+    score = Score.of(name, [reading.is_exactly(ex.scenes[1]) for reading, ex in pairs])
+    if told := [t.endswith(ex.answer) for t, ex in zip(texts, cases, strict=True) if ex.answer]:
+        score.notes["told"] = sum(told) / len(told)
+    textured = [i for i, ex in enumerate(cases) if ex.scenes[0].texture]
+    if textured and kind not in ("background", "style"):
+        for d, x in images.items():
+            distances = [l1_unedited(x[i], targets[i], sources[i]) for i in textured]
+            score.notes[f"l1_outside_{d}"] = float(np.mean(distances))
+    return [score]
+
+
+def score_reconstruction(model, n, seed, save=None) -> list[Score]:
+    """Unseen scenes that the generation decoder redraws from their own image embeddings."""
+    cases = sample_examples("generate", "caption", False, n, seed)
+    truth = np.stack([render(ex.scenes[0]) for ex in cases])
+    size = (model.config.target_size,) * 2
+    views = [Image.fromarray(x).resize(size, Image.Resampling.BICUBIC) for x in truth]
+    with torch.no_grad():
+        embeds = torch.stack([model.embed_images([view])[0] for view in views])
+    images = sample_images(model, "generation", embeds, None, seed)
+    _save_samples(save, "reconstruction", truth, images)
+    pairs = zip(read(images), cases, strict=True)
+    return [Score.of("reconstruction", [r.is_exactly(ex.scenes[0]) for r, ex in pairs])]
+
+
+def by_kind(name: str, kinds: tuple[str, ...], score_kind: Callable, part="") -> Iterator[Score]:
+    """The score of each kind, named `part / kind`, then their total and the worst."""
+    parts: list[Score] = []
+    for kind in kinds:
+        parts += score_kind(kind, name=f"{part or name} / {kind}")
+        yield parts[-1]
+    yield Score(f"{name}: all", sum(s.right for s in parts), sum(s.n for s in parts))
+    worst = min(parts, key=lambda s: s.rate)
+    yield Score(f"{name}: worst ({worst.name.split(' / ')[-1]})", worst.right, worst.n)
 
 
 def evaluate(
@@ -289,84 +227,96 @@ def evaluate(
     groups: tuple[str, ...] = GROUPS,
     languages: tuple[str, ...] = LANGUAGES,
     save: Path | None = None,
-    report: Callable[[Tally], None] = lambda tally: None,
-    **options,
-) -> list[Tally]:
-    """All tallies of the chosen groups; `report` is called with each as it is known."""
-    book = _Book(report)
+) -> Iterator[Score]:
+    """Yield the scores of the chosen groups, each as soon as it is known."""
+    notes = []
     for language in languages:
-        _score_language(book, model, language == "zh", cases, seed, groups, save, options)
+        common = {"zh": language == "zh", "n": cases, "seed": seed}
+        generation = partial(score_generation, model, save=save, **common)
+        questions = partial(score_questions, model, **common)
+        edits = partial(score_edits, model, save=save, **common)
+        if "generation" in groups:
+            yield from by_kind(f"geneval-toy {language}", CATEGORIES, generation)
+        if "captions" in groups:
+            yield from generation("caption", name=f"long captions {language}")
+        if "questions" in groups:
+            yield from by_kind(f"questions {language}", QUESTIONS, questions)
+        if "describe" in groups:
+            yield from questions("describe", name=f"describe {language}")
+        if "edits" in groups:
+            for score in by_kind(f"edits {language}", EDITS, edits):
+                notes += [score.notes] if "l1_outside_editing" in score.notes else []
+                yield score
+        if "seen" in groups and language == "en":
+            seen = partial(generation, unseen=False, save=None)
+            yield from by_kind("geneval-toy en, in training", CATEGORIES, seen, "in training")
     if "reconstruction" in groups:
-        book.add(score_reconstruction(model, cases, seed, save, **options))
-    outside = [t.notes for t in book.rows if "l1_outside_editing" in t.notes]
-    if outside:
-        names = [k for k in outside[0] if k.startswith("l1_outside_")]
-        mean = {k: float(np.mean([o[k] for o in outside])) for k in names}
+        yield from score_reconstruction(model, cases, seed, save)
+    if notes:
+        mean = {k: float(np.mean([n[k] for n in notes])) for k in notes[0] if k != "told"}
         ratio = mean["l1_outside_editing"] / mean["l1_outside_generation"]
-        book.add([Tally("L1 outside, editing / generation", 0, 0, {**mean, "ratio": ratio})])
-    return book.rows
+        yield Score("L1 outside, editing / generation", notes={**mean, "ratio": ratio})
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Options of `python -m nexus_min eval`."""
-    parser.add_argument("--cases", type=int, default=200, help="cases a category (default 200)")
-    known = ", ".join(GROUPS)
-    parser.add_argument("--groups", default=",".join(GROUPS), help=f"comma-separated: {known}")
-    parser.add_argument("--languages", default=",".join(LANGUAGES), help="en, zh or both")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--save", type=Path, help="write sample grids (PNG) to this folder")
-    parser.add_argument("--prompts", type=Path, help="score these prompts, in GenEval's format")
-    parser.add_argument("--samples", type=int, default=4, help="images a prompt of --prompts")
-    parser.add_argument(
-        "--write_prompts", type=Path, help="only write the toy prompts, in that format"
-    )
+    add = parser.add_argument
+    add("--cases", type=int, default=200, metavar="N", help="cases of each kind")
+    add("--groups", default=",".join(GROUPS), metavar="A,B", help="comma-separated groups")
+    add("--languages", default=",".join(LANGUAGES), metavar="A,B", help="en, zh or both")
+    add("--json", type=Path, metavar="FILE", help="write the results to this file")
+    add("--save", type=Path, metavar="DIR", help="write sample grids (PNG) to this folder")
+    add("--prompts", type=Path, metavar="FILE", help="score these prompts, in GenEval's format")
+    add("--samples", type=int, default=4, metavar="N", help="images of each of the --prompts")
+    only = "only write the toy prompts to this file, in GenEval's format"
+    add("--write_prompts", "--write-prompts", type=Path, metavar="FILE", help=only)
 
 
-def chosen(text: str, names: tuple[str, ...], what: str) -> tuple[str, ...]:
-    """The comma-separated names of `text`. ValueError for one that is not among `names`."""
-    picked = tuple(word.strip() for word in text.split(",") if word.strip())
-    if unknown := [word for word in picked if word not in names] or ["(none)"] * (not picked):
-        raise ValueError(f"unknown {what} {', '.join(unknown)}; there are {', '.join(names)}")
-    return picked
+def _chosen(text: str, names: tuple[str, ...], what: str) -> tuple[str, ...]:
+    """The comma-separated words of `text`, each of which must be among `names`."""
+    words = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not words or set(words) - set(names):
+        unknown = ", ".join(word for word in words if word not in names) or "(none)"
+        raise ValueError(f"unknown {what} {unknown}; there are {', '.join(names)}")
+    return words
+
+
+def _print(line: str) -> None:
+    write(sys.stdout, line)
+    sys.stdout.flush()
 
 
 def toy_prompts(languages: tuple[str, ...], cases: int, seed: int) -> list[dict]:
-    """The unseen short prompts that `evaluate` would draw, in GenEval's format."""
-    wanted = [(kind, language == "zh") for language in languages for kind in CATEGORIES]
-    found = [ex for kind, zh in wanted for ex in examples("generate", kind, zh, cases, seed)]
-    return [geneval.metadata(ex) for ex in found]
-
-
-def score_prompts(model: NexusGen, lines: list[dict], args: Namespace) -> dict:
-    """Draw and score prompts in GenEval's format; a line a category."""
-    folder = args.save or Path("geneval")
-    found = geneval.evaluate(model, lines, folder, args.samples, args.seed, sys.stderr.isatty())
-    for tag, row in [*found["categories"].items(), ("overall", {"score": found["overall"]})]:
-        rate = "   -" if row["score"] is None else f"{row['score']:6.3f}"
-        print(f"{tag:34s} {rate}" + (f"  n={row['judged']}" if "judged" in row else ""))
-    return found
+    """The unseen short prompts that `evaluate` uses, in GenEval's format."""
+    kinds = [(kind, language == "zh") for language in languages for kind in CATEGORIES]
+    found = [sample_examples("generate", kind, zh, cases, seed) for kind, zh in kinds]
+    return [geneval.metadata(ex) for batch in found for ex in batch]
 
 
 def main(args: Namespace, load: Callable[[], NexusGen] | None = None) -> int:
-    """Evaluate and print one line a score. ValueError for bad options."""
-    groups = chosen(args.groups, GROUPS, "groups")
-    languages = chosen(args.languages, LANGUAGES, "languages")
-    for name in ("cases", "samples"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    """Evaluate a model and print one line for each score."""
+    groups = _chosen(args.groups, GROUPS, "groups")
+    languages = _chosen(args.languages, LANGUAGES, "languages")
+    check_least(args, cases=1, samples=1)
     if args.write_prompts:
-        lines = toy_prompts(languages, args.cases, args.seed)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        prompts = toy_prompts(languages, args.cases, args.seed)
+        text = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in prompts)
         args.write_prompts.write_text(text, "utf-8")
         return 0
-    lines = geneval.read_prompts(args.prompts) if args.prompts else None
+    prompts = geneval.read_prompts(args.prompts) if args.prompts else None
     model = load() if load else NexusGen.load(args.model)
-    if lines:
-        results = score_prompts(model, lines, args)
+    if prompts:
+        folder, progress = args.save or Path("geneval"), sys.stderr.isatty()
+        results = geneval.evaluate(model, prompts, folder, args.samples, args.seed, progress)
+        overall = {"score": results["overall"]}
+        for tag, row in [*results["categories"].items(), ("overall", overall)]:
+            rate = "   -" if row["score"] is None else f"{row['score']:6.3f}"
+            _print(f"{tag:34s} {rate}" + (f"  n={row['judged']}" if "judged" in row else ""))
     else:
-        show = lambda tally: print(tally.line(), file=sys.stdout, flush=True)  # noqa: E731
-        rows = evaluate(model, args.cases, args.seed, groups, languages, args.save, show)
-        results = [t.as_dict() for t in rows]
+        results = []
+        for score in evaluate(model, args.cases, args.seed, groups, languages, args.save):
+            _print(score.line())
+            results.append(score.as_dict())
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
     return 0

@@ -1,17 +1,17 @@
 """GenEval's files for the toy world and for any model: prompts in, images and scores out.
 
 A prompt is a JSON line `{"tag", "include": [{"class", "count", "color", "position"}], "exclude",
-"prompt"}`; images lie as GenEval's scorers expect them (`00000/metadata.jsonl`,
-`00000/samples/0000.png`). GenEval (Ghosh et al., 2023) reads images with a detector; here the
-checker of the toy world does, for prompts of that world. Others are drawn and left to an outside
-scorer, their `correct` null. The overall score is the mean over categories, as GenEval's.
+"prompt"}`; images have the layout of GenEval's scorers (`00000/metadata.jsonl`,
+`00000/samples/0000.png`). GenEval (Ghosh et al., 2023) reads images with a detector; here the toy
+world's checker does, for prompts of that world. An outside scorer can judge all others, whose
+`correct` is null. The overall score is the mean over categories, as in GenEval.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,25 @@ import numpy as np
 from .. import batch
 from ..pipeline import NexusGen
 from . import score
-from .language import RELATIONS, related
+from .language import RELATIONS, is_related
 from .prompts import CATEGORIES
 from .tasks import Example
 from .world import CANVAS, COLORS, SHAPES, Object, Scene
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-TAG = dict(zip(CATEGORIES, TAGS, strict=True))
-
-
-# ---- prompts -----------------------------------------------------------------------------------
 
 
 def metadata(ex: Example) -> dict:
-    """A toy prompt of one of CATEGORIES in GenEval's terms; sizes and backgrounds have none."""
-    include: list[dict] = []
-    for shape, color, *_ in ex.wanted["objects"]:
-        known = {"class": shape} | ({"color": color} if color else {})
-        same = [x for x in include if {k: x[k] for k in x if k != "count"} == known]
-        if same:
-            same[0]["count"] += 1
-        else:
-            include.append(known | {"count": 1})
-    line: dict[str, Any] = {"tag": TAG[ex.kind], "include": include}
-    if relation := ex.wanted.get("relation"):  # the position of the last one, seen from the first
+    """A toy prompt of one of CATEGORIES in GenEval's terms, which have no size or background."""
+    counts: dict[tuple, int] = {}
+    for shape, color, *_ in ex.spec["objects"]:
+        counts[shape, color] = counts.get((shape, color), 0) + 1
+    include = [
+        {"class": shape} | ({"color": color} if color else {}) | {"count": count}
+        for (shape, color), count in counts.items()
+    ]
+    line: dict[str, Any] = {"tag": TAGS[CATEGORIES.index(ex.kind)], "include": include}
+    if relation := ex.spec.get("relation"):  # the position of the last object, seen from the first
         first, second = include
         line["include"] = [second, first | {"position": [relation, 0]}]
     if ex.kind == "counting":
@@ -52,97 +47,86 @@ def metadata(ex: Example) -> dict:
 
 
 def read_prompts(path: Path) -> list[dict]:
-    """The lines of a file in GenEval's format. ValueError naming the line and field at fault."""
-    rows = [(n, row) for n, row in enumerate(path.read_bytes().split(b"\n"), 1) if row.strip()]
-    lines = []
-    for n, row in rows:
+    """The prompts of a file in GenEval's format; an error names the line and the field."""
+    prompts = []
+    for n, row in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not row.strip():
+            continue
         try:
-            lines.append(json.loads(row))
+            prompts.append(json.loads(row))
         except ValueError as error:
             raise ValueError(f"{path}:{n}: not JSON ({error})") from None
-        if mistake := next(mistakes(lines[-1]), None):
-            raise ValueError(f"{path}:{n}: {mistake}")
-    if not lines:
+        if message := problem(prompts[-1]):
+            raise ValueError(f"{path}:{n}: {message}")
+    if not prompts:
         raise ValueError(f"{path}: holds no prompts")
-    return lines
+    return prompts
 
 
-def mistakes(line: Any) -> Iterator[str]:
-    """What is wrong with a prompt's line."""
+def problem(line: Any) -> str:
+    """The first mistake in a prompt's line, or ""."""
     if not isinstance(line, dict):
-        yield f"must be an object, not {type(line).__name__}"
-        return
+        return f"must be an object, not {type(line).__name__}"
     for name in ("tag", "prompt"):
         if not isinstance(line.get(name), str) or not line[name].strip():
-            yield f"`{name}` must be a text"
+            return f"`{name}` must be a text"
+    if not line.get("include"):
+        return "`include` must be a list that is not empty"
     for name in ("include", "exclude"):
         parts = line.get(name, [])
-        if not isinstance(parts, list) or (name == "include" and not parts):
-            yield f"`{name}` must be a list" + (" that is not empty" if name == "include" else "")
-            continue
+        if not isinstance(parts, list):
+            return f"`{name}` must be a list"
         for i, part in enumerate(parts):
-            if not isinstance(part, dict) or not isinstance(part.get("class"), str):
-                yield f"`{name}[{i}]` needs a `class`"
-            elif not isinstance(part.get("count"), int):
-                yield f"`{name}[{i}]` needs a `count`"
-            elif not isinstance(part.get("color", ""), str):
-                yield f"`{name}[{i}]`: `color` must be a text"
-            elif "position" in part and not is_position(part["position"], len(parts)):
-                yield f"`{name}[{i}]`: `position` must be [relation, index]"
+            if message := _part_problem(part, len(parts)):
+                return f"`{name}[{i}]`{message}"
+    return ""
 
 
-def is_position(value: Any, n: int) -> bool:
-    """Whether it is a relation to one of n parts."""
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and isinstance(value[0], str)
-        and value[0] in RELATIONS
-        and isinstance(value[1], int)
-        and 0 <= value[1] < n
-    )
+def _part_problem(part: Any, n: int) -> str:
+    if not isinstance(part, dict) or not isinstance(part.get("class"), str):
+        return " needs a `class`"
+    if not isinstance(part.get("count"), int):
+        return " needs a `count`"
+    if not isinstance(part.get("color", ""), str):
+        return ": `color` must be a text"
+    match part.get("position", ["above", 0]):
+        case [str(relation), int(other)] if relation in RELATIONS and 0 <= other < n:
+            return ""
+    return ": `position` must be [relation, index]"
 
 
-# ---- scores ------------------------------------------------------------------------------------
-
-
-def in_toy_world(line: dict) -> bool:
-    """Whether the checker knows all that a prompt names."""
-    parts = [*line["include"], *line.get("exclude", [])]
-    return all(p["class"] in SHAPES and p.get("color", "red") in COLORS for p in parts)
-
-
-def found(scene: Scene, part: dict) -> list[Object]:
-    """The objects that are of a part's class, and of its color if it has one."""
+def _find(scene: Scene, part: dict) -> list[Object]:
+    """The objects of a part's class, and of its color if it has one."""
     color = part.get("color")
     return [o for o in scene.objects if o.shape == part["class"] and color in (None, o.color)]
 
 
 def judge(scene: Scene, line: dict) -> str:
-    """Why a scene does not show what a line wants; "" when it does. At least `count` of each."""
-    groups = [found(scene, part) for part in line["include"]]
+    """Why a scene does not show what a prompt names, or "". `include` needs at least `count`."""
+    groups = [_find(scene, part) for part in line["include"]]
     for part, group in zip(line["include"], groups, strict=True):
         if len(group) < part["count"]:
             name = " ".join(filter(None, (part.get("color"), part["class"])))
             return f"expected {name} >= {part['count']}, found {len(group)}"
     for part in line.get("exclude", []):
-        if len(found(scene, part)) >= part["count"]:
-            return f"expected {part['class']} < {part['count']}, found {len(found(scene, part))}"
+        if (n := len(_find(scene, part))) >= part["count"]:
+            return f"expected {part['class']} < {part['count']}, found {n}"
     for part, group in zip(line["include"], groups, strict=True):
         if "position" in part:
             relation, other = part["position"]
-            pairs = [(a, b) for a in group for b in groups[other]]
-            if not any(related(a, b, relation) for a, b in pairs):
+            if not any(is_related(a, b, relation) for a in group for b in groups[other]):
                 return f"expected {part['class']} {relation} {line['include'][other]['class']}"
     return ""
 
 
-def verdict(picture: np.ndarray, line: dict) -> dict:
-    """`correct` and `reason` of an image uint8 [H, W, 3]; null where the checker cannot tell."""
-    if not in_toy_world(line) or picture.shape[:2] != (CANVAS, CANVAS):
+def verdict(image: np.ndarray, line: dict) -> dict:
+    """`correct` and `reason` for an image uint8 [H, W, 3]; null where the checker cannot tell."""
+    parts = [*line["include"], *line.get("exclude", [])]
+    is_toy = all(p["class"] in SHAPES and p.get("color", "red") in COLORS for p in parts)
+    if not is_toy or image.shape[:2] != (CANVAS, CANVAS):
         reason = "not of the toy world, or not of its size: left to an outside scorer"
         return {"correct": None, "reason": reason}
-    reading = score.read(picture[None])[0]
+    reading = score.read(image[None])[0]
     reason = judge(reading.scene, line) if reading.known else "something that is no known shape"
     return {"correct": not reason, "reason": reason}
 
@@ -151,17 +135,12 @@ def summary(rows: Sequence[dict]) -> dict:
     """Scores by category and overall (their mean); null without a judged image."""
     categories = {}
     for tag in dict.fromkeys(row["tag"] for row in rows):
-        judged = [
-            row["correct"] for row in rows if row["tag"] == tag and row["correct"] is not None
-        ]
-        pictures = sum(row["tag"] == tag for row in rows)
+        verdicts = [row["correct"] for row in rows if row["tag"] == tag]
+        judged = [v for v in verdicts if v is not None]
         rate = sum(judged) / len(judged) if judged else None
-        categories[tag] = {"score": rate, "judged": len(judged), "pictures": pictures}
+        categories[tag] = {"score": rate, "judged": len(judged), "pictures": len(verdicts)}
     rates = [c["score"] for c in categories.values() if c["score"] is not None]
     return {"categories": categories, "overall": sum(rates) / len(rates) if rates else None}
-
-
-# ---- images ----------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -175,8 +154,8 @@ def evaluate(
 ) -> dict:
     """Draw `samples` images of each prompt into `folder` in GenEval's layout, and score them.
 
-    Returns `results` (a row an image: filename, tag, prompt, correct, reason, seed, metadata) and
-    what `summary` makes of them.
+    Returns `summary`'s scores and `results`, one row for each image: filename, tag, prompt,
+    correct, reason, seed, metadata.
     """
     items = [
         {"task": "generate", "prompt": line["prompt"], "seed": seed + k, **options}
@@ -186,15 +165,15 @@ def evaluate(
     rows = []
     for result in sorted(batch.run(model, items, progress=progress)):
         number, k = divmod(result.index, samples)
-        line, home = lines[number], folder / f"{number:05d}"
-        file = home / "samples" / f"{k:04d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        (home / "metadata.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", "utf-8")
-        row = {"filename": os.fspath(file), "tag": line["tag"], "prompt": line["prompt"]}
+        line, path = lines[number], folder / f"{number:05d}" / "samples" / f"{k:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(line, ensure_ascii=False) + "\n"
+        (path.parents[1] / "metadata.jsonl").write_text(text, "utf-8")
+        row = {"filename": os.fspath(path), "tag": line["tag"], "prompt": line["prompt"]}
         if result.error:
             row |= {"correct": False, "reason": result.error}
         else:
-            result.image.save(file)
+            result.image.save(path)
             row |= verdict(np.asarray(result.image), line)
         rows.append(row | {"seed": seed + k, "metadata": line})
     return summary(rows) | {"results": rows}

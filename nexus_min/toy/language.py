@@ -1,12 +1,9 @@
-"""What things are called in the toy world, in English and Chinese: objects, places, scenes."""
+"""Names of objects, cells and scenes of the toy world, in English and Chinese."""
 
 from __future__ import annotations
 
-import numpy as np
+from .world import Object, Rng, Scene, choice
 
-from .world import Object, Scene, choice
-
-# the nine cells: a place ("in the top left corner") and where things are moved ("to the ...")
 CELL_NAMES = (
     "top left corner", "top", "top right corner", "left", "center", "right",
     "bottom left corner", "bottom", "bottom right corner",
@@ -23,81 +20,87 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 ZH_NUMBERS = ("零", "一", "两", "三", "四")
 # (row, column) of the first object seen from the second
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
-ZH_RELATIONS = {"left of": "左边", "right of": "右边", "above": "上方", "below": "下方"}
+ZH_RELATIONS = ("左边", "右边", "上方", "下方")
+ZH_WORDS = ZH | {
+    english: chinese
+    for names in ((CELL_NAMES, ZH_CELLS), (NUMBERS, ZH_NUMBERS), (RELATIONS, ZH_RELATIONS))
+    for english, chinese in zip(*names, strict=True)
+}
 
 
-def place(cell: int, zh: bool = False) -> str:
-    """Where a cell is: "in the top left corner"."""
+def word(english: str, zh: bool) -> str:
+    """A word or a cell's name in the language of the example: "red" / "红色"."""
+    return ZH_WORDS[english] if zh else english
+
+
+def cell_name(cell: int, zh: bool = False) -> str:
+    """A cell with its preposition: "in the top left corner" / "左上角"."""
     return ZH_CELLS[cell] if zh else f"{CELL_PREPOSITIONS[cell]} the {CELL_NAMES[cell]}"
 
 
-def plural(shape: str) -> str:
-    """Plural of a shape's name."""
-    return shape + ("es" if shape == "cross" else "s")
-
-
-def noun(shape: str, color: str | None, size: str | None, zh: bool, number: int = 1) -> str:
-    """ "small red circle(s)" / "小的红色圆形"; None leaves an attribute out."""
+def noun_phrase(shape: str, color: str | None, size: str | None, zh: bool) -> str:
+    """ "small red circle" / "小的红色圆形"; None leaves an attribute out."""
     if zh:
-        return "".join((f"{ZH[size]}的" if size else "", ZH[color] if color else "", ZH[shape]))
-    words = [size, color, shape if number == 1 else plural(shape)]
-    return " ".join(w for w in words if w)
+        return (f"{ZH[size]}的" if size else "") + (ZH[color] if color else "") + ZH[shape]
+    return " ".join(w for w in (size, color, shape) if w)
 
 
-def a(phrase: str) -> str:
+def plural(phrase: str) -> str:
+    """The plural of an English noun phrase."""
+    return phrase + ("es" if phrase.endswith("cross") else "s")
+
+
+def with_article(phrase: str) -> str:
     """With its indefinite article."""
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
 def in_order(scene: Scene) -> list[Object]:
-    """Its objects as one reads, cell by cell."""
+    """The objects in reading order of their cells."""
     return sorted(scene.objects, key=lambda o: o.cell)
 
 
-def word_placed(obj: Object, zh: bool) -> str:
-    """All that can be named about an object: "a small red star in the center"."""
-    name = noun(obj.shape, obj.color, obj.size, zh)
-    return f"{place(obj.cell, True)}有{name}" if zh else f"{a(name)} {place(obj.cell)}"
+def describe_object(obj: Object, zh: bool) -> str:
+    """ "a small red star in the center" / "中间有小的红色星形"."""
+    name = noun_phrase(obj.shape, obj.color, obj.size, zh)
+    cell = cell_name(obj.cell, zh)
+    return f"{cell}有{name}" if zh else f"{with_article(name)} {cell}"
 
 
-def caption(rng: np.random.Generator | None, scene: Scene, zh: bool) -> str:
-    """All that can be named about a scene; objects shuffled, or in reading order without rng."""
+def caption(rng: Rng | None, scene: Scene, zh: bool) -> str:
+    """Everything that can be named; objects in random order, or in reading order without `rng`.
+
+    "a small red star in the center, a large blue circle on the left, on a gray background"
+    """
     objects = in_order(scene)
     if rng is not None:
         objects = [objects[i] for i in rng.permutation(len(objects))]
-    parts = [word_placed(o, zh) for o in objects]
+    parts = [describe_object(o, zh) for o in objects]
     if zh:
-        style = "，线条画" if scene.style == "outline" else ""
-        return "，".join(parts) + f"，{ZH[scene.background]}背景{style}"
-    style = ", outline drawing" if scene.style == "outline" else ""
-    return ", ".join(parts) + f", on {a(scene.background)} background{style}"
+        style = ["线条画"] if scene.style == "outline" else []
+        return "，".join([*parts, f"{word(scene.background, zh)}背景", *style])
+    style = ["outline drawing"] if scene.style == "outline" else []
+    return ", ".join([*parts, f"on {with_article(scene.background)} background", *style])
 
 
-def row_or_column(cell: int, axis: int, zh: bool) -> str:
-    """A cell's row (axis 0) or column, called as the one that crosses the center there."""
-    crossing = cell // 3 * 3 + 1 if axis == 0 else 3 + cell % 3
-    return (ZH_CELLS if zh else CELL_NAMES)[crossing]
-
-
-def related(first: Object, second: Object, relation: str) -> bool:
+def is_related(first: Object, second: Object, relation: str) -> bool:
     """Whether `first` is `relation` of `second`, by cell."""
     row, column = RELATIONS[relation]
     down, right = first.cell // 3 - second.cell // 3, first.cell % 3 - second.cell % 3
     return down * row + right * column > 0
 
 
-def fits(obj: Object, form: tuple) -> bool:
-    """Whether an object has the (shape, color, size) named; None names nothing."""
-    pairs = zip(form, (obj.shape, obj.color, obj.size), strict=True)
-    return all(named in (None, value) for named, value in pairs)
+def matches(obj: Object, form: tuple) -> bool:
+    """Whether an object has the (shape, color, size[, cell]) of a form; None matches anything."""
+    return all(named in (None, value) for named, value in zip(form, obj.key, strict=False))
 
 
-def reference(rng: np.random.Generator, scene: Scene, obj: Object) -> tuple | None:
-    """(shape, color, size) that names `obj` alone, as short as chance has it, or None."""
-    forms = (
+def reference(rng: Rng, scene: Scene, obj: Object) -> tuple | None:
+    """A (shape, color, size) that only `obj` matches, with None for omitted attributes."""
+    forms = [
         (obj.shape, None, None),
         (obj.shape, obj.color, None),
         (obj.shape, obj.color, obj.size),
-    )
-    unique = [f for f in forms if sum(fits(o, f) for o in scene.objects) == 1]
+    ]
+    unique = [f for f in forms if sum(matches(o, f) for o in scene.objects) == 1]
     return choice(rng, unique) if unique else None

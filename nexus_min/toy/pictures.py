@@ -1,4 +1,4 @@
-"""Images of the toy world as tensors, as grids for the eye, and as the checker's verdict."""
+"""Images of the toy world as tensors and as grids for the eye, and shares of exact ones."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from torch import Tensor
 from ..images import patch_rows
 from ..model.vision import QwenViT
 from . import score
-from .world import OUTLINES, Scene, held_out, random_scene
-
-DETAIL = 0.4  # share of textured images in the base stages
+from .world import OUTLINE_SHARE, Rng, Scene, held_out, random_scene
 
 
 def to_unit(images: list[np.ndarray]) -> Tensor:
@@ -26,9 +24,9 @@ def to_unit(images: list[np.ndarray]) -> Tensor:
 
 
 def resize(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
-    """As PIL does it, but rounding nothing: square [B, 3, n, n] in [0, 1] -> [B, 3, size, size].
+    """PIL's resizing without rounding: [B, 3, n, n] in [0, 1] -> [B, 3, size, size].
 
-    Both directions as matrix products, several times faster than torch's own antialiasing.
+    Two matrix products: several times faster than torch's antialiased `interpolate`.
     """
     weights = resampling(images.shape[-1], size, mode)
     with torch.autocast("cpu", enabled=False):
@@ -37,9 +35,9 @@ def resize(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
 
 @cache
 def resampling(n: int, size: int, mode: str) -> Tensor:
-    """What each of `size` pixels takes from each of n: [size, n], by torch's own antialiasing."""
-    one_each = torch.eye(n)[None, None]
-    return F.interpolate(one_each, size=(size, n), mode=mode, antialias=True)[0, 0]
+    """Weights [size, n] of n pixels in each of `size` pixels, by torch's own antialiasing."""
+    identity = torch.eye(n)[None, None]
+    return F.interpolate(identity, size=(size, n), mode=mode, antialias=True)[0, 0]
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -48,24 +46,24 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return rearrange(pixels, "B C h w -> B h w C").numpy()
 
 
-def save_grid(path: Path, rows: list[np.ndarray], scale: int = 2) -> None:
-    """Write a PNG whose rows are strips of equally many images uint8 [n, H, W, 3]."""
+def save_grid(path: Path, rows: list[np.ndarray]) -> None:
+    """Write a PNG of rows of equally many images uint8 [n, H, W, 3], twice as large."""
     image = Image.fromarray(np.concatenate([rearrange(r, "n h w C -> h (n w) C") for r in rows]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+    image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(path)
 
 
 def scenes(
-    rng: np.random.Generator,
+    rng: Rng,
     n: int,
-    detail: float = DETAIL,
+    detail: float = 0.4,
     most: int = 4,
     least: int = 1,
-    outline: float = OUTLINES,
+    outline: float = OUTLINE_SHARE,
 ) -> list[Scene]:
     """n random scenes of `least` to `most` objects that are not held out.
 
-    `detail` is the share of textured ones, `outline` that of outline drawings.
+    detail, outline: shares of textured scenes and of outline drawings
     """
     found: list[Scene] = []
     while len(found) < n:
@@ -82,13 +80,12 @@ def embed_views(visual: QwenViT, images: Tensor, size: int, mode: str = "bicubic
     return rearrange(tokens, "(B N) C -> B N C", B=len(images))
 
 
-def exactness(pictures: np.ndarray, wanted: list[Scene]) -> float:
+def exactness(images: np.ndarray, wanted: list[Scene]) -> float:
     """Share of images that the checker reads as exactly their scene."""
-    readings = score.read(pictures)
+    readings = score.read(images)
     return float(np.mean([r.is_exactly(s) for r, s in zip(readings, wanted, strict=True)]))
 
 
-def agreement(drawn: np.ndarray, truth: np.ndarray) -> float:
-    """Share of images in which the checker reads the same scene as in the true ones."""
-    pairs = zip(score.read(drawn), score.read(truth), strict=True)
-    return float(np.mean([a.known and a.scene.key == b.scene.key for a, b in pairs]))
+def agreement(images: np.ndarray, truth: np.ndarray) -> float:
+    """Share of images that the checker reads as the true ones."""
+    return exactness(images, [reading.scene for reading in score.read(truth)])

@@ -38,13 +38,13 @@ from .pictures import (
     to_uint8,
     to_unit,
 )
-from .tasks import Example, example
+from .tasks import Example, sample_example
 from .world import STYLES, render
 
 POOL = 24_576  # most images embedded once for a decoder stage, over all workers
-UND, GEN, EDIT, TALK = "understand", "generate", "edit", "talk"
+UND, GEN, EDIT, MULTI_TURN = "understand", "generate", "edit", "multi_turn"
 MIXTURE = (UND, GEN, GEN, EDIT)  # 1:2:1, pre-training
-FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, GEN, EDIT, TALK)  # more of what takes longest
+FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, GEN, EDIT, MULTI_TURN)  # more of what takes longest
 PRETRAINED = 0.4  # of the stage
 # of EDITS for the editing decoder: what has to be drawn anew is harder than what is only changed
 DRAWING_SHARES = np.array([3, 4, 2, 4, 2, 3, 2]) / 20
@@ -98,14 +98,14 @@ def ar_stage(
     def loss(rng, progress):
         most = 1 if progress < 0.03 else 2 if progress < 0.1 else 4
         mixture = MIXTURE if progress < PRETRAINED else FINE_TUNING
-        found = [example(rng, mixture[i % len(mixture)], most=most) for i in range(batch)]
+        found = [sample_example(rng, mixture[i % len(mixture)], most=most) for i in range(batch)]
         out = ar_batch_loss(ar, tokenizer, config, found, rng)
         return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
 
     def sample(path):
         rng, metrics = np.random.default_rng(4), {}
         for task in dict.fromkeys(MIXTURE):
-            found = [example(rng, task, unseen=True) for _ in range(40)]
+            found = [sample_example(rng, task, unseen=True) for _ in range(40)]
             with torch.no_grad():
                 out = ar_batch_loss(ar, tokenizer, config, found)
             metrics[f"unseen_{task}"] = float(out.ce if task == "understand" else out.mse)
@@ -246,7 +246,7 @@ def reconstruction_pool(
 def drawn_edit(rng: np.random.Generator) -> Example:
     """An edit for the editing decoder: what is hard to draw is drawn often, half are outlines."""
     kind, style = str(rng.choice(EDITS, p=DRAWING_SHARES)), str(rng.choice(STYLES))
-    while (ex := example(rng, "edit", kind)).scenes[1].style != style:
+    while (ex := sample_example(rng, "edit", kind)).scenes[1].style != style:
         pass
     return ex
 

@@ -1,9 +1,8 @@
-"""What is asked in the toy world: conversations of every task, and the mixture that trains.
+"""Conversations of every task in the toy world, and the shares in which training mixes them.
 
-Every example is a conversation in the official message-like format (`images`, `messages` with
-`<image>`; paper, section 4.1) plus what a checker needs. A prompt names some attributes of a scene;
-what it leaves open is canonical (`prompts`). One scene in ten is held out by hash: training never
-shows it, asks for it or edits from or to it, in any task, wording or language.
+An example is a conversation in the official message-like format (`images`, `messages` with
+`<image>`; paper, section 4.1) plus what the checker needs. One scene in ten is held out by hash:
+no task, wording or language of the training data contains it, as source or as target.
 """
 
 from __future__ import annotations
@@ -15,169 +14,163 @@ import numpy as np
 from ..tokenizer import EDITING_PROMPT, EDITING_REPLY, GENERATION_PROMPT, GENERATION_REPLY, IMAGE
 from .edits import EDITS, edit_pair, plan
 from .language import caption
-from .prompts import CATEGORIES, canonical_scene, short_prompt, word_prompt
-from .questions import QUESTIONS, Asked, ask, spoken, what_is_seen
-from .world import Scene, choice, held_out, jittered, random_scene, random_texture
+from .prompts import CATEGORIES, canonical_scene, phrase_prompt, short_prompt
+from .questions import QA, QUESTIONS, make_question, scene_caption, with_reasoning
+from .world import Rng, Scene, choice, held_out, jittered, random_scene, random_texture
+
+ZH_SHARE = 0.4
+SHORT_SHARE = 0.4  # of prompts; 0.2 in the paper, but here they carry six categories
+DESCRIBE_SHARE = 0.2  # of the conversations about an image
+COT_SHARE = 0.9  # of the replies to edits have a chain of thought before the image
+QUESTIONS_PER_IMAGE = 4  # at most: more answers for the same work
+QUESTION_SHARES = np.array([3, 4, 4, 1, 4, 4, 1, 5]) / 26  # hard kinds are frequent
+EDIT_SHARES = np.array([5, 3, 3, 4, 1, 3, 1]) / 20  # so are kinds that refer to an object
 
 
 @dataclass(frozen=True)
 class Example:
     """One conversation with its images (as scenes), and what it takes to score the reply."""
 
-    task: str  # "understand", "generate", "edit", or "talk": several of these
+    task: str  # "understand", "generate", "edit", or "multi_turn": several of these
     kind: str  # of CATEGORIES, "caption", QUESTIONS (several joined by "+"), "describe", EDITS
     language: str
     scenes: tuple[Scene, ...]  # the images, in the order of their <image> placeholders
     messages: tuple[dict, ...]
     text: str  # the bare prompt, question or instruction
-    answer: str = ""  # to the first question, or what an edit's reply says will change, or ""
-    wanted: dict = field(default_factory=dict)  # what a short prompt names, for `satisfies`
+    answer: str = ""  # to the first question, or the plan of an edit
+    spec: dict = field(default_factory=dict)  # what a short prompt names, for `satisfies`
 
     @property
     def unseen(self) -> bool:
-        """Whether one of its scenes is held out; all wordings of a prompt mean one scene."""
+        """Whether one of its scenes is held out."""
         return any(held_out(scene.key) for scene in self.scenes)
 
 
-def _generation(kind: str, zh: bool, text: str, scene: Scene, wanted: dict) -> Example:
-    language = "zh" if zh else "en"
-    messages = (
-        {"role": "user", "content": GENERATION_PROMPT[language].format(text)},
-        {"role": "assistant", "content": GENERATION_REPLY[language]},
-    )
-    return Example("generate", kind, language, (scene,), messages, text, wanted=wanted)
+def _turn(user: str, assistant: str) -> tuple[dict, dict]:
+    return {"role": "user", "content": user}, {"role": "assistant", "content": assistant}
 
 
-def generation_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 4) -> Example:
+def generation_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
     """A prompt of one of CATEGORIES, or a long "caption" of a scene of at most `most` objects."""
+    language, spec = "zh" if zh else "en", {}
     if kind == "caption":
         scene = random_scene(rng, int(rng.integers(1, most + 1)))
-        return _generation(kind, zh, caption(rng, scene, zh), scene, {})
-    wanted = short_prompt(rng, kind)
-    scene = canonical_scene(wanted)
-    scene = replace(scene, objects=tuple(jittered(rng, o) for o in scene.objects))
-    return _generation(kind, zh, word_prompt(rng, wanted, zh), scene, wanted)
+        text = caption(rng, scene, zh)
+    else:
+        spec = short_prompt(rng, kind)
+        scene = canonical_scene(spec)
+        scene = replace(scene, objects=tuple(jittered(rng, o) for o in scene.objects))
+        text = phrase_prompt(rng, spec, zh)
+    messages = _turn(GENERATION_PROMPT[language].format(text), GENERATION_REPLY[language])
+    return Example("generate", kind, language, (scene,), messages, text, spec=spec)
 
 
-def question_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 4) -> Example:
-    """A question of one of QUESTIONS, or "describe", about a random scene (a quarter textured).
+def question_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
+    """Questions of the kinds in `kind` ("count+where") about one random scene.
 
-    `kind` may name several, joined by "+": asked one after the other about one image. Before the
-    first answer the model says what it sees, and before each what decides it: the object, a verdict
-    on each object, two rows or columns, how they lie and what was asked. So what a question means
-    is looked up in words: that is learnt far sooner than finding in an image what a word means.
+    The first reply begins with a caption, and every answer follows its chain of thought (see
+    `questions`): the text then holds what an answer needs.
     """
     kinds = kind.split("+")
     least = 2 if kinds[0] == "relation" else 1
-    asked: list[Asked] = []
-    while not asked:
+    turns: list[QA] = []
+    while not turns:
         scene = random_scene(rng, int(rng.integers(least, max(least, most) + 1)), detail=0.25)
         for k in kinds:
-            found = ask(rng, k, scene, zh)
-            if found and found not in asked:
-                asked.append(found)
-            elif not asked:
-                break
-    sees = "" if kinds[0] == "describe" else what_is_seen(scene, zh)
-    messages = []
-    for question, thought, answer in asked:
-        said = spoken(thought, answer, zh)
-        messages += [
-            {"role": "user", "content": question if messages else IMAGE + question},
-            {"role": "assistant", "content": said if messages else sees + said},
-        ]
-    language, (text, _, answer) = "zh" if zh else "en", asked[0]
+            qa = make_question(rng, k, scene, zh)
+            if qa and qa not in turns:
+                turns.append(qa)
+            elif not turns:
+                break  # another scene: the first kind is the one that counts
+    messages = [m for qa in turns for m in _turn(qa.question, with_reasoning(qa, zh))]
+    messages[0]["content"] = IMAGE + messages[0]["content"]
+    if kinds[0] != "describe":
+        messages[1]["content"] = scene_caption(scene, zh) + messages[1]["content"]
+    text, _, answer = turns[0]
+    language = "zh" if zh else "en"
     return Example("understand", kind, language, (scene,), tuple(messages), text, answer)
 
 
-def edit_example(
-    rng: np.random.Generator, kind: str, zh: bool, most: int = 4, detail: float = 0.6
-) -> Example:
-    """An edit of one of EDITS; both ways occur alike (add / remove, there / back)."""
+def edit_example(rng: Rng, kind: str, zh: bool, most: int = 4, detail: float = 0.6) -> Example:
+    """An edit of one of EDITS; `detail` is the share of textured sources."""
     least = 2 if kind == "remove" else 1
-    while True:
+    pair = None
+    while not pair:
         scene = random_scene(rng, int(rng.integers(least, max(least, most) + 1)))
         if rng.random() < detail:
             scene = replace(scene, texture=random_texture(rng))
-        if pair := edit_pair(rng, kind, scene, zh):
-            break
-    target, text = pair
-    language = "zh" if zh else "en"
-    told, reply = plan(scene, target, zh), EDITING_REPLY[language]
-    thought = what_is_seen(scene, zh) + told if rng.random() < TELLS else ""
-    messages = (
-        {"role": "user", "content": EDITING_PROMPT.format(text)},
-        {"role": "assistant", "content": thought + reply},
-    )
-    return Example("edit", kind, language, (scene, target), messages, text, told.strip())
+        pair = edit_pair(rng, kind, scene, zh)
+    (target, text), language = pair, "zh" if zh else "en"
+    steps = plan(scene, target, zh)
+    thought = scene_caption(scene, zh) + steps if rng.random() < COT_SHARE else ""
+    messages = _turn(EDITING_PROMPT.format(text), thought + EDITING_REPLY[language])
+    return Example("edit", kind, language, (scene, target), messages, text, steps.strip())
 
 
-def talk_example(rng: np.random.Generator, kind: str, zh: bool, most: int = 4) -> Example:
-    """A task of one `kind` ("understand", "generate", "edit") and two turns about what came of it.
+def multi_turn_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
+    """A task of one `kind` ("understand", "generate", "edit"), then two turns about its image.
 
     These are questions and edits of the latest image, which is not shown again.
     """
     first = MAKERS[kind](rng, _random_kind(rng, kind).split("+")[0], zh, most)
-    scenes, messages, said_of = list(first.scenes), list(first.messages), kind == "understand"
+    scenes, messages, is_captioned = list(first.scenes), list(first.messages), kind == "understand"
     for _ in range(2):
-        scene, sees = scenes[-1], "" if said_of else what_is_seen(scenes[-1], zh)
+        scene = scenes[-1]
         if rng.random() < 0.5:
-            if not (pair := edit_pair(rng, _random_kind(rng, "edit"), scene, zh)):
+            pair = edit_pair(rng, _random_kind(rng, "edit"), scene, zh)
+            if not pair:
                 continue
             target, text = pair
             reply = plan(scene, target, zh) + EDITING_REPLY[first.language]
             scenes.append(target)
         else:
-            if not (asked := ask(rng, rng.choice(QUESTIONS, p=QUESTION_SHARES), scene, zh)):
+            qa = make_question(rng, rng.choice(QUESTIONS, p=QUESTION_SHARES), scene, zh)
+            if not qa:
                 continue
-            text, reply = asked[0], spoken(*asked[1:], zh)
-        said_of = scene is scenes[-1]
-        messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": sees + reply})
-    return replace(first, task="talk", kind=kind, scenes=tuple(scenes), messages=tuple(messages))
+            text, reply = qa.question, with_reasoning(qa, zh)
+        if not is_captioned:  # the model describes each image once
+            reply = scene_caption(scene, zh) + reply
+        is_captioned = scene is scenes[-1]
+        messages += _turn(text, reply)
+    return replace(
+        first, task="multi_turn", kind=kind, scenes=tuple(scenes), messages=tuple(messages)
+    )
 
 
 MAKERS = {
     "understand": question_example,
     "generate": generation_example,
     "edit": edit_example,
-    "talk": talk_example,
+    "multi_turn": multi_turn_example,
 }
-ZH_SHARE = 0.4
-TURNS = 4  # most questions in a conversation
-QUESTION_SHARES = np.array([3, 4, 4, 1, 4, 4, 1, 5]) / 26  # what is hard is asked often
-TELLS = 0.9  # of the replies to an edit say what is seen, and what will change, before the image
-# what refers to an object takes longest to learn
-EDIT_SHARES = np.array([5, 3, 3, 4, 1, 3, 1]) / 20
 
 
-def example(
-    rng: np.random.Generator,
+def _random_kind(rng: Rng, task: str) -> str:
+    if task == "generate":
+        return choice(rng, CATEGORIES) if rng.random() < SHORT_SHARE else "caption"
+    if task == "understand":
+        if rng.random() < DESCRIBE_SHARE:
+            return "describe"
+        return "+".join(rng.choice(QUESTIONS, QUESTIONS_PER_IMAGE, p=QUESTION_SHARES))
+    if task == "multi_turn":
+        return choice(rng, ("understand", "generate", "generate", "edit"))
+    return str(rng.choice(EDITS, p=EDIT_SHARES))
+
+
+def sample_example(
+    rng: Rng,
     task: str,
     kind: str | None = None,
     zh: bool | None = None,
     most: int = 4,
     unseen: bool = False,
 ) -> Example:
-    """A random example of a task, seen or `unseen` in training.
+    """A random example of a task; kind and language as training mixes them unless given.
 
-    Kind and language are those of the training mixture unless given. Captions are 20 % short, 80 %
-    long in the paper; here 40 % are short, since they carry six categories.
+    most: largest number of objects; unseen: whether the example has a held-out scene
     """
     while True:
-        zh_now = rng.random() < ZH_SHARE if zh is None else zh
-        found = MAKERS[task](rng, kind or _random_kind(rng, task), zh_now, most)
+        is_zh = rng.random() < ZH_SHARE if zh is None else zh
+        found = MAKERS[task](rng, kind or _random_kind(rng, task), is_zh, most)
         if found.unseen == unseen:
             return found
-
-
-def _random_kind(rng: np.random.Generator, task: str) -> str:
-    if task == "generate":
-        return choice(rng, CATEGORIES) if rng.random() < 0.4 else "caption"
-    if task == "understand":  # several turns about one image: more answers for the same work
-        if rng.random() < 0.2:
-            return "describe"
-        return "+".join(rng.choice(QUESTIONS, TURNS, p=QUESTION_SHARES))
-    if task == "talk":
-        return choice(rng, ("understand", "generate", "generate", "edit"))
-    return str(rng.choice(EDITS, p=EDIT_SHARES))

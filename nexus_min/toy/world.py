@@ -1,12 +1,10 @@
 """The toy world: small scenes of colored shapes, drawn as anti-aliased vectors.
 
-A scene is one to four shapes (more where the model only looks) on a 3x3 grid of cells, over a plain
-background; it is filled or an outline drawing. Two things are random and named by no caption: the
-sub-cell jitter of every object, and, in *detailed* images, a faint background texture with its
-own angle, period and phase. They are what an editing decoder has to carry over from the source
-image (paper, section 4.3). The nine cells do not line up with the 4x4 grid of image slots, so no
-slot owns an object. It stands in for the paper's image corpora; the official code has no
-counterpart.
+A scene is one to four shapes on a 3x3 grid of cells over a plain background, filled or as an
+outline drawing. Two things are random and no caption names them: the jitter of each object within
+its cell, and in *detailed* images a faint background texture. An editing decoder has to carry them
+over from the source image (paper, section 4.3). The nine cells do not line up with the 4x4 grid of
+image slots, so no slot owns an object.
 """
 
 from __future__ import annotations
@@ -17,39 +15,31 @@ from functools import cache
 
 import numpy as np
 
+Rng = np.random.Generator
 CANVAS = 64  # pixels a side
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 COLORS = {
-    "red": (220, 35, 40),
-    "green": (40, 160, 60),
-    "blue": (45, 75, 220),
-    "yellow": (245, 220, 50),
-    "purple": (140, 50, 175),
-    "orange": (245, 135, 25),
-    "cyan": (60, 205, 220),
+    "red": (220, 35, 40), "green": (40, 160, 60), "blue": (45, 75, 220), "yellow": (245, 220, 50),
+    "purple": (140, 50, 175), "orange": (245, 135, 25), "cyan": (60, 205, 220),
     "pink": (250, 150, 200),
-}
+}  # fmt: skip
 BACKGROUNDS = {
-    "white": (250, 250, 250),
-    "gray": (128, 128, 128),
-    "black": (15, 15, 15),
-    "brown": (110, 70, 38),
-}
+    "white": (250, 250, 250), "gray": (128, 128, 128), "black": (15, 15, 15), "brown": (110, 70, 38)
+}  # fmt: skip
 RADIUS = {"small": 6.0, "large": 9.0}  # canvas pixels
 STYLES = ("filled", "outline")
-OUTLINES = 0.25  # share of scenes that are outline drawings
-STROKE = 1.65  # width of an outline, canvas pixels: never so thin that the checker drops it
-CENTRES = (11, 32, 53)  # of the 3x3 cells, along one axis
-CROP = 22  # side of the square around a cell's centre that holds any object in it
-# offsets of an object from its cell's centre, canvas pixels
-JITTER = tuple(half / 2 for half in range(-3, 4))
+OUTLINE_SHARE = 0.25  # share of scenes that are outline drawings
+STROKE = 1.65  # width of an outline, canvas pixels: wide enough for the checker
+CENTERS = (11, 32, 53)  # of the 3x3 cells, along one axis
+CROP = 22  # side of the square around a cell's center that holds any object in it
+JITTER = tuple(half / 2 for half in range(-3, 4))  # offsets from the cell's center, canvas pixels
 # What a prompt leaves open has one fixed answer: a regression cannot choose, it would average.
 CANONICAL_COLOR = dict(zip(SHAPES, ("red", "blue", "green", "yellow", "purple"), strict=True))
 
 
 @dataclass(frozen=True)
 class Object:
-    """One shape: what it is, its cell (0..8, row-major) and its jitter in canvas pixels."""
+    """One shape: its attributes, its cell (0..8, row-major) and its jitter in canvas pixels."""
 
     shape: str
     color: str
@@ -66,7 +56,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Texture:
-    """A faint wave over the background: angle, phase (radians), period (px), grey levels."""
+    """A faint wave over the background: angle, phase (radians), period (px), gray levels."""
 
     angle: float
     period: float
@@ -91,53 +81,45 @@ class Scene:
 
 
 def held_out(*key: object) -> bool:
-    """True for one key in ten, by hash: what has such a key is never trained on."""
+    """True for one key in ten, by hash; training never uses those."""
     return hashlib.md5(repr(key).encode()).digest()[0] < 26
 
 
-def choice(rng: np.random.Generator, items):
-    """One of the items, each as likely; five times as fast as `rng.choice`, and the same one."""
+def choice(rng: Rng, items):
+    """A random item: the one that `rng.choice` draws, five times as fast."""
     return items[int(rng.integers(len(items)))]
 
 
-def random_texture(rng: np.random.Generator) -> Texture:
-    """A texture with random angle, period 5-12 px, phase and strength."""
-    return Texture(
-        angle=float(rng.uniform(0, np.pi)),
-        period=float(rng.uniform(5, 12)),
-        phase=float(rng.uniform(0, 2 * np.pi)),
-        amplitude=float(rng.uniform(12, 20)),
-        checks=bool(rng.random() < 0.5),
-    )
+def random_texture(rng: Rng) -> Texture:
+    """A texture of random angle, period, phase and strength."""
+    angle, period, phase = rng.uniform(0, np.pi), rng.uniform(5, 12), rng.uniform(0, 2 * np.pi)
+    return Texture(angle, period, phase, rng.uniform(12, 20), rng.random() < 0.5)
 
 
-def jittered(rng: np.random.Generator, obj: Object) -> Object:
-    """The same object at a new random place within its cell."""
+def jittered(rng: Rng, obj: Object) -> Object:
+    """The same object with a new random offset within its cell."""
     return replace(obj, dx=choice(rng, JITTER), dy=choice(rng, JITTER))
 
 
-def random_object(rng: np.random.Generator, cell: int) -> Object:
+def random_object(rng: Rng, cell: int) -> Object:
     """An object with uniformly random shape, color, size and jitter in `cell`."""
-    shape, color = choice(rng, SHAPES), choice(rng, tuple(COLORS))
-    return jittered(rng, Object(shape, color, choice(rng, tuple(RADIUS)), cell))
+    shape, color, size = (choice(rng, x) for x in (SHAPES, tuple(COLORS), tuple(RADIUS)))
+    return jittered(rng, Object(shape, color, size, cell))
 
 
 def random_scene(
-    rng: np.random.Generator,
-    count: int | None = None,
-    detail: float = 0.0,
-    outline: float = OUTLINES,
+    rng: Rng, count: int | None = None, detail: float = 0.0, outline: float = OUTLINE_SHARE
 ) -> Scene:
     """A random scene of `count` (default 1 to 4) objects.
 
-    Textured with probability `detail`, an outline drawing with probability `outline`.
+    detail, outline: probabilities of a background texture and of an outline drawing
     """
     count = count or int(rng.integers(1, 5))
     cells = rng.choice(9, count, replace=False)
     return Scene(
         objects=tuple(random_object(rng, int(c)) for c in cells),
         background=choice(rng, tuple(BACKGROUNDS)),
-        style=STYLES[int(rng.random() < outline)],
+        style="outline" if rng.random() < outline else "filled",
         texture=random_texture(rng) if rng.random() < detail else None,
     )
 
@@ -176,27 +158,21 @@ def sprite(shape: str, size: str, style: str, dx: float, dy: float, scale: int =
     return np.clip(0.5 - edge * scale, 0.0, 1.0).astype(np.float32)
 
 
-def _background(scene: Scene, size: int) -> np.ndarray:
-    image = np.empty((size, size, 3), np.float32)
-    image[:] = BACKGROUNDS[scene.background]
-    if scene.texture:
-        t = scene.texture
-        axis = (np.arange(size, dtype=np.float32) + 0.5) * (CANVAS / size)
-        u = np.cos(t.angle) * axis[None, :] + np.sin(t.angle) * axis[:, None]
-        wave = np.cos(2 * np.pi / t.period * u + t.phase)
-        if t.checks:
-            v = np.cos(t.angle) * axis[:, None] - np.sin(t.angle) * axis[None, :]
-            wave = wave * np.cos(2 * np.pi / t.period * v + t.phase)
-        image += (t.amplitude * wave)[..., None]
-    return image
-
-
 def render(scene: Scene, scale: int = 1) -> np.ndarray:
     """Draw a scene: uint8 [64*scale, 64*scale, 3]. Objects are vectors, so any scale is sharp."""
-    image = _background(scene, CANVAS * scale)
+    image = np.empty((CANVAS * scale, CANVAS * scale, 3), np.float32)
+    image[:] = BACKGROUNDS[scene.background]
+    if t := scene.texture:
+        axis = (np.arange(len(image), dtype=np.float32) + 0.5) * (1 / scale)
+        x, y = axis[None, :], axis[:, None]
+        wave = np.cos(2 * np.pi / t.period * (np.cos(t.angle) * x + np.sin(t.angle) * y) + t.phase)
+        if t.checks:  # a second wave, across the first
+            across = np.cos(t.angle) * y - np.sin(t.angle) * x
+            wave = wave * np.cos(2 * np.pi / t.period * across + t.phase)
+        image += (t.amplitude * wave)[..., None]
     for o in scene.objects:
-        top = (CENTRES[o.cell // 3] - CROP // 2) * scale
-        left = (CENTRES[o.cell % 3] - CROP // 2) * scale
+        top = (CENTERS[o.cell // 3] - CROP // 2) * scale
+        left = (CENTERS[o.cell % 3] - CROP // 2) * scale
         window = image[top : top + CROP * scale, left : left + CROP * scale]
         alpha = sprite(o.shape, o.size, scene.style, o.dx, o.dy, scale)[..., None]
         window += alpha * (np.float32(COLORS[o.color]) - window)

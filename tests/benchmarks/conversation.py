@@ -21,8 +21,8 @@ from nexus_min.pipeline import NexusGen
 from nexus_min.tokenizer import EDITING_PROMPT, GENERATION_PROMPT
 from nexus_min.toy import score
 from nexus_min.toy.language import NUMBERS
-from nexus_min.toy.questions import final
-from nexus_min.toy.tasks import example
+from nexus_min.toy.questions import final_answer
+from nexus_min.toy.tasks import sample_example
 from nexus_min.toy.world import BACKGROUNDS
 
 ASK = ("What color is the background?", "How many objects are there?")
@@ -51,7 +51,7 @@ def case(model: NexusGen, keep: str, caption: str, goal: str) -> dict | None:
     def send(text: str):
         return send_turn(Chat(model) if keep == "fresh" else chat, text, images)
 
-    answers = [final(send(text)[0]) for text in ASK]
+    answers = [final_answer(send(text)[0]) for text in ASK]
     instruction = f"Change the background to {goal}."
     edited = send(EDITING_PROMPT.format(instruction) if images else instruction)[1]
     wanted = replace(reading.scene, background=goal)
@@ -70,7 +70,9 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     args = parser.parse_args()
     model, rng = NexusGen.load(args.model), np.random.default_rng(0)
-    captions = [example(rng, "generate", "caption", False, unseen=True) for _ in range(args.cases)]
+    captions = [
+        sample_example(rng, "generate", "caption", False, unseen=True) for _ in range(args.cases)
+    ]
     for keep in ("fresh", *HISTORY_MODES):
         rows = []
         for ex in captions:

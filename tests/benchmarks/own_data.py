@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from nexus_min.pipeline import NexusGen
-from nexus_min.toy import score
-from nexus_min.toy.evaluate import batches, draw, predict
-from nexus_min.toy.tasks import Example, example
+from nexus_min.toy.evaluate import predict, sample_images
+from nexus_min.toy.pictures import exactness
+from nexus_min.toy.tasks import Example, sample_example
 from nexus_min.toy.world import render
 
 TRAIN = Path(__file__).parents[2] / "train_tiny.py"
@@ -43,7 +43,7 @@ def examples(task: str, n: int, rng: np.random.Generator, unseen: bool) -> list[
     """n English examples that name an object with a new name."""
     found: list[Example] = []
     while len(found) < n:
-        ex = example(rng, task, KINDS[task], False, unseen=unseen)
+        ex = sample_example(rng, task, KINDS[task], False, unseen=unseen)
         words = ex.text if task != "understand" else ex.messages[1]["content"]
         found += [ex] * (in_new_words(words) != words)
     return found
@@ -63,14 +63,10 @@ def lines(folder: Path, n: int) -> Iterator[dict]:
 
 def images_correct(model: NexusGen, batch: list[Example]) -> float:
     """Share of images that show exactly the whole scene."""
-    right: list[bool] = []
-    for part in batches(batch):
-        decoder = "editing" if part[0].task == "edit" else "generation"
-        sources = [Image.fromarray(render(ex.scenes[0])) for ex in part]
-        images = draw(model, decoder, predict(model, part), sources, seed=0)
-        found = zip(score.read(images), part, strict=True)
-        right += [reading.is_exactly(ex.scenes[-1]) for reading, ex in found]
-    return float(np.mean(right))
+    decoder = "editing" if batch[0].task == "edit" else "generation"
+    sources = [Image.fromarray(render(ex.scenes[0])) for ex in batch]
+    images = sample_images(model, decoder, predict(model, batch)[1], sources, seed=0)
+    return exactness(images, [ex.scenes[-1] for ex in batch])
 
 
 def descriptions_correct(model: NexusGen, batch: list[Example]) -> float:
