@@ -83,7 +83,7 @@ def scores(model: NexusGen, cases: int) -> dict[str, float]:
     new = {
         t: [replace(ex, text=in_new_words(ex.text)) for ex in batch] for t, batch in known.items()
     }
-    others = [example(rng, "generate", "caption", False, unseen=True) for _ in range(cases)]
+    others = [sample_example(rng, "generate", "caption", False, unseen=True) for _ in range(cases)]
     found = {
         "captions, new words": images_correct(model, new["generate"]),
         "captions, old words": images_correct(model, known["generate"]),
