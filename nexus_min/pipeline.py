@@ -165,7 +165,7 @@ class NexusGen:
         if not at_once:
             loaded = {name: getattr(self, name) for name in parts}
             with explain_oom(advise):
-                self.offloader = Offloader.of(memory, loaded, Target(device, dtype))
+                self.offloader = Offloader(memory, loaded, Target(device, dtype))
         if has_text_encoders(folder):
             self.read_text_encoders = lambda: read_text_encoders(folder, config, place)
         if "generation" in parts or "editing" in parts:

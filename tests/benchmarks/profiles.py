@@ -161,7 +161,7 @@ def measure(name: str, task: str, model: NexusGen, target: Target, steps: int) -
         torch.cuda.reset_peak_memory_stats()
     parts = {part: getattr(model, part) for part in TASKS[task]}
     weights, start = memory_needed(parts, target.dtype)[profile], wait(target)
-    model.offloader = Offloader.of(profile, parts, target)
+    model.offloader = Offloader(profile, parts, target)
     placed = wait(target)
     image, times = work(model, task, photo, steps)
     done = wait(target)
