@@ -12,27 +12,26 @@ import argparse
 import itertools
 import json
 import logging
-import os
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from .cli import Parser, exit_status, one_line, write
+from .png import MAX_SCALE, check_output, check_writable, read_metadata, save_image, versions
 
 PROGRAM = "nexus_min"
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DTYPES |= {name: name for name in DTYPES.values()}
 WORD = r"[a-z\u00c0-\u024f]+|[^\W\d_a-z\u00c0-\u024f]+"  # Latin letters, or other letters
 OPTION = r"--|-[^\d\s]\S*$"  # a word that looks like an option: not "-3", not "- make it red"
-MAX_NAME = 220  # bytes of a file's name: the temporary file has a longer one, of at most 255
-MAX_SCALE = 16
 
 # ---- arguments ---------------------------------------------------------------------------------
 
+MEMORY = ("auto", "resident", "staged", "stream")
 OPTIONS = {  # name: other spellings, type or choices, default, help
     "image": ("--input_image", str, None, "the image"),
     "question": ("--instruction", str, None, "the question about the image"),
@@ -69,9 +68,9 @@ OPTIONS = {  # name: other spellings, type or choices, default, help
     "dtype": ("", tuple(DTYPES), None, "default: fp32 on the CPU, else bf16"),
     "memory": (
         "",
-        ("auto", "resident", "staged", "stream"),
+        MEMORY,
         None,
-        "what stays on the GPU: all, one part at a time, a few blocks (default: auto, what fits)",
+        "what stays on the GPU: all, a part, or some blocks (default: auto)",
     ),
     "fp8": ("", bool, False, "store the decoders in 8 bits"),
 }
@@ -80,12 +79,9 @@ SAMPLING = ("height", "width", "num_steps", "cfg_scale", "guidance", "negative_p
 REPLY = ("language", "fast_preamble", "max_new_tokens")
 # What --like takes from a PNG: not the model or the output, which a foreign file must not choose.
 PNG_OPTIONS = (*SAMPLING, "language", "max_new_tokens", "dtype", "scale")
-DEFAULTS = {
-    "generate": {"output": "generated.png"},
-    "edit": {"output": "edited.png", "decoder": "editing"},
-    "chat": {"output": "chat.png", "decoder": "auto"},
-    "batch": {"output": "results"},
-}
+DEFAULTS = {"generate": {"output": "generated.png"}, "batch": {"output": "results"}}
+DEFAULTS |= {"edit": {"output": "edited.png", "decoder": "editing"}}
+DEFAULTS |= {"chat": {"output": "chat.png", "decoder": "auto"}}
 
 
 def build_parser(with_eval: bool) -> Parser:
@@ -94,24 +90,20 @@ def build_parser(with_eval: bool) -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for verb, (run, positionals, names) in COMMANDS.items():
         command = commands.add_parser(verb, help=run.__doc__, description=run.__doc__)
-        text = f"the same as {' '.join('--' + name for name in positionals)}"
-        metavar = " ".join(positionals).upper()
-        help = text if positionals else argparse.SUPPRESS
-        command.add_argument("words", nargs="*", metavar=metavar, help=help)
+        command.set_defaults(run=run, positionals=positionals)
+        text = "the same as " + " ".join(f"--{name}" for name in positionals)
+        settings = {"nargs": "*", "metavar": " ".join(positionals).upper()}
+        command.add_argument("words", help=text if positionals else argparse.SUPPRESS, **settings)
         for name in (*positionals, *names, *MODEL):
             aliases, kind, default, text = OPTIONS[name]
             settings = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-            if kind is bool:
-                settings = {"action": "store_true"}
-            default = DEFAULTS.get(verb, {}).get(name, default)
-            command.add_argument(
-                f"--{name}", *aliases.split(), default=default, help=text, **settings
-            )
+            settings = {"action": "store_true"} if kind is bool else settings
+            settings |= {"default": DEFAULTS.get(verb, {}).get(name, default), "help": text}
+            command.add_argument(f"--{name}", *aliases.split(), **settings)
         if with_eval and verb == "eval":
             from .toy.evaluate import add_arguments
 
             add_arguments(command)
-        command.set_defaults(run=run, positionals=positionals)
     return parser
 
 
@@ -162,16 +154,15 @@ def args_from_png(args: argparse.Namespace, num_rest: int) -> list[str]:
 def run_understand(args: argparse.Namespace) -> None:
     """Answer a question about an image."""
     image = open_image(args.image, args)
-    answer = load_model(args, ["ar"]).understand(
-        image, args.question, max_new_tokens=args.max_new_tokens
-    )
+    model = load_model(args, ["ar"])
+    answer = model.understand(image, args.question, max_new_tokens=args.max_new_tokens)
     warn_oov(args.model, args.question, image)
     show(answer)
 
 
 def run_generate(args: argparse.Namespace) -> None:
     """Generate an image from a description."""
-    check_output(args)
+    check_output(args.output, args.scale)
     model = load_model(args, ["ar", "generation", "autoencoder"])
     events = model.generate_steps(args.prompt, **sampling_kwargs(args))
     save_events(args, events, {"prompt": args.prompt})
@@ -179,7 +170,7 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_edit(args: argparse.Namespace) -> None:
     """Change an image as an instruction says."""
-    check_output(args)
+    check_output(args.output, args.scale)
     image = open_image(args.image, args)
     decoder = "generation" if args.use_generation_decoder else args.decoder
     model = load_model(args, ["ar", decoder, "autoencoder"])
@@ -192,7 +183,7 @@ def run_chat(args: argparse.Namespace) -> None:
     """Chat line by line; /help lists the commands, images go to numbered files."""
     from .chat import HELP, Chat
 
-    check_output(args)
+    check_output(args.output, args.scale)
     chat = Chat(load_model(args), args.keep, args.decoder, **sampling_kwargs(args))
     images, numbers, is_terminal = [], itertools.count(1), sys.stdin.isatty()
     if is_terminal:
@@ -201,16 +192,14 @@ def run_chat(args: argparse.Namespace) -> None:
         if line == "/quit":
             return
         try:
-            answer_line(args, chat, line, images, numbers)
+            answer(args, chat, line, images, numbers)
         except (ValueError, OSError, MemoryError, KeyboardInterrupt) as error:
             if not is_terminal:
                 raise
             write(sys.stderr, f"{PROGRAM}: " + (f"error: {error}" if str(error) else "stopped"))
 
 
-def answer_line(
-    args: argparse.Namespace, chat, line: str, images: list, numbers: Iterator[int]
-) -> None:
+def answer(args: argparse.Namespace, chat, line: str, images: list, numbers: Iterator) -> None:
     """Follow a command, or send a message with the `images` so far and show the reply."""
     from .chat import HELP
     from .tokenizer import GENERATION_PROMPT, check_text, language
@@ -351,25 +340,16 @@ def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
 
 def find_device(name: str | None, model: str) -> str:
     """The named device, else the first available of cuda, mps and cpu; for tiny the CPU."""
-    if name is None:
-        names = ["cpu"] if model == "tiny" else ["cuda", "mps", "cpu"]
-        return next(filter(device_available, names))
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise ValueError(f"the device must be cuda, cuda:N, mps or cpu, got {name!r}")
-    if not device_available(name):
-        raise ValueError(f"this machine, or this build of torch, has no {name}")
-    return name
-
-
-def device_available(device: str) -> bool:
-    """Whether a tensor can live on the device."""
     import torch
 
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):  # torch built without it, or no such hardware
-        return False
-    return True
+    if name and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"the device must be cuda, cuda:N, mps or cpu, got {name!r}")
+    default = ["cpu"] if model == "tiny" else ["cuda", "mps", "cpu"]
+    for device in [name] if name else default:
+        with suppress(RuntimeError, AssertionError):  # not built into torch, or no such hardware
+            torch.zeros(1, device=device)
+            return device
+    raise ValueError(f"this machine, or this build of torch, has no {name}")
 
 
 # ---- output ------------------------------------------------------------------------------------
@@ -398,72 +378,15 @@ def save_events(args: argparse.Namespace, events, facts: dict, source=None) -> N
     show(args.output)
 
 
-def check_output(args: argparse.Namespace) -> None:
-    """ValueError when no image can be written; called before the work is done."""
-    if not 1 <= args.scale <= MAX_SCALE:
-        raise ValueError(f"--scale must be 1 to {MAX_SCALE}, got {args.scale}")
-    if Path(args.output).suffix.lower() not in FORMATS:
-        raise ValueError(f"output {args.output!r} must end in {', '.join(FORMATS)}")
-    check_writable(Path(args.output))
-
-
-def check_writable(path: Path) -> None:
-    """ValueError when no file can be written to `path`."""
-    if len(os.fsencode(path.name)) > MAX_NAME:
-        raise ValueError(f"the name {path.name[:60]!r}... is longer than {MAX_NAME} bytes")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot write {str(path)!r}: no file can be made there")
-
-
 def metadata(args: argparse.Namespace, sampling, options: dict, facts: dict) -> dict:
     """All that an image depends on, but its source: settings, options of the reply, versions."""
-    fast = bool(options.get("fast_preamble"))  # a batch may spell it otherwise
-    reply = {name: options.get(name) for name in REPLY} | {"fast_preamble": fast}
-    known = {"model": args.model, **asdict(sampling)}
-    known |= {name: value or "" for name, value in reply.items()}
-    known |= {name: getattr(args, name) or "" for name in ("device", "dtype", "fp8")}
+    reply = {name: options.get(name) for name in REPLY}
+    reply["fast_preamble"] = bool(reply["fast_preamble"])  # a batch may say 1
+    hardware = {name: getattr(args, name) for name in ("device", "dtype", "fp8")}
+    known = {name: value or "" for name, value in (reply | hardware).items()}
     scale = {"scale": options["scale"]} if options.get("scale", 1) > 1 else {}
-    return known | {"versions": versions()} | facts | scale
-
-
-def save_image(image, path: Path, settings: dict) -> None:
-    """Write the image, enlarged by its `scale`, in one step; a PNG also records the settings."""
-    from PIL.PngImagePlugin import PngInfo
-
-    from .weights import replace_file
-
-    info, kind, scale = PngInfo(), FORMATS[path.suffix.lower()], settings.get("scale", 1)
-    for key, value in settings.items():
-        info.add_text(key, str(value))
-    options = {"pnginfo": info} if kind == "PNG" else {"quality": 95}
-    image = image.resize((scale * image.width, scale * image.height), resample=0)  # nearest
-    replace_file(path, lambda partial: image.save(partial, format=kind, **options))
-
-
-def read_metadata(path: str) -> dict[str, str]:
-    """What `save_image` has written into a PNG, unchecked. ValueError for any other file."""
-    from .images import open_image
-
-    try:
-        with open_image(path) as image:
-            saved = {name: text for name, text in image.info.items() if isinstance(text, str)}
-    except Exception as error:  # Pillow's readers raise a dozen kinds on a broken file
-        raise ValueError(f"cannot read {path!r}: {error}") from error
-    if "message" in saved:
-        raise ValueError(f"{path!r} was made in a conversation, on which it depends")
-    if not {"prompt", "seed", "num_steps"} <= saved.keys():
-        raise ValueError(f"{path!r} records no settings: no PNG of generate or edit")
-    return saved
-
-
-def versions() -> str:
-    """The versions that an image depends on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return ", ".join(f"{name} {version(name)}" for name in ("nexus_min", "torch"))
-    except PackageNotFoundError as error:  # run from its folder, not installed
-        return f"unknown ({error.name})"
+    known |= {"versions": versions(), **facts, **scale}
+    return {"model": args.model, **asdict(sampling), **known}
 
 
 # ---- warnings ----------------------------------------------------------------------------------
@@ -481,7 +404,11 @@ def warn_oov(model: str, text: str, image=None) -> None:
     file = model_folder(model) / "toy_words.json"
     if not file.is_file():
         return
-    if words := unknown_words(text, read_words(file)):
+    try:
+        words = unknown_words(text, json.loads(file.read_text("utf-8")))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: not a list of words ({error}); delete it") from None
+    if words:
         shown = ", ".join(words[:10]) + (" ..." if len(words) > 10 else "")
         warn(f"words this model has never seen: {shown}")
     if image is not None:
@@ -492,14 +419,6 @@ def warn_oov(model: str, text: str, image=None) -> None:
         reading = score.read(np.asarray(image.resize((64, 64)))[None])[0]
         if not (reading.known and reading.scene.objects):
             warn("this model has never seen an image like this one")
-
-
-def read_words(file: Path) -> list[str]:
-    """The words of a toy model."""
-    try:
-        return [word.lower() for word in json.loads(file.read_text("utf-8"))]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: not a list of words ({error}); delete it") from None
 
 
 def unknown_words(text: str, known: list[str]) -> list[str]:

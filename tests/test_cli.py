@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -15,7 +17,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tiny_model import save_tiny
 
-from nexus_min.__main__ import COMMANDS, main, unknown_words
+from nexus_min.__main__ import COMMANDS, main, parse, unknown_words
+from nexus_min.cli import HelpFormatter, Parser
 from nexus_min.toy.evaluate import add_arguments as add_eval_arguments
 
 FAST = ["--steps", "1", "--fast_preamble"]
@@ -140,6 +143,30 @@ def test_eval_hands_over_to_the_toy_world(capsys, monkeypatch):
     assert seen[1:] == [(3, "m", 4)]
     status, _, err = run(capsys, "eval", "--case", "x")
     assert status == 2 and err.count("\n") == 1
+
+
+# ---- enlarged -------------------------------------------------------------------------------
+
+
+def test_scale_enlarges_the_saved_image_for_the_eye(here, capsys, folder):
+    argv = ["generate", "a circle", "--model", folder, *FAST]
+    for name, more in (("a.png", []), ("b.png", ["--scale", "3"]), ("c.jpg", ["--scale", "16"])):
+        status, out, err = run(capsys, *argv, *more, "-o", name)
+        assert (status, out) == (0, name + "\n") and "64x64" in err
+    with Image.open("a.png") as plain, Image.open("b.png") as large, Image.open("c.jpg") as jpeg:
+        assert large.tobytes() == plain.resize((192, 192), Image.Resampling.NEAREST).tobytes()
+        assert large.text == plain.text | {"scale": "3"} and "scale" not in plain.text
+        assert jpeg.size == (1024, 1024) and jpeg.format == "JPEG"
+
+
+def test_like_of_an_enlarged_image(here, capsys, folder):
+    argv = ["edit", "photo.png", "red", "--model", folder, *FAST, "--scale", "2", "-o", "a.png"]
+    assert run(capsys, *argv)[0] == 0
+    again = ["edit", "photo.png", "--like", "a.png", "--model", folder, "-o", "b.png"]
+    assert run(capsys, *again)[0] == 0
+    assert (here / "a.png").read_bytes() == (here / "b.png").read_bytes()
+    assert run(capsys, *again, "--scale", "1")[0] == 0
+    assert Image.open("b.png").size == (64, 64)
 
 
 # ---- as an image was drawn ----------------------------------------------------------------------
@@ -313,6 +340,8 @@ BAD = {
     "eval seed": (["eval", "--seed", "-1"], "the seed must be 0 or more"),
     "eval json": (["eval", "--json", "no/such/a.json"], "cannot write 'no/such/a.json'"),
     "eval grids": (["eval", "--save", "photo.png"], "cannot write grids to 'photo.png'"),
+    "scale 0": (["generate", "a", "--scale", "0"], "--scale must be 1 to 16, got 0"),
+    "scale 17": (["edit", "photo.png", "a", "--scale", "17"], "--scale must be 1 to 16, got 17"),
     "unquoted prompt": (["generate", "red", "circle"], "quotes"),
     "placeholder": (["generate", "a <image>"], "1 <image> placeholders for 0 images"),
     "steps 0": (["generate", "a", "--steps", "0"], "steps must be 1 to"),
@@ -403,6 +432,73 @@ def test_a_machine_that_is_too_small(here, capsys, monkeypatch, error):
     monkeypatch.setitem(COMMANDS, "generate", (full, *COMMANDS["generate"][1:]))
     status, out, err = run(capsys, "generate", "a")
     assert (status, out, err.count("\n")) == (2, "", 1) and "error: out of memory" in err
+
+
+# ---- options ---------------------------------------------------------------------------------
+
+SPELLINGS = [
+    (["generate", "a"], "--num_steps --num-steps --steps --num_inference_steps", "num_steps", "3"),
+    (["generate", "a"], "--cfg_scale --cfg-scale --cfg", "cfg_scale", "2.0"),
+    (["edit", "a", "b"], "--guidance --embedded_guidance --embedded-guidance", "guidance", "3.0"),
+    (["edit", "a", "b"], "--negative_prompt --negative-prompt", "negative_prompt", "x-y_z"),
+    (["edit", "b"], "--image --input_image --input-image", "image", "my-file_1.png"),
+    (["edit", "b"], "--instruction --question", "instruction", "c"),
+    (["understand", "b"], "--question --instruction", "question", "c"),
+    (["batch", "b"], "--batch_size --batch-size", "batch_size", "3"),
+]
+
+
+@pytest.mark.parametrize(("words", "spellings", "name", "value"), SPELLINGS)
+def test_old_and_official_spellings(words, spellings, name, value):
+    for spelling in spellings.split():
+        for argv in ([*words, spelling, value], [*words[:1], f"{spelling}={value}", *words[1:]]):
+            if name in ("image", "instruction", "question"):
+                assert getattr(parse(argv), name) == value
+            else:
+                assert str(getattr(parse(argv), name)) == value
+
+
+def parsers_below(parser: argparse.ArgumentParser):
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers_below(child)
+
+
+ENTRY_POINTS = {
+    "nexus_min.__main__": "main",
+    "weights_loader": "main",
+    "train_tiny": "main",
+    "nexus_min.scale.train": "main",
+    "nexus_min.scale.estimate": "estimate",
+}
+
+
+@pytest.mark.parametrize("module", ENTRY_POINTS)
+def test_every_option_has_a_help_text_with_its_default(module, monkeypatch):
+    found = []
+
+    class Found(Exception):
+        pass
+
+    def record(self, *_):
+        found.append(self)
+        raise Found
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", record)
+    with pytest.raises(Found):
+        getattr(importlib.import_module(module), ENTRY_POINTS[module])(["eval"])
+    parsers = list(parsers_below(found[0]))
+    assert all(isinstance(parser, Parser) for parser in parsers)
+    for action in (action for parser in parsers for action in parser._actions):
+        if isinstance(action, argparse._SubParsersAction):
+            continue
+        name = "/".join(action.option_strings) or action.dest
+        assert action.help, f"{name} has no help"
+        if action.option_strings and action.default not in (None, False, "", argparse.SUPPRESS):
+            shown = HelpFormatter("x")._get_help_string(action)
+            assert "%(default)s" in shown or "default: " in shown, f"{name}: {shown}"
 
 
 # ---- the process -------------------------------------------------------------------------------
