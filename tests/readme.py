@@ -28,7 +28,7 @@ WINGS = {  # files or folders: what they are for
     "check, convert, download",
     "nexus_min/offload.py": "memory profiles: resident, staged or stream; fp8",
     "nexus_min/chat.py nexus_min/batch.py": "conversations and batches, clients of the pipeline",
-    "nexus_min/__main__.py nexus_min/cli.py": "the command line `python -m nexus_min`",
+    "nexus_min/__main__.py nexus_min/cli.py nexus_min/png.py": "the command line",
     "nexus_min/train train_tiny.py": "training: the loop, optimizers, data, fine-tuning, LoRA",
     "nexus_min/scale": "full-scale training on many GPUs, and an estimate of what it takes",
     "nexus_min/toy": "the toy world of the tiny model: scenes, prompts, stages, scores",
