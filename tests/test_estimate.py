@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -129,3 +132,17 @@ def test_rates_follow_the_mixture():
     mixed = throughput(PRESETS["ar_pretrain"], TINY)["tokens"]
     und, gen, edit = (sample_of(k, TINY).tokens for k in finetune.KINDS)
     assert mixed == pytest.approx((und + 2 * gen + edit) / 4)
+
+
+def test_the_table_of_the_readme_is_what_the_command_prints(capsys):
+    estimate.estimate([])
+    printed = capsys.readouterr().out.splitlines()
+    rows = []
+    for memory, rates in zip(printed[::2], printed[1::2], strict=True):
+        name, all_parts = re.match(r"(\w+): ([\d.]+) GB", memory).groups()
+        parts = re.findall(r"[\d.]+", memory.partition("(")[2])
+        tokens, days = re.search(r"tokens_s ([\d.]+); ([\d.]+) days on 8 GPUs", rates).groups()
+        cells = [f"`{name}`", *parts, all_parts, f"{float(tokens):,.0f}", days]
+        rows.append(f"| {' | '.join(cells)} |")
+    readme = Path(estimate.__file__).with_name("README.md").read_text("utf-8")
+    assert [line for line in readme.splitlines() if line.startswith("| `")] == rows

@@ -2,12 +2,10 @@
 
     python -m nexus_min.scale.estimate --gpus 8 --micro-batch 1
 
-Nothing here is measured on a GPU. The stages run on `meta`, where tensors have shapes but no
-memory, and their sizes and operations are counted. N GPUs share, for each trainable parameter,
-4 bytes of fp32 weight, 4 of gradient and 8 of AdamW's moments. Frozen parameters, gathered units
-and saved activations come on top. Attention is counted as plain matrix products, which save more
-than a fused kernel, so the result is an upper bound. Throughput is MFU * peak / FLOP per token;
-recomputed activations do not count. 6 P D (P parameters, D tokens) is printed for comparison.
+The stages run on `meta`, where tensors have shapes but no memory; nothing is measured on a GPU.
+Attention is counted as plain matrix products, which save more than a fused kernel, so memory is an
+upper bound. Throughput is MFU * peak / FLOP per token; recomputed activations do not count. 6 P D
+(P parameters, D tokens) is printed for comparison.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ PEAK, MFU = 989e12, 0.4  # FLOP/s of an H100 in dense bf16; the share of it that
 
 
 class Sample(NamedTuple):
-    """The lengths of one training sample."""
+    """The sizes of a training sample."""
 
     tokens: int  # all that the decoder reads
     labels: int  # text tokens with a label
@@ -50,9 +48,6 @@ def sample_of(task: str, config: NexusGenConfig) -> Sample:
     image_tokens = sum((side // vision.spatial_merge_size) ** 2 for side in sides)
     slots = 0 if task == "understand" else config.ar.num_image_slots
     return Sample(TEXT_TOKENS + image_tokens, TEXT_LABELS, slots, sides)
-
-
-# ------------------------------------------------------------------------------ the stages on meta
 
 
 def build_ar_stage(config: NexusGenConfig, micro_batch: int, sample: Sample, dtype) -> Stage:
@@ -103,34 +98,28 @@ class MetaShards:
         return {name: torch.empty(len(indices), *shape) for name, shape in self.shapes.items()}
 
 
-def build_decoder_stage(name: str, config: NexusGenConfig, micro_batch: int, dtype) -> Stage:
-    """A decoder's own stage, but for the rotary tables: they need the values of positions."""
-    mmdit, width = MMDiT(config.mmdit).to(dtype), config.mmdit.context_in_dim
-
-    def rope(*ids: Tensor) -> tuple[Tensor, Tensor]:
-        shape = 1, 1, sum(i.shape[1] for i in ids), sum(config.mmdit.axes_dim) // 2
-        return torch.empty(shape), torch.empty(shape)
-
-    mmdit.rope, samples = rope, MetaShards(config)
-    empty = {"pooled": torch.empty(1, config.mmdit.vec_in_dim)}
-    if name == "generation":
-        adapter = GenerationAdapter(config.ar.text.hidden_size, width).to(dtype)
-        return finetune.generation_stage(mmdit, adapter, empty, samples, micro_batch, True)
-    merger = ImageEmbeddingMerger(config.ar.text, width).to(dtype)
-    return finetune.editing_stage(mmdit, merger, empty, samples, config, micro_batch, True)
-
-
 def build_stage(
     name: str, config: NexusGenConfig, micro_batch: int, task: str, dtype=torch.bfloat16
 ) -> LossModule:
-    """A stage on `meta`; the AR model's reads samples of `task`."""
+    """A stage on `meta`: a decoder's own one, or the AR model's with samples of `task`."""
     with torch.device("meta"):
         if name == "ar":
             return LossModule(build_ar_stage(config, micro_batch, sample_of(task, config), dtype))
-        return LossModule(build_decoder_stage(name, config, micro_batch, dtype))
+        mmdit, width = MMDiT(config.mmdit).to(dtype), config.mmdit.context_in_dim
 
+        def rope(*ids: Tensor) -> tuple[Tensor, Tensor]:
+            shape = 1, 1, sum(i.shape[1] for i in ids), sum(config.mmdit.axes_dim) // 2
+            return torch.empty(shape), torch.empty(shape)
 
-# ---------------------------------------------------------------------------------------- counting
+        mmdit.rope = rope  # the method needs the values of positions
+        empty, samples = {"pooled": torch.empty(1, config.mmdit.vec_in_dim)}, MetaShards(config)
+        if name == "generation":
+            adapter = GenerationAdapter(config.ar.text.hidden_size, width).to(dtype)
+            inputs = mmdit, adapter, empty, samples, micro_batch, True
+            return LossModule(finetune.generation_stage(*inputs))
+        merger = ImageEmbeddingMerger(config.ar.text, width).to(dtype)
+        inputs = mmdit, merger, empty, samples, config, micro_batch, True
+        return LossModule(finetune.editing_stage(*inputs))
 
 
 def trainable_params(root: nn.Module) -> int:

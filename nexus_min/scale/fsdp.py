@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from ..model.decoder import DecoderLayer
 from ..model.mmdit import DoubleStreamBlock, SingleStreamBlock
-from ..train.trainer import Run, Stage, broadcast, deferred_interrupt, make_rng, world
+from ..train.trainer import Run, Stage, broadcast, deferred_interrupt, make_rng
 
 BLOCKS = (DecoderLayer, DoubleStreamBlock, SingleStreamBlock)
 # Two tables as large as several blocks, and modulations, which run before their blocks.
@@ -70,8 +70,6 @@ PRESETS = {
     "editing_decoder": Preset("editing", False, 128, 10_000, 100, (0, 0, 1)),
 }
 
-# --------------------------------------------------------------------------------------- sharding
-
 
 class LossModule(nn.Module):
     """A stage's loss as a module, so that FSDP's root covers all that the loss calls and reads."""
@@ -103,7 +101,8 @@ def apply_fsdp(root: nn.Module, device: torch.device, bf16: bool) -> None:
     frozen = {p for p in root.parameters() if not p.requires_grad}
     dtype = torch.bfloat16 if bf16 else None
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    settings = {"mesh": init_device_mesh(device.type, (world()[1],)), "mp_policy": policy}
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    settings = {"mesh": mesh, "mp_policy": policy}
     for module in fsdp_units(root):
         fully_shard(module, **settings)
     fully_shard(root, **settings, ignored_params=frozen)
@@ -118,13 +117,10 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return get_model_state_dict(module, options=options)
 
 
-# ------------------------------------------------------------------------------------- checkpoints
-
-
 class ShardedState:
-    """The state of a run: sharded weights, AdamW's moments and the number of steps done.
+    """Sharded weights, AdamW's moments and the number of steps done.
 
-    A checkpoint is a folder `STAGE.STEP` with one safetensors file a process. Any number of
+    A checkpoint is a folder `STAGE.STEP` with one safetensors file a process; any number of
     processes can read it.
     """
 
@@ -145,9 +141,9 @@ class ShardedState:
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds, by name."""
         tensors = {f"weight/{k}": p.detach() for k, p in self.parameters.items()}
-        for name in ("exp_avg", "exp_avg_sq"):
-            states = {k: self.optimizer.state[p] for k, p in self.parameters.items()}
-            tensors |= {f"{name}/{k}": state[name] for k, state in states.items()}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            for name, p in self.parameters.items():
+                tensors[f"{moment}/{name}"] = self.optimizer.state[p][moment]
         return tensors | {"step": torch.tensor(self.step)}
 
     def checkpoints(self) -> list[Path]:
@@ -210,16 +206,13 @@ class ShardedState:
     def raise_nonfinite(self, cause: str) -> NoReturn:
         """Dump the state, which as a checkpoint leads to the same step; FloatingPointError."""
         dump = self.folder / f"{self.name}.nonfinite"
+        message = f"stage {self.name}, step {self.step}: not finite ({cause})"
         try:
             self.write(dump)
-            outcome = f"the last checkpoint is kept, the state before the step is in {dump}"
         except OSError as error:
-            outcome = str(error)
-        message = f"stage {self.name}, step {self.step}: not finite ({cause}); {outcome}"
-        raise FloatingPointError(message)
-
-
-# ---------------------------------------------------------------------------------------- the loop
+            raise FloatingPointError(f"{message}; {error}") from None
+        kept = f"the last checkpoint is kept, the state before the step is in {dump}"
+        raise FloatingPointError(f"{message}; {kept}")
 
 
 def fit(
@@ -236,11 +229,11 @@ def fit(
     The stage's loss is that of one micro-batch of `micro_batch` samples. Every `save_every` steps,
     after Ctrl-C and at the end a checkpoint is written.
     """
-    rank, size = world()
-    num_parts, rest = divmod(preset.batch, micro_batch)
-    if rest or num_parts % size:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if preset.batch % (micro_batch * size):
         message = f"a batch of {preset.batch} does not divide into micro-batches of {micro_batch}"
         raise ValueError(f"{message} on {size} processes; change --batch or --micro-batch")
+    num_parts = preset.batch // micro_batch
     parts = range(rank, num_parts, size)  # the micro-batches of this process
     state = ShardedState(stage, run.folder, device, run.bf16)
     state.restore()

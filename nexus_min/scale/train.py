@@ -77,8 +77,8 @@ def processes() -> Iterator[torch.device]:
 def train(args: Namespace, device: torch.device) -> None:
     """Train the preset's stage on the data, from the model's folder into the run's."""
     overrides = {name: getattr(args, name) for name in ("batch", "steps", "warmup", "lr")}
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    preset = replace(PRESETS[args.preset], **overrides)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    preset = replace(PRESETS[args.preset], **given)
     tasks = {t for t, ratio in zip(finetune.KINDS, preset.ratio, strict=True) if ratio}
     lines = [line for line in MessageDataset(args.data) if finetune.kind_of(line) in tasks]
     if not lines:
