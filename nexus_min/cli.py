@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 MAX_MESSAGE = 600  # characters of an error that are shown
@@ -59,12 +60,23 @@ def write(stream, line: str, end: str = "\n") -> None:
     stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + end)
 
 
-def exit_status(program: str, command: Callable[[], int | None], stopped: str = "stopped") -> int:
-    """Run a command; 0 or its own status, 2 after one line about an error, 130 after Ctrl-C."""
+class Status:
+    """The exit status of a command."""
+
+    code = 0
+
+
+@contextmanager
+def report_errors(
+    program: str, stopped: str = "stopped", label: str = "error: ", limit: int = MAX_MESSAGE
+) -> Iterator[Status]:
+    """Within, an error becomes one line on stderr and status 2; Ctrl-C becomes status 130."""
+    status = Status()
     try:
-        return command() or 0
+        yield status
+        return
     except ERRORS as error:
-        message = one_line(error)
+        message = one_line(error, limit)
     except (RuntimeError, MemoryError) as error:
         from .offload import is_out_of_memory
 
@@ -74,6 +86,14 @@ def exit_status(program: str, command: Callable[[], int | None], stopped: str = 
     except KeyboardInterrupt:
         if stopped:
             write(sys.stderr, f"{program}: {stopped}")
-        return 130
-    write(sys.stderr, f"{program}: error: {message}")
-    return 2
+        status.code = 130
+        return
+    write(sys.stderr, f"{program}: {label}{message}")
+    status.code = 2
+
+
+def exit_status(program: str, command: Callable[[], int | None], stopped: str = "stopped") -> int:
+    """Run a command; 0 or its own status, 2 after one line about an error, 130 after Ctrl-C."""
+    with report_errors(program, stopped) as status:
+        status.code = command() or 0
+    return status.code

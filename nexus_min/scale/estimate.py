@@ -24,7 +24,7 @@ from ..model.autoregressive import NexusGenAR, loss_terms
 from ..model.mmdit import MMDiT
 from ..model.projector import GenerationAdapter, ImageEmbeddingMerger
 from ..train import finetune
-from ..train.trainer import Stage
+from ..train.stage import Stage
 from .fsdp import BLOCKS, PRESETS, LossModule, Preset, checkpoint_activations, fsdp_units
 
 TEXT_TOKENS, TEXT_LABELS = 100, 50  # of a sample: assumed
@@ -174,7 +174,7 @@ def memory(root: nn.Module, gpus: int, bf16: bool) -> dict[str, int]:
 def throughput(preset: Preset, config: NexusGenConfig) -> dict[str, float]:
     """Means over the preset's mixture of samples: tokens, TFLOP, 6 P D; then the rates of a GPU."""
     means = np.zeros(3)
-    for task, ratio in zip(finetune.KINDS, preset.ratio, strict=True):
+    for task, ratio in zip(finetune.TASKS, preset.ratio, strict=True):
         if ratio:
             D = sample_of(task, config).tokens
             if preset.stage != "ar":  # an MMDiT reads image and context tokens

@@ -268,7 +268,8 @@ def fit(
                     file.write(json.dumps(line) + "\n")
             bar.set_postfix(loss=metrics["loss"], refresh=False)
             bar.update()
-            (stop,) = broadcast(interrupt.heard)
+            stop = torch.tensor(int(interrupt.heard))
+            dist.broadcast(stop, 0)  # so that all processes stop at the same step
             if stop or state.step % save_every == 0 or state.step == end:
                 state.save()
             if stop and state.step < end:

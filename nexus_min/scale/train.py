@@ -29,7 +29,7 @@ from ..offload import explain_oom
 from ..train import finetune
 from ..train.data import MessageDataset
 from ..train.run_folder import RunFolder
-from ..train.trainer import Run, Stage
+from ..train.stage import Run, Stage
 from ..weights import model_folder, replace_file
 from .fsdp import PRESETS, fit, full_state_dict
 
@@ -79,8 +79,8 @@ def train(args: Namespace, device: torch.device) -> None:
     overrides = {name: getattr(args, name) for name in ("batch", "steps", "warmup", "lr")}
     given = {name: value for name, value in overrides.items() if value is not None}
     preset = replace(PRESETS[args.preset], **given)
-    tasks = {t for t, ratio in zip(finetune.KINDS, preset.ratio, strict=True) if ratio}
-    lines = [line for line in MessageDataset(args.data) if finetune.kind_of(line) in tasks]
+    tasks = {t for t, ratio in zip(finetune.TASKS, preset.ratio, strict=True) if ratio}
+    lines = [line for line in MessageDataset(args.data) if finetune.task_of(line) in tasks]
     if not lines:
         raise ValueError(f"{args.data}: no lines of the kind {' or '.join(sorted(tasks))}")
     source, bf16 = model_folder(args.model), device.type == "cuda" and not args.fp32
@@ -99,7 +99,7 @@ def train(args: Namespace, device: torch.device) -> None:
 
     dtype = torch.bfloat16 if bf16 else torch.float32
     folder = RunFolder(source, args.out / "model", device, dtype, full_state_dict, link_rest=True)
-    data = finetune.Own(lines, preset.ratio, args.micro_batch, args.shard, official=True)
+    data = finetune.FinetuneData(lines, preset.ratio, args.micro_batch, args.shard, official=True)
     run = Run(args.out, args.seed, steps=preset.steps, quiet=args.quiet, bf16=bf16)
     finetune.TRAIN[preset.stage](folder, data, run, loop)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import NexusGenConfig
 from ..model.autoencoder import AutoEncoder, ResnetBlock
 from ..model.vision import QwenViT
-from ..train.trainer import Stage
+from ..train.stage import Stage
 from .pictures import embed_views, exactness, resize, save_grid, scenes, to_uint8, to_unit
 from .world import BACKGROUNDS, COLORS, RADIUS, SHAPES, STYLES, Object, Scene, render
 
@@ -36,25 +36,21 @@ def init_vae(vae: AutoEncoder) -> AutoEncoder:
     return vae.to(memory_format=torch.channels_last)
 
 
-def crops(rng: np.random.Generator, images: list[np.ndarray], side: int) -> list[np.ndarray]:
-    """A random side x side part of each image."""
-    corners = 4 * rng.integers(0, (64 - side) // 4 + 1, (len(images), 2))
-    return [x[r : r + side, c : c + side] for x, (r, c) in zip(images, corners, strict=True)]
-
-
 def vae_stage(vae: AutoEncoder, batch: int) -> Stage:
-    """L1 + L2 reconstruction with a whisper of KL; the latent is sampled, so the decoder is robust.
+    """L1 + L2 reconstruction with a small KL term (1e-4) of a sampled latent.
 
-    Quarters of full scenes first: edges are what is hard. Then whole images of any number of
-    objects, since a group norm of mostly background is another. Outlines are lost first: more of
-    them; with most of them, colors suffer.
+    First crops of full scenes, since edges are hard; then whole images of any number of objects,
+    whose group norms differ. Two in five are outlines, which are lost first.
     """
 
     def loss(rng, progress):
         early = progress < 0.7
         n, least = (batch, 9) if early else (max(1, batch // 4), 1)
         images = [render(s) for s in scenes(rng, n, most=9, least=least, outline=0.4)]
-        x = to_unit(crops(rng, images, 32) if early else images) * 2 - 1
+        if early:  # a quarter of each image
+            corners = 4 * rng.integers(0, 9, (n, 2))
+            images = [x[r : r + 32, c : c + 32] for x, (r, c) in zip(images, corners, strict=True)]
+        x = to_unit(images) * 2 - 1
         mean, logvar = vae.moments(x.to(memory_format=torch.channels_last)).chunk(2, 1)
         logvar = logvar.clamp(-12, 4)
         z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
@@ -67,20 +63,12 @@ def vae_stage(vae: AutoEncoder, batch: int) -> Stage:
         batch_scenes = scenes(np.random.default_rng(1), 64)
         x = to_unit([render(s) for s in batch_scenes]) * 2 - 1
         with torch.no_grad():
-            again = to_uint8(vae.decode(vae.encode(x)))
-        save_grid(path, [to_uint8(x)[:10], again[:10]])
-        return {"exact": exactness(again, batch_scenes)}
+            reconstructed = to_uint8(vae.decode(vae.encode(x)))
+        save_grid(path, [to_uint8(x)[:10], reconstructed[:10]])
+        return {"exact": exactness(reconstructed, batch_scenes)}
 
-    return Stage(
-        "vae",
-        nn.ModuleDict({"vae": vae}),
-        loss,
-        lr=5e-3,
-        adamw_lr=2e-3,
-        ema=0.995,
-        adamw_only=("conv_in", "conv_out"),
-        sample=sample,
-    )
+    options = {"lr": 5e-3, "adamw_lr": 2e-3, "ema": 0.995, "adamw_only": ("conv_in", "conv_out")}
+    return Stage("vae", nn.ModuleDict({"vae": vae}), loss, sample=sample, **options)
 
 
 @torch.no_grad()
@@ -93,16 +81,23 @@ def latent_statistics(vae: AutoEncoder) -> tuple[float, float]:
 
 # ---------------------------------------------------------------- the vision tower
 
+PHRASES = np.array([(1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 1, 1)], bool)  # which words are used
+GROUNDING_WEIGHTS = {"shape": 3.0, "color": 1.0, "size": 1.0, "background": 0.3, "style": 0.3}
+GROUNDING_WEIGHTS |= {f"meant_{name}": 0.5 for name in ("shape", "color", "size", "matches")} | {
+    "meant_cell": 1.0
+}
+EMBEDDING_NOISE = 0.5  # up to this much, of embeddings of deviation 1
+
 
 class GroundingHead(nn.Module):
-    """Thrown away after pre-training; what it can read is in the embeddings.
+    """Reads scenes out of image embeddings; it is thrown away after pre-training.
 
-    One query per cell reads shape, color, size and jitter out of the image embeddings, two more
-    read background and style; each embedding redraws its own part of the image: a reference's
-    with its texture, which the editing decoder takes from there, a target's without. Phrases
-    ("red", "small red star") look up the object that they mean, by one attention over content, so
-    that a decoder's one attention can. Keys carry no position: where things are must be in the
-    embeddings, since the generation decoder gets all of them at position 0.
+    One query per cell reads shape, color, size and jitter, two more read background and style. Each
+    embedding redraws its own part of the image: a reference's with its texture, which the editing
+    decoder takes from there, a target's without. Phrases ("red", "small red star") look up their
+    object by one attention over content, so that a decoder's one attention can. Keys carry no
+    position: the embeddings must say where things are, since the generation decoder gets all of
+    them at position 0.
     """
 
     def __init__(self, width: int, dim: int = 128, heads: int = 4):
@@ -110,7 +105,7 @@ class GroundingHead(nn.Module):
         self.heads = heads
         self.query = nn.Parameter(torch.randn(11, dim) * 0.5)
         self.words = nn.ModuleList(nn.Embedding(n + 1, dim) for n in CLASSES)
-        self.place, self.phrase = _Reader(width, dim), _Reader(width, dim)
+        self.cells, self.phrase = _Reader(width, dim), _Reader(width, dim)
         classes = {"shape": len(SHAPES) + 1, "color": len(COLORS), "size": len(RADIUS)}
         self.cell = _linears(dim, classes | {"jitter": 2})
         self.whole = _linears(dim, {"background": len(BACKGROUNDS), "style": len(STYLES)})
@@ -118,14 +113,14 @@ class GroundingHead(nn.Module):
         self.pixels = nn.Linear(width, 8 * 8 * 3)
 
     def forward(self, tokens: Tensor, phrases: Tensor) -> dict[str, Tensor]:
-        """tokens [B, N, C], phrases [B, P, 3] -> what each part says, by name."""
-        x = self.place(tokens, repeat(self.query, "Q D -> B Q D", B=len(tokens)), self.heads)
-        said = {name: layer(x[:, :9]) for name, layer in self.cell.items()}
-        said |= {name: self.whole[name](x[:, 9 + i]) for i, name in enumerate(self.whole)}
+        """tokens [B, N, C], phrases [B, P, 3] -> predictions by name."""
+        x = self.cells(tokens, repeat(self.query, "Q D -> B Q D", B=len(tokens)), self.heads)
+        out = {name: layer(x[:, :9]) for name, layer in self.cell.items()}
+        out |= {name: self.whole[name](x[:, 9 + i]) for i, name in enumerate(self.whole)}
         query = sum(words(phrases[..., i]) for i, words in enumerate(self.words))
         x = self.phrase(tokens, query, self.heads)
-        said |= {f"meant_{name}": layer(x) for name, layer in self.meant.items()}
-        return said | {"pixels": self.pixels(tokens)}
+        out |= {f"meant_{name}": layer(x) for name, layer in self.meant.items()}
+        return out | {"pixels": self.pixels(tokens)}
 
 
 class _Reader(nn.Module):
@@ -149,85 +144,75 @@ def _linears(dim: int, outputs: dict[str, int]) -> nn.ModuleDict:
     return nn.ModuleDict({name: nn.Linear(dim, n) for name, n in outputs.items()})
 
 
-def _ids(o: Object) -> tuple[int, int, int]:
-    """Class ids of shape, color and size."""
-    sizes = list(RADIUS)
-    return SHAPES.index(o.shape), list(COLORS).index(o.color), sizes.index(o.size)
+def _class_ids(o: Object) -> tuple[int, int, int]:
+    """Of shape, color and size."""
+    return SHAPES.index(o.shape), list(COLORS).index(o.color), list(RADIUS).index(o.size)
 
 
 def random_phrases(rng: np.random.Generator, batch: list[Scene], n: int) -> Tensor:
-    """n phrases a scene, ids of shape, color, size (the last id of each: not said): [B, n, 3].
+    """n phrases a scene as class ids of shape, color, size [B, n, 3]; the last id: no such word.
 
-    Each is said of an object that is there, but one in five with one word changed.
+    Each describes an object of the scene, but one in five has one word changed.
     """
     rows = []
     for scene in batch:
         for _ in range(n):
-            ids = np.array(_ids(scene.objects[rng.integers(len(scene.objects))]))
+            ids = np.array(_class_ids(scene.objects[rng.integers(len(scene.objects))]))
             if rng.random() < 0.2:
                 i = rng.integers(3)
                 ids[i] = rng.integers(CLASSES[i])
-            said = PHRASES[rng.integers(len(PHRASES))]
-            rows.append(np.where(said, ids, CLASSES))
+            rows.append(np.where(PHRASES[rng.integers(len(PHRASES))], ids, CLASSES))
     return torch.from_numpy(np.stack(rows)).view(len(batch), n, 3)
 
 
 def grounding_targets(batch: list[Scene], phrases: Tensor) -> dict[str, Tensor]:
     """Class ids of each cell [B, 9] (shape 0 = empty, the others -100 there) and image [B].
 
-    Of each phrase [B, P]: the number of objects that it fits, and what the one is that it means.
+    Of each phrase [B, P]: the number of objects that match, and the classes of a single match.
     """
-    ids = torch.zeros(len(batch), 9, 3).long()  # of what stands in each cell
+    ids = torch.zeros(len(batch), 9, 3).long()  # shape, color, size of each cell
     jitter = torch.zeros(len(batch), 9, 2)
-    there = torch.zeros(len(batch), 9, dtype=torch.bool)
+    occupied = torch.zeros(len(batch), 9, dtype=torch.bool)
     for i, scene in enumerate(batch):
         cells = [o.cell for o in scene.objects]
-        ids[i, cells] = torch.tensor([_ids(o) for o in scene.objects])
+        ids[i, cells] = torch.tensor([_class_ids(o) for o in scene.objects])
         jitter[i, cells] = torch.tensor([(o.dx, o.dy) for o in scene.objects]) / 1.5
-        there[i, cells] = True
-    shape, color, size = ids.masked_fill(~there[..., None], -100).unbind(-1)
-    want = {"shape": (shape + 1).clamp_min(0), "color": color, "size": size, "jitter": jitter}
-    said, objects = phrases[:, :, None], ids[:, None]
-    fits = ((said == objects) | (said == torch.tensor(CLASSES))).all(-1) & there[:, None]
-    cell, matches = fits.int().argmax(-1), fits.sum(-1)  # [B, P]
-    one = torch.cat((ids, torch.arange(9).expand(len(batch), 9)[..., None]), -1)
-    one = one.gather(1, cell[..., None].expand(-1, -1, 4))
-    one = one.masked_fill(matches[..., None] != 1, -100)
-    meant = dict(zip(("shape", "color", "size", "cell"), one.unbind(-1), strict=True))
-    meant["matches"] = matches.clamp_max(4)
-    want["background"] = torch.tensor([list(BACKGROUNDS).index(s.background) for s in batch])
-    want["style"] = torch.tensor([STYLES.index(s.style) for s in batch])
-    return want | {f"meant_{name}": x for name, x in meant.items()}
+        occupied[i, cells] = True
+    shape, color, size = ids.masked_fill(~occupied[..., None], -100).unbind(-1)
+    target = {"shape": (shape + 1).clamp_min(0), "color": color, "size": size, "jitter": jitter}
+    target["background"] = torch.tensor([list(BACKGROUNDS).index(s.background) for s in batch])
+    target["style"] = torch.tensor([STYLES.index(s.style) for s in batch])
+
+    words, objects = phrases[:, :, None], ids[:, None]  # [B, P, 1, 3], [B, 1, 9, 3]
+    is_match = ((words == objects) | (words == torch.tensor(CLASSES))).all(-1) & occupied[:, None]
+    cell, matches = is_match.int().argmax(-1), is_match.sum(-1)  # [B, P]
+    classes = torch.cat((ids, torch.arange(9).expand(len(batch), 9)[..., None]), -1)  # [B, 9, 4]
+    meant = classes.gather(1, cell[..., None].expand(-1, -1, 4))
+    meant = meant.masked_fill(matches[..., None] != 1, -100).unbind(-1)
+    names = ("meant_shape", "meant_color", "meant_size", "meant_cell")
+    return target | dict(zip(names, meant, strict=True)) | {"meant_matches": matches.clamp_max(4)}
 
 
-PHRASES = np.array([(1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 1, 1)], bool)  # which words are said
-GROUNDING_WEIGHTS = {"shape": 3.0, "color": 1.0, "size": 1.0, "background": 0.3, "style": 0.3}
-GROUNDING_WEIGHTS |= {f"meant_{name}": 0.5 for name in ("shape", "color", "size", "matches")}
-GROUNDING_WEIGHTS["meant_cell"] = 1.0
-EMBEDDING_NOISE = 0.5  # up to this much, of embeddings of deviation 1
-
-
-def grounding_loss(said: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[Tensor, dict]:
+def grounding_loss(out: dict[str, Tensor], target: dict[str, Tensor]) -> tuple[Tensor, dict]:
     """Weighted cross-entropies + jitter + pixels; and the accuracies where there is an answer."""
-    there = want["shape"] > 0
     loss = sum(
-        weight * F.cross_entropy(said[k].flatten(0, -2), want[k].flatten())
+        weight * F.cross_entropy(out[k].flatten(0, -2), target[k].flatten())
         for k, weight in GROUNDING_WEIGHTS.items()
     )
-    jitter = (said["jitter"] - want["jitter"])[there].square().mean()
-    pixels = (said["pixels"] - want["pixels"]).square().mean()
-    one = want["meant_cell"] >= 0
-    right = {
-        f"{k}_acc": (said[k].argmax(-1) == want[k])[one if "meant" in k else there].float().mean()
-        for k in ("shape", "color", "size", "meant_shape", "meant_color", "meant_cell")
-    }
-    return loss + 0.5 * jitter + 4 * pixels, {**right, "jitter": jitter, "pixels": pixels}
+    occupied, is_single = target["shape"] > 0, target["meant_cell"] >= 0
+    jitter = (out["jitter"] - target["jitter"])[occupied].square().mean()
+    pixels = (out["pixels"] - target["pixels"]).square().mean()
+    accuracy = {}
+    for k in ("shape", "color", "size", "meant_shape", "meant_color", "meant_cell"):
+        correct = (out[k].argmax(-1) == target[k])[is_single if "meant" in k else occupied]
+        accuracy[f"{k}_acc"] = correct.float().mean()
+    return loss + 0.5 * jitter + 4 * pixels, {**accuracy, "jitter": jitter, "pixels": pixels}
 
 
-def noised(tokens: Tensor, most: float) -> Tensor:
-    """Embeddings [B, N, C] of mean 0 and deviation 1, under noise of a level of 0 to `most` each.
+def add_noise(tokens: Tensor, most: float) -> Tensor:
+    """Embeddings [B, N, C], normalized, under noise of a level of 0 to `most` each.
 
-    What survives it is told apart by more than the AR model's errors, and worth predicting.
+    What survives it exceeds the AR model's errors, and so is worth predicting.
     """
     mean, std = tokens.mean((0, 1)), tokens.std((0, 1))
     level = most * torch.rand(len(tokens), 1, 1)
@@ -237,39 +222,39 @@ def noised(tokens: Tensor, most: float) -> Tensor:
 def vision_stage(visual: QwenViT, config: NexusGenConfig, batch: int) -> Stage:
     """Grounding at the target's resolution, every fifth batch at the reference's.
 
-    In scenes of up to nine objects: more to learn from an image.
+    Scenes have up to nine objects, since an image then teaches more.
     """
     head = GroundingHead(config.ar.vision.out_hidden_size)
     unit = config.ar.vision.patch_size * config.ar.vision.spatial_merge_size
 
     def loss(rng, progress):
-        large = rng.random() < 0.2
-        size = config.reference_size if large else config.target_size
-        found = scenes(rng, max(1, batch // 4) if large else batch, most=9)
-        phrases = random_phrases(rng, found, 8)
-        tokens = embed_views(visual, to_unit([render(s) for s in found]), size)
-        noise = 0.0 if large else EMBEDDING_NOISE * min(1.0, 2 * progress)
-        said = head(noised(tokens, noise), phrases)
-        want = grounding_targets(found, phrases)
-        shown = found if large else [replace(s, texture=None) for s in found]
-        shown = resize(to_unit([render(s) for s in shown]), 8 * size // unit, "bilinear") * 2 - 1
-        want["pixels"] = rearrange(shown, "B C (h p) (w q) -> B (h w) (p q C)", p=8, q=8)
-        return grounding_loss(said, want)
+        is_reference = rng.random() < 0.2
+        size = config.reference_size if is_reference else config.target_size
+        batch_scenes = scenes(rng, max(1, batch // 4) if is_reference else batch, most=9)
+        phrases = random_phrases(rng, batch_scenes, 8)
+        tokens = embed_views(visual, to_unit([render(s) for s in batch_scenes]), size)
+        noise = 0.0 if is_reference else EMBEDDING_NOISE * min(1.0, 2 * progress)
+        out = head(add_noise(tokens, noise), phrases)
+        target = grounding_targets(batch_scenes, phrases)
+        if not is_reference:
+            batch_scenes = [replace(s, texture=None) for s in batch_scenes]
+        images = to_unit([render(s) for s in batch_scenes])
+        images = resize(images, 8 * size // unit, "bilinear") * 2 - 1
+        target["pixels"] = rearrange(images, "B C (h p) (w q) -> B (h w) (p q C)", p=8, q=8)
+        return grounding_loss(out, target)
 
     modules = nn.ModuleDict({"visual": visual, "head": head})
-    return Stage(
-        "vision",
-        modules,
-        loss,
-        lr=8e-3,
-        adamw_lr=8e-3,
-        ema=0.995,
-        adamw_only=("head.query", "head.words"),
-    )
+    options = {
+        "lr": 8e-3,
+        "adamw_lr": 8e-3,
+        "ema": 0.995,
+        "adamw_only": ("head.query", "head.words"),
+    }
+    return Stage("vision", modules, loss, **options)
 
 
 @torch.no_grad()
-def standardise(visual: QwenViT, config: NexusGenConfig) -> None:
+def whiten(visual: QwenViT, config: NexusGenConfig) -> None:
     """Fold mean and deviation of the embeddings into the merger: MSE 1 = predicting the mean."""
     x = to_unit([render(s) for s in scenes(np.random.default_rng(3), 512, 0.0)])
     tokens = embed_views(visual, x, config.target_size).flatten(0, 1)

@@ -1,12 +1,13 @@
-"""The three stages of the paper at toy size: what they learn from, their losses, their images.
+"""The three stages of the paper at toy size: what they learn from, and their samples of progress.
 
-Each `*_stage` returns a `training.Stage` (paper, sections 4.1 to 4.3). The AR loss and the
-rectified-flow loss are the package's own; what is toy here is the data.
+Each `*_stage` returns a `train.stage.Stage` (paper, sections 4.1 to 4.3). The losses and the stage
+of a decoder are the package's own; only the data are toy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +19,21 @@ from ..config import NexusGenConfig
 from ..images import patch_rows
 from ..model.autoencoder import AutoEncoder
 from ..model.autoregressive import ARLoss, NexusGenAR, prefill_image_slots
-from ..model.flow import denoise, rf_loss, sample_t, schedule, time_shift
-from ..model.mmdit import MMDiT, context_ids_editing, context_ids_generation
-from ..model.packing import packed_ar_loss
+from ..model.flow import denoise, schedule
+from ..model.mmdit import MMDiT
 from ..model.projector import GenerationAdapter, ImageEmbeddingMerger
 from ..model.vision import QwenViT
 from ..sampling import Context, velocity_field
 from ..tokenizer import IMAGE, QwenTokenizer
 from ..train.data import collate
-from ..train.trainer import Run, Stage, mixed_precision, world
+from ..train.finetune import (
+    batch_loss,
+    decoder_stage,
+    editing_context,
+    generation_context,
+    shifted_times,
+)
+from ..train.stage import Run, Stage, mixed_precision
 from .edits import EDITS
 from .pictures import (
     agreement,
@@ -41,22 +48,26 @@ from .pictures import (
 from .tasks import Example, sample_example
 from .world import STYLES, render
 
-POOL = 24_576  # most images embedded once for a decoder stage, over all workers
+POOL = 24_576  # most images that are embedded once for a decoder stage
 UND, GEN, EDIT, MULTI_TURN = "understand", "generate", "edit", "multi_turn"
 MIXTURE = (UND, GEN, GEN, EDIT)  # 1:2:1, pre-training
 FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, GEN, EDIT, MULTI_TURN)  # more of what takes longest
-PRETRAINED = 0.4  # of the stage
-# of EDITS for the editing decoder: what has to be drawn anew is harder than what is only changed
-DRAWING_SHARES = np.array([3, 4, 2, 4, 2, 3, 2]) / 20
-TRAINING_SHIFT = 9.0  # of a decoder's times; half of them then lie above 0.9
+PRETRAINED = 0.4  # share of the AR stage before fine-tuning
+# Shares of EDITS for the editing decoder: what must be drawn anew is harder than what only changes.
+EDIT_SHARES = np.array([3, 4, 2, 4, 2, 3, 2]) / 20
 COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
+DISTILL_SHARE = 0.04  # of the editing stage; twice that of a generation stage that adapts
+# Of a decoder's training times, half then lie above 0.9. Without the shift, one time in twelve lies
+# above 0.8, where the context decides what is drawn: below, the image shows through the noise, and
+# a decoder learns to read that instead of the context.
+TIMES = partial(shifted_times, shift=9.0)
 
 
 # ---------------------------------------------------------------- the autoregressive model
 
 
 def toy_line(ex: Example) -> dict:
-    """A toy example in the official message-like format, its images drawn."""
+    """A toy example in the official message-like format, its images rendered."""
     return {"images": [render(s) for s in ex.scenes], "messages": list(ex.messages)}
 
 
@@ -67,19 +78,17 @@ def ar_batch_loss(
     batch: list[Example],
     rng: np.random.Generator | None = None,
 ) -> ARLoss:
-    """`packed_ar_loss` of toy examples, through the reader of the message-like format.
+    """`packed_ar_loss` of toy examples.
 
-    With `rng`, images behind which a conversation goes on are, half of the time, not predicted
-    but read, as a `Chat` reads them.
+    With `rng`, half of the images that a conversation continues after are not predicted but read,
+    as a `Chat` reads them.
     """
     b = collate([toy_line(ex) for ex in batch], tokenizer, config)
     for slots, ex in zip(b.slot_mask, batch, strict=True):
         earlier = [m["content"].count(IMAGE) for m in ex.messages[1:-1:2]]
         if rng and any(earlier) and rng.random() < 0.5:
             slots[slots.nonzero()[: sum(earlier) * config.ar.num_image_slots]] = False
-    with torch.no_grad():
-        embeds = ar.visual(b.pixel_values, tuple(map(tuple, b.image_grid_thw.tolist())))
-    return packed_ar_loss(ar, b.input_ids, b.labels, None, b.image_grid_thw, embeds, b.slot_mask)
+    return batch_loss(ar, b)
 
 
 def ar_stage(
@@ -87,7 +96,7 @@ def ar_stage(
     tokenizer: QwenTokenizer,
     config: NexusGenConfig,
     batch: int,
-    painter: Painter | None = None,
+    preview: PreviewSampler | None = None,
 ) -> Stage:
     """Multi-task training with the vision tower frozen; scenes grow from one object to four.
 
@@ -98,59 +107,52 @@ def ar_stage(
     def loss(rng, progress):
         most = 1 if progress < 0.03 else 2 if progress < 0.1 else 4
         mixture = MIXTURE if progress < PRETRAINED else FINE_TUNING
-        found = [sample_example(rng, mixture[i % len(mixture)], most=most) for i in range(batch)]
-        out = ar_batch_loss(ar, tokenizer, config, found, rng)
+        examples = [sample_example(rng, mixture[i % len(mixture)], most=most) for i in range(batch)]
+        out = ar_batch_loss(ar, tokenizer, config, examples, rng)
         return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
 
     def sample(path):
         rng, metrics = np.random.default_rng(4), {}
         for task in dict.fromkeys(MIXTURE):
-            found = [sample_example(rng, task, unseen=True) for _ in range(40)]
+            unseen = [sample_example(rng, task, unseen=True) for _ in range(40)]
             with torch.no_grad():
-                out = ar_batch_loss(ar, tokenizer, config, found)
-            metrics[f"unseen_{task}"] = float(out.ce if task == "understand" else out.mse)
-            if task != "understand" and painter:
-                drawn = painter.draw(predict_after_reply(ar, tokenizer, config, found))
-                wanted = [ex.scenes[-1] for ex in found]
-                metrics[f"exact_{task}"] = exactness(drawn, wanted)
-                truth = np.stack([render(s) for s in wanted])
-                save_grid(path.with_stem(f"{path.stem}_{task}"), [truth[:10], drawn[:10]])
+                out = ar_batch_loss(ar, tokenizer, config, unseen)
+            metrics[f"unseen_{task}"] = float(out.ce if task == UND else out.mse)
+            if task != UND and preview:
+                images = preview.sample(predict_after_reply(ar, tokenizer, config, unseen))
+                targets = [ex.scenes[-1] for ex in unseen]
+                metrics[f"exact_{task}"] = exactness(images, targets)
+                truth = np.stack([render(s) for s in targets[:10]])
+                save_grid(path.with_stem(f"{path.stem}_{task}"), [truth, images[:10]])
         return metrics
 
-    names = ("embed", "lm_head")
-    return Stage(
-        "ar",
-        nn.ModuleDict({"ar": ar}),
-        loss,
-        lr=4e-3,
-        adamw_lr=3e-3,
-        adamw_only=names,
-        sample=sample,
-    )
+    rates = {"lr": 4e-3, "adamw_lr": 3e-3}
+    modules, names = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")
+    return Stage("ar", modules, loss, adamw_only=names, sample=sample, **rates)
 
 
 @torch.no_grad()
 def predict_after_reply(
     ar: NexusGenAR, tokenizer: QwenTokenizer, config: NexusGenConfig, batch: list[Example]
 ) -> Tensor:
-    """Embeddings [B, N, C] of the images asked for, in one pass behind each example's own reply.
+    """Embeddings [B, N, C] of the target images, in one pass after each example's own reply.
 
-    That reply tells rightly what is seen and what will change (teacher forcing);
-    `evaluate.predict` lets the model speak for itself.
+    That reply describes the image rightly (teacher forcing); `evaluate.predict` lets the model
+    write its own.
     """
     merge, start = config.ar.vision.spatial_merge_size, config.ar.vision_start_token_id
-    rows, pixels = [], []
+    rows, images = [], []
     for ex in batch:
         user, reply = ex.messages
-        view = [render(s) for s in ex.scenes[:-1]]
-        counts = [config.max_pixels // (config.ar.vision.patch_size * merge) ** 2] * len(view)
+        sources = [render(s) for s in ex.scenes[:-1]]
+        counts = [config.max_pixels // (config.ar.vision.patch_size * merge) ** 2] * len(sources)
         ids = tokenizer.encode_chat([user], counts)
         rows.append([*ids, *tokenizer.encode(reply["content"].removesuffix(IMAGE)), start])
-        pixels += view
+        images += sources
     embeds = grid = None
-    if pixels:
-        values, grid = patch_rows(resize(to_unit(pixels), config.target_size))
-        embeds = ar.visual(values, tuple(map(tuple, grid.tolist())))
+    if images:
+        pixels, grid = patch_rows(resize(to_unit(images), config.target_size))
+        embeds = ar.visual(pixels, tuple(map(tuple, grid.tolist())))
     length = max(map(len, rows))
     pad = config.ar.pad_token_id
     ids = torch.tensor([[pad] * (length - len(r)) + r for r in rows])
@@ -158,7 +160,7 @@ def predict_after_reply(
     return prefill_image_slots(ar, ids, embeds, grid, mask)
 
 
-# ---------------------------------------------------------------- the decoders
+# ---------------------------------------------------------------- samples of progress
 
 
 def empty_prompt(config: NexusGenConfig, length: int = 8) -> dict[str, Tensor]:
@@ -168,23 +170,24 @@ def empty_prompt(config: NexusGenConfig, length: int = 8) -> dict[str, Tensor]:
     return {"pooled": torch.zeros(1, config.mmdit.vec_in_dim), "context": context}
 
 
-class Painter:
-    """Draws batches of images from embeddings with the generation decoder, for progress."""
+class PreviewSampler:
+    """Samples batches of images from embeddings with the generation decoder."""
 
     def __init__(self, vae, mmdit, adapter, empty: dict, config: NexusGenConfig):
-        self.vae, self.mmdit, self.adapter = vae, mmdit, adapter
-        self.empty, self.config = empty, config
+        self.vae, self.mmdit, self.config = vae, mmdit, config
+        self.context = generation_context(adapter, empty, empty_share=0.0)
 
     @torch.no_grad()
-    def draw(self, embeds: Tensor) -> np.ndarray:
+    def sample(self, embeds: Tensor) -> np.ndarray:
         """[B, N, C] -> uint8 [B, H, W, 3]."""
-        txt = self.adapter(embeds)
-        context = Context(txt, context_ids_generation(txt.shape[1]), self.empty["pooled"])
-        return paint(self.mmdit, context, self.vae, self.config)
+        context = self.context(np.random.default_rng(0), {"embeds": embeds})
+        return sample_images(self.mmdit, context, self.vae, self.config)
 
 
 @torch.no_grad()
-def paint(mmdit: MMDiT, context: Context, vae: AutoEncoder, config: NexusGenConfig) -> np.ndarray:
+def sample_images(
+    mmdit: MMDiT, context: Context, vae: AutoEncoder, config: NexusGenConfig
+) -> np.ndarray:
     """Sample a batch from its context with the default number of steps: uint8 [B, H, W, 3]."""
     h = w = config.image_size // config.autoencoder.downsample
     shape = (len(context.txt), config.autoencoder.z_channels, h, w)
@@ -193,20 +196,45 @@ def paint(mmdit: MMDiT, context: Context, vae: AutoEncoder, config: NexusGenConf
     return to_uint8(vae.decode(list(steps)[-1].x))
 
 
-def pool_size(run: Run, per_second: int) -> int:
-    """Images that are worth embedding: `per_second` of the stage's budget, at most POOL."""
-    return POOL if run.seconds is None else min(POOL, max(256, int(per_second * run.seconds)))
+@torch.no_grad()
+def save_preview(path: Path, vae: AutoEncoder, latents: Tensor, images: np.ndarray) -> dict:
+    """A grid of the latents' images over the sampled ones; the share that reads the same."""
+    truth = to_uint8(vae.decode(latents))
+    save_grid(path, [truth[:10], images[:10]])
+    return {"exact_seen": agreement(images, truth)}
 
 
-def build_pool(n: int, run: Run, make: Callable[[np.random.Generator], dict[str, Tensor]]) -> dict:
-    """Tensors of this worker's share of n examples, 64 at a time, in fp16; used many times."""
-    rank, size = world()
-    count = -(-n // (64 * size))
+# ---------------------------------------------------------------- what the decoders learn from
+
+
+class Pool:
+    """Tensors of n samples in memory, with the methods of `data.Shards`."""
+
+    where = ()
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors["embeds"])
+
+    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        picks = torch.as_tensor(indices)
+        return {name: x[picks].float() for name, x in self.tensors.items()}
+
+
+def build_pool(run: Run, per_second: int, make: Callable[[np.random.Generator], dict]) -> dict:
+    """Tensors of many examples, 64 at a time, in fp16.
+
+    Their number is what is worth its time: `per_second` of the stage's budget, at most POOL.
+    """
+    n = POOL if run.seconds is None else min(POOL, max(256, int(per_second * run.seconds)))
+    count = -(-n // 64)
     pool: dict[str, Tensor] = {}
     for k in range(count):
         with mixed_precision(run.bf16):
-            found = make(np.random.default_rng([run.seed, 99, rank, k]))
-        for name, x in found.items():
+            tensors = make(np.random.default_rng([run.seed, 99, 0, k]))
+        for name, x in tensors.items():
             if k == 0:
                 pool[name] = torch.empty(count, *x.shape, dtype=torch.float16)
             pool[name][k] = x
@@ -218,34 +246,34 @@ def reconstruction_pool(
     vae: AutoEncoder,
     config: NexusGenConfig,
     run: Run,
-    known: tuple[QwenViT, GenerationAdapter] | None = None,
+    teacher: tuple[QwenViT, GenerationAdapter] | None = None,
 ) -> dict[str, Tensor]:
     """Images as `embeds` [n, N, C] and `latents` [n, z, h, w].
 
-    Most are outlines, the harder; with two to six objects each teaches more than one of a prompt.
-    One in eight is as prompts ask for it: a decoder that had seen no small filled shape alone
-    drew up to one in ten as an outline.
+    Most are outlines, which are harder, of two to six objects. One in eight is as prompts describe
+    it: a decoder that never saw a small filled shape alone drew up to one in ten as an outline.
 
-    With the tower and the adapter of another model, also what that adapter `said` of its own
-    tower's embeddings: the words that its MMDiT knows.
+    With the tower and the adapter of another model also `teacher_context`: what that adapter makes
+    of its own tower's embeddings, which its MMDiT understands.
     """
 
     @torch.no_grad()
     def make(rng):
-        found = scenes(rng, 56, 0.15, most=6, least=2, outline=0.7) + scenes(rng, 8, 0.15)
-        x = to_unit([render(s) for s in found])
+        batch = scenes(rng, 56, 0.15, most=6, least=2, outline=0.7) + scenes(rng, 8, 0.15)
+        x = to_unit([render(s) for s in batch])
         embeds = embed_views(visual, x, config.target_size)
-        rows = {"embeds": embeds, "latents": vae.encode(x * 2 - 1)}
-        if known:
-            rows["said"] = known[1](embed_views(known[0], x, config.target_size))
-        return rows
+        tensors = {"embeds": embeds, "latents": vae.encode(x * 2 - 1)}
+        if teacher:
+            tower, adapter = teacher
+            tensors["teacher_context"] = adapter(embed_views(tower, x, config.target_size))
+        return tensors
 
-    return build_pool(pool_size(run, 50), run, make)
+    return build_pool(run, 50, make)
 
 
-def drawn_edit(rng: np.random.Generator) -> Example:
-    """An edit for the editing decoder: what is hard to draw is drawn often, half are outlines."""
-    kind, style = str(rng.choice(EDITS, p=DRAWING_SHARES)), str(rng.choice(STYLES))
+def sample_edit(rng: np.random.Generator) -> Example:
+    """An edit for the editing decoder: often what is hard to draw, half of them outlines."""
+    kind, style = str(rng.choice(EDITS, p=EDIT_SHARES)), str(rng.choice(STYLES))
     while (ex := sample_example(rng, "edit", kind)).scenes[1].style != style:
         pass
     return ex
@@ -253,12 +281,12 @@ def drawn_edit(rng: np.random.Generator) -> Example:
 
 def editing_pool(
     ar: NexusGenAR, vae: AutoEncoder, tokenizer: QwenTokenizer, config: NexusGenConfig, run: Run
-) -> dict:
+) -> dict[str, Tensor]:
     """Edits as predicted `embeds`, the source's `refs` [n, M, C], and the target's `latents`."""
 
     @torch.no_grad()
     def make(rng):
-        batch = [drawn_edit(rng) for _ in range(64)]
+        batch = [sample_edit(rng) for _ in range(64)]
         source, target = (to_unit([render(ex.scenes[i]) for ex in batch]) for i in (0, 1))
         return {
             "embeds": predict_after_reply(ar, tokenizer, config, batch),
@@ -266,42 +294,10 @@ def editing_pool(
             "latents": vae.encode(target * 2 - 1),
         }
 
-    return build_pool(pool_size(run, 16), run, make)
+    return build_pool(run, 16, make)
 
 
-def draw_rows(
-    rng: np.random.Generator, pool: dict, n: int, noise: float = 0.0
-) -> tuple[dict[str, Tensor], torch.Generator]:
-    """n random rows of a pool in fp32, embeddings with up to `noise`; a generator for the rest."""
-    picked = torch.from_numpy(rng.integers(len(pool["embeds"]), size=n))
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    rows = {name: x[picked].float() for name, x in pool.items()}
-    level = noise * torch.rand(n, 1, 1, generator=generator)
-    rows["embeds"] = rows["embeds"] + level * torch.randn(rows["embeds"].shape, generator=generator)
-    return rows, generator
-
-
-def flow_loss(mmdit: MMDiT, context: Context, x0: Tensor, generator: torch.Generator) -> Tensor:
-    """`rf_loss` at logit-normal times, shifted to noise further than the sampler's are.
-
-    Unshifted, one time in twelve lies above 0.8, where the context decides what is drawn: below,
-    the image shows through the noise, and a decoder learns to read that instead of the context.
-    """
-    noise = torch.randn(x0.shape, generator=generator)
-    t = time_shift(sample_t(len(x0), generator), TRAINING_SHIFT)
-    return rf_loss(velocity_field(mmdit, context, *x0.shape[-2:]), x0, noise, t)
-
-
-@torch.no_grad()
-def save_seen(path: Path, vae: AutoEncoder, latents: Tensor, drawn: np.ndarray) -> dict:
-    """A grid of what the latents show, over what was drawn; the share that is read alike."""
-    truth = to_uint8(vae.decode(latents))
-    save_grid(path, [truth[:10], drawn[:10]])
-    return {"exact_seen": agreement(drawn, truth)}
-
-
-IMITATION = 0.04  # of the editing stage; twice that of a generation stage that adapts
-ADAMW_ONLY = ("img_in", "final_layer", "time_in", "vector_in", "guidance_in")
+# ---------------------------------------------------------------- the decoders
 
 
 def generation_stage(
@@ -313,29 +309,34 @@ def generation_stage(
     config: NexusGenConfig,
     batch: int,
 ) -> Stage:
-    """Reconstruct an image from its embeddings; one batch in ten sees the empty prompt (cfg).
+    """Reconstruct an image from its embeddings; one batch in ten gets the empty prompt (for CFG).
 
-    An MMDiT that was trained on another tower learns this one's embeddings first through the
-    adapter alone, which imitates what the old adapter `said`.
+    An MMDiT that was trained on another tower first learns this one's embeddings through the
+    adapter alone, which imitates the old adapter's output.
     """
-    painter = Painter(vae, mmdit, adapter, empty, config)
+    preview = PreviewSampler(vae, mmdit, adapter, empty, config)
 
-    def loss(rng, progress):
-        rows, generator = draw_rows(rng, pool, batch, COND_NOISE)
-        if "said" in pool and progress < 2 * IMITATION:
-            return F.mse_loss(adapter(rows["embeds"]), rows["said"]), {}
-        txt = empty["context"] if rng.random() < 0.1 else adapter(rows["embeds"])
-        context = Context(txt, context_ids_generation(txt.shape[1]), empty["pooled"])
-        return flow_loss(mmdit, context, rows["latents"], generator), {}
+    def distill(rows):
+        return F.mse_loss(adapter(rows["embeds"]), rows["teacher_context"])
 
     def sample(path):
         embeds, latents = pool["embeds"][:40].float(), pool["latents"][:40].float()
-        return save_seen(path, vae, latents, painter.draw(embeds))
+        return save_preview(path, vae, latents, preview.sample(embeds))
 
-    modules = nn.ModuleDict({"mmdit": mmdit, "adapter": adapter})
-    lr = 3e-3 if "said" in pool else 6e-3
-    return Stage(
-        "generation", modules, loss, lr=lr, adamw_lr=2e-3, adamw_only=ADAMW_ONLY, sample=sample
+    adapts = "teacher_context" in pool
+    return decoder_stage(
+        "generation",
+        nn.ModuleDict({"mmdit": mmdit, "adapter": adapter}),
+        Pool(pool),
+        batch,
+        generation_context(adapter, empty, empty_share=0.1),
+        TIMES,
+        COND_NOISE,
+        distill,
+        distill_share=2 * DISTILL_SHARE if adapts else 0.0,
+        lr=3e-3 if adapts else 6e-3,
+        adamw_lr=2e-3,
+        sample=sample,
     )
 
 
@@ -349,33 +350,34 @@ def editing_stage(
     config: NexusGenConfig,
     batch: int,
 ) -> Stage:
-    """Draw the target from its predicted embeddings and the source's at twice the resolution.
+    """Generate the target from its predicted embeddings and the source's at twice the resolution.
 
-    First the merger learns to say what the adapter says of the target, in the words that this
-    MMDiT, the generation decoder's, knows already; that takes a few seconds.
+    First the merger learns to output what the adapter outputs for the target, which this MMDiT,
+    the generation decoder's, understands; that takes a few seconds.
     """
-    side = config.reference_size // config.ar.vision.patch_size
-    grids = config.ar.slot_grid, (1, side, side)
+    context = editing_context(merger, empty, config)
 
-    def context(rows):
-        txt = merger(rows["embeds"], grids[0], rows["refs"], grids[1])
-        ids = context_ids_editing(*grids, *rows["latents"].shape[-2:])
-        return Context(txt, ids, empty["pooled"])
-
-    def loss(rng, progress):
-        rows, generator = draw_rows(rng, pool, batch)
-        if progress < IMITATION:
-            said = context(rows).txt[:, : rows["embeds"].shape[1]]
-            return F.mse_loss(said, adapter(rows["embeds"])), {}
-        return flow_loss(mmdit, context(rows), rows["latents"], generator), {}
+    def distill(rows):
+        txt = context(None, rows).txt[:, : rows["embeds"].shape[1]]
+        return F.mse_loss(txt, adapter(rows["embeds"]))
 
     def sample(path):
-        rows = {name: x[:40].float() for name, x in pool.items()}
+        rows = Pool(pool).rows(range(40))
         with torch.no_grad():
-            drawn = paint(mmdit, context(rows), vae, config)
-        return save_seen(path, vae, rows["latents"], drawn)
+            images = sample_images(mmdit, context(None, rows), vae, config)
+        return save_preview(path, vae, rows["latents"], images)
 
-    modules = nn.ModuleDict({"mmdit": mmdit, "merger": merger})
-    return Stage(
-        "editing", modules, loss, lr=6e-3, adamw_lr=2e-3, adamw_only=ADAMW_ONLY, sample=sample
+    return decoder_stage(
+        "editing",
+        nn.ModuleDict({"mmdit": mmdit, "merger": merger}),
+        Pool(pool),
+        batch,
+        context,
+        TIMES,
+        0.0,
+        distill,
+        DISTILL_SHARE,
+        lr=6e-3,
+        adamw_lr=2e-3,
+        sample=sample,
     )

@@ -2,8 +2,8 @@
 
 A line is `{"id": ..., "images": [path, ...], "messages": [{"role", "content"}, ...]}`; `<image>` in
 a content marks each image in order. An image in an assistant's turn is a target: it is cropped to
-the centre square and seen at the slots' size (252 px at full scale). Every other image is read as
-the user gave it, within the model's pixel bounds. Paper: section "Dataset Curation".
+the center square and resized to the slots' size (252 px at full scale). Every other image keeps its
+shape, within the model's pixel bounds. Paper: section "Dataset Curation".
 
 Official: `train/ar/template.py` and the example datasets of modelscope/Nexus-Gen.
 """
@@ -24,19 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..config import NexusGenConfig, VisionConfig
-from ..images import (
-    bound_image,
-    center_crop_view,
-    load_image,
-    smart_resize,
-    to_patches,
-)
+from ..config import NexusGenConfig
+from ..images import bound_image, center_crop_view, load_image, smart_resize, to_patches
 from ..tokenizer import IGNORE, IMAGE, ROLES, QwenTokenizer, locate_placeholders
 
 
 class Batch(NamedTuple):
-    """What `ar_loss` takes, but for the image embeddings: those come from the vision tower."""
+    """What `ar_loss` takes, except the image embeddings: those come from the vision tower."""
 
     input_ids: Tensor  # [B, L], right-padded
     labels: Tensor  # [B, L]
@@ -45,14 +39,11 @@ class Batch(NamedTuple):
     image_grid_thw: Tensor  # [n, 3]
 
 
-def check_line(line: Any, where: str) -> None:
-    """ValueError naming `where` and the first field at fault when a line is not in the format."""
-    for mistake in mistakes(line):
-        raise ValueError(f"{where}: {mistake}")
+# ---- reading and checking lines ----------------------------------------------------------------
 
 
 def mistakes(line: Any) -> Iterator[str]:
-    """Every field of a line that is not in the format, and why; nothing of a good line."""
+    """Every field of a line that does not have the format, and why."""
     if not isinstance(line, dict):
         yield f"must be an object, not {type(line).__name__}"
         return
@@ -71,10 +62,10 @@ def mistakes(line: Any) -> Iterator[str]:
         return
     if not any(m["role"] == "assistant" for m in messages):
         yield "`messages` need a turn of the assistant to learn from"
-    found = sum(m["content"].count(IMAGE) for m in messages)
-    if images is not None and found != len(images):
-        message = f"{found} {IMAGE} in `messages` for {len(images)} `images`"
-        yield message + locate_placeholders(messages)
+    count = sum(m["content"].count(IMAGE) for m in messages)
+    if images is not None and count != len(images):
+        where = locate_placeholders(messages)
+        yield f"{count} {IMAGE} in `messages` for {len(images)} `images`{where}"
 
 
 def message_mistakes(message: Any) -> Iterator[str]:
@@ -88,16 +79,41 @@ def message_mistakes(message: Any) -> Iterator[str]:
         yield "holds half a character (a lone surrogate) in its `content`"
 
 
-class MessageDataset:
-    """The lines of a JSONL file; see `find_image` for where their images are looked for.
+def check_line(line: Any, where: str) -> None:
+    """ValueError with `where` and the first field at fault when a line is not in the format."""
+    for mistake in mistakes(line):
+        raise ValueError(f"{where}: {mistake}")
 
-    Raises ValueError naming file, line and field for the first line that is not in the format, or
-    for a file without any; OSError when it cannot be read. Images are opened when they are needed.
+
+def read_lines(path: Path) -> Iterator[tuple[str, Any, list[str]]]:
+    """("file:number", the line, its mistakes) of each line that is not blank."""
+    if path.exists() and not path.is_file():  # a pipe would block, and can be read only once
+        raise ValueError(f"{path} is not a file; write the data to one, it is read again later")
+    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            yield f"{path}:{number}", None, [f"not JSON ({error})"]
+            continue
+        found = list(mistakes(line))
+        images = line.get("images") if isinstance(line, dict) else None
+        for i, image in enumerate(images if isinstance(images, list) else []):
+            if not isinstance(image, str) or not image:
+                found.append(f"`images[{i}]` must be a path")
+        yield f"{path}:{number}", line, found
+
+
+class MessageDataset:
+    """The lines of a JSONL file. ValueError with file, line and field of the first mistake.
+
+    `find_image` says where images are looked for; they are opened when they are needed.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        rows = list(read_rows(self.path))
+        rows = list(read_lines(self.path))
         wrong = [f"{where}: {mistake}" for where, _, found in rows for mistake in found]
         if wrong or not rows:
             more = f" (and {len(wrong) - 1} more mistakes)" if len(wrong) > 1 else ""
@@ -109,7 +125,7 @@ class MessageDataset:
         return len(self.lines)
 
     def __getitem__(self, index: int) -> dict:
-        """One line, its image paths resolved, and `where` it stands."""
+        """One line with the full paths of its images, and `where` it stands."""
         line, folder = self.lines[index], self.path.parent
         images = [find_image(name, folder) for name in line.get("images", [])]
         where = self.where[index] + (f" (id {line['id']!r})" if "id" in line else "")
@@ -117,47 +133,20 @@ class MessageDataset:
 
 
 def find_image(name: str, folder: Path) -> Path:
-    """A path seen from the folder of its file, or else from the nearest folder above that has it.
+    """A path relative to the folder of its file, or else to the nearest folder above that has it.
 
     Official lines name their images from the root of the repository that holds the file.
     """
-    places = folder / name, *(above / name for above in folder.resolve().parents)
+    candidates = folder / name, *(above / name for above in folder.resolve().parents)
     try:
-        return next((p for p in places if p.is_file()), folder / name)
-    except OSError:  # too long for a path; who opens it says so
+        return next((p for p in candidates if p.is_file()), folder / name)
+    except OSError:  # too long for a path: opening it reports that
         return folder / name
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Any, list[str]]]:
-    """("file:line", the line, what is wrong with it) of each row that is not blank."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for, and is read once
-        raise ValueError(f"{path} is not a file; write the data to one, it is read again later")
-    rows = path.read_bytes().split(b"\n")  # only these: a text may hold other separators
-    for n, row in enumerate(rows, 1):
-        if row.strip():
-            yield f"{path}:{n}", *read_line(row)
-
-
-def read_line(text: bytes) -> tuple[Any, list[str]]:
-    """One line of a file, and what is wrong with it; its images must be paths."""
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return None, [f"not JSON ({error})"]
-    found = list(mistakes(line))
-    images = line.get("images") if isinstance(line, dict) else None
-    for i, image in enumerate(images if isinstance(images, list) else []):
-        if not isinstance(image, str) or not image:
-            found.append(f"`images[{i}]` must be a path")
-    return line, found
-
-
 def check_file(path: Path, config: NexusGenConfig, tokenizer: QwenTokenizer) -> list[str]:
-    """Every mistake of a file, images that cannot be read and overlong lines included.
-
-    Each is "file:line: field and cause". OSError when the file itself cannot be read.
-    """
-    rows = list(read_rows(path))
+    """Every mistake of a file, unreadable images and overlong lines included."""
+    rows = list(read_lines(path))
     found = [
         f"{where}: {mistake}"
         for where, line, wrong in rows
@@ -168,21 +157,23 @@ def check_file(path: Path, config: NexusGenConfig, tokenizer: QwenTokenizer) -> 
 
 def content_mistakes(
     line: dict, folder: Path, config: NexusGenConfig, tokenizer: QwenTokenizer
-) -> Iterator[str]:
+) -> list[str]:
     """What is wrong with the images of a well-formed line, or with its length."""
-    images, wrong = [find_image(name, folder) for name in line.get("images", [])], False
-    for i, image in enumerate(images):
+    images, found = [find_image(name, folder) for name in line.get("images", [])], []
+    for i, path in enumerate(images):
         try:
-            opened = load_image(image)
-            smart_resize(opened.height, opened.width)
+            image = load_image(path)
+            smart_resize(image.height, image.width)
         except ValueError as error:
-            wrong = True
-            yield f"`images[{i}]`: {error}"
-    if wrong:
-        return
-    length = collate([line | {"images": images}], tokenizer, config).input_ids.shape[1]
-    if length > (most := config.ar.text.max_position_embeddings):
-        yield f"`messages` are {length} tokens long; this model reads {most}"
+            found.append(f"`images[{i}]`: {error}")
+    if not found:
+        length = collate([line | {"images": images}], tokenizer, config).input_ids.shape[1]
+        if length > (limit := config.ar.text.max_position_embeddings):
+            found.append(f"`messages` are {length} tokens long; the limit of this model is {limit}")
+    return found
+
+
+# ---- lines -> batch ----------------------------------------------------------------------------
 
 
 def image_roles(messages: Sequence[dict]) -> Iterator[str]:
@@ -192,7 +183,7 @@ def image_roles(messages: Sequence[dict]) -> Iterator[str]:
 
 
 def image_views(line: dict, config: NexusGenConfig) -> list[Image.Image]:
-    """The images of a line as the vision tower sees them: targets cropped, others bounded."""
+    """The images of a line as the vision tower reads them: targets cropped, others bounded."""
     vision = config.ar.vision
     bounds = (vision.patch_size * vision.spatial_merge_size, config.min_pixels, config.max_pixels)
     return [
@@ -203,38 +194,30 @@ def image_views(line: dict, config: NexusGenConfig) -> list[Image.Image]:
     ]
 
 
-def patch_rows(views: list[Image.Image], vision: VisionConfig) -> tuple[Tensor, Tensor]:
-    """(pixel_values, image_grid_thw) of any number of images, none included."""
-    sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    if views:
-        return to_patches(views, *sizes)
-    columns = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return torch.empty(0, columns), torch.empty(0, 3, dtype=torch.long)
-
-
 def collate(lines: Sequence[dict], tokenizer: QwenTokenizer, config: NexusGenConfig) -> Batch:
-    """Encode lines in the message format into one right-padded batch.
-
-    Images may also be what `load_image` takes. Raises ValueError naming the line and field at
-    fault.
-    """
+    """Encode lines into one right-padded batch; their images are whatever `load_image` takes."""
     for i, line in enumerate(lines):
         check_line(line, f"line {i} of the batch")
-    views = [image_views(line, config) for line in lines]
-    pixels, grid = patch_rows([v for row in views for v in row], config.ar.vision)
-    counts = iter((grid.prod(1) // config.ar.vision.spatial_merge_size**2).tolist())
+    vision, views = config.ar.vision, [image_views(line, config) for line in lines]
+    if images := [view for row in views for view in row]:
+        sizes = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+        pixels, grid = to_patches(images, *sizes)
+    else:
+        columns = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels, grid = torch.empty(0, columns), torch.empty(0, 3, dtype=torch.long)
+    counts = iter((grid.prod(1) // vision.spatial_merge_size**2).tolist())
     encoded = [
         tokenizer.encode_training(line["messages"], [next(counts) for _ in row])
         for line, row in zip(lines, views, strict=True)
     ]
     columns = zip(*encoded, strict=True)
     fills = (config.ar.pad_token_id, IGNORE, False)
-    padded = [stack(rows, fill) for rows, fill in zip(columns, fills, strict=True)]
+    padded = [pad_right(rows, fill) for rows, fill in zip(columns, fills, strict=True)]
     return Batch(*padded, pixels, grid)
 
 
-def stack(rows: Sequence[list], fill: int | bool) -> Tensor:
-    """Lists of any lengths -> [B, L], the short ones filled up at the end."""
+def pad_right(rows: Sequence[list], fill: int | bool) -> Tensor:
+    """Lists of any lengths -> [B, L]."""
     length = max(map(len, rows))
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
@@ -243,7 +226,7 @@ def stack(rows: Sequence[list], fill: int | bool) -> Tensor:
 
 
 class Shards:
-    """Tensors of n samples in several safetensors files; rows are read from disk as needed.
+    """Tensors of n samples in several safetensors files; rows are read from disk when needed.
 
     where: the line that each sample comes from, for messages.
     """
@@ -259,12 +242,12 @@ class Shards:
 
     def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The tensors of some samples, stacked, in fp32."""
-        found = []
-        for i in indices:
-            k = int(np.searchsorted(self.starts, i, "right")) - 1
-            found.append((self.files[k], int(i - self.starts[k])))
+        shards = np.searchsorted(self.starts, indices, "right") - 1
+        pairs = [
+            (self.files[k], int(i - self.starts[k])) for i, k in zip(indices, shards, strict=True)
+        ]
         return {
-            name: torch.stack([file.get_slice(name)[i].float() for file, i in found])
+            name: torch.stack([file.get_slice(name)[i].float() for file, i in pairs])
             for name in self.names
         }
 
@@ -280,23 +263,23 @@ def cache_embeddings(
 ) -> list[Path]:
     """Compute the tensors of every sample once, in fp16: one file for each `per_shard` of them.
 
-    A file that is whole and bears the same `stamp` (what its numbers depend on) is not made again,
-    so a run that was stopped goes on with the next one. `share` (rank, processes) makes every
-    processes-th file. Returns the paths of all files.
+    A whole file with the same `stamp` (what its numbers depend on) is not made again, so a stopped
+    run continues with the next one. `share` (rank, processes) makes every processes-th file.
+    Returns the paths of all files.
     """
     starts = range(0, len(samples), per_shard)
     files = [folder / f"{k:05d}.safetensors" for k in range(len(starts))]
     folder.mkdir(parents=True, exist_ok=True)
     own = list(zip(files, starts, strict=True))[share[0] :: share[1]]
     for file, start in tqdm(own, desc=folder.name, unit="shard", disable=quiet):
-        mark = {"stamp": f"{stamp} {per_shard} {start} of {len(samples)}"}
-        if stamp_of(file) == mark["stamp"]:
+        file_stamp = f"{stamp} {per_shard} {start} of {len(samples)}"
+        if stamp_of(file) == file_stamp:
             continue
         rows = [make(sample) for sample in samples[start : start + per_shard]]
         tensors = {name: torch.stack([row[name] for row in rows]).half() for name in rows[0]}
         partial = file.with_suffix(f".{os.getpid()}.partial")
         try:
-            save_file(tensors, partial, mark)
+            save_file(tensors, partial, {"stamp": file_stamp})
             os.replace(partial, file)
         finally:
             partial.unlink(missing_ok=True)
@@ -304,7 +287,7 @@ def cache_embeddings(
 
 
 def stamp_of(file: Path) -> str | None:
-    """What a shard depends on; None when it is missing or not whole."""
+    """The stamp of a shard; None when the file is missing or not whole."""
     try:
         with safe_open(file, "pt") as shard:
             return shard.metadata().get("stamp")

@@ -13,28 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import weights
 from ..config import NexusGenConfig
 from ..formats import FORMATS
 from ..model.autoencoder import AutoEncoder
 from ..model.autoregressive import NexusGenAR
 from ..model.mmdit import MMDiT
 from ..tokenizer import QwenTokenizer
-from ..weights import (
-    AR_FOLDER,
-    FLUX_FOLDER,
-    EditingDecoder,
-    GenerationDecoder,
-    load_config,
-    load_empty_prompt,
-    load_mmdit,
-    make_adapter,
-    make_merger,
-    read_part,
-    read_text_encoders,
-    read_tokenizer,
-    save_checkpoint,
-    text_context,
-)
+from ..weights import AR_FOLDER, FLUX_FOLDER, EditingDecoder, GenerationDecoder
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -78,22 +64,22 @@ class RunFolder:
     def config(self) -> NexusGenConfig:
         """The model's sizes."""
         is_new = self.new_config and not (self.source / "nexus_min.json").exists()
-        return self.new_config if is_new else load_config(self.source)
+        return self.new_config if is_new else weights.load_config(self.source)
 
     def ar(self) -> NexusGenAR:
-        return read_part("ar", self.source, self.config, self.load_kwargs)
+        return weights.read_part("ar", self.source, self.config, self.load_kwargs)
 
     def vae(self) -> AutoEncoder:
-        return read_part("autoencoder", self.source, self.config, self.load_kwargs)
+        return weights.read_part("autoencoder", self.source, self.config, self.load_kwargs)
 
     def tokenizer(self) -> QwenTokenizer:
-        return read_tokenizer(self.source, self.config)
+        return weights.read_tokenizer(self.source, self.config)
 
     def generation(self) -> GenerationDecoder:
         """The generation decoder; without a file, FLUX.1-dev with a new adapter."""
         if self._has("generation_decoder"):
-            return read_part("generation", self.source, self.config, self.load_kwargs)
-        return GenerationDecoder(self._flux(), make_adapter(self.config).to(self.device))
+            return weights.read_part("generation", self.source, self.config, self.load_kwargs)
+        return GenerationDecoder(self._flux(), weights.make_adapter(self.config).to(self.device))
 
     def editing(self) -> EditingDecoder:
         """The editing decoder; without a file, FLUX.1-dev with a new merger.
@@ -101,22 +87,33 @@ class RunFolder:
         The merger's layer starts as the AR model's first, as in the official training.
         """
         if self._has("edit_decoder"):
-            return read_part("editing", self.source, self.config, self.load_kwargs)
-        merger = make_merger(self.config)
+            return weights.read_part("editing", self.source, self.config, self.load_kwargs)
+        merger = weights.make_merger(self.config)
         merger.layers[0].load_state_dict(self.ar().model.layers[0].state_dict())
         return EditingDecoder(self._flux(), merger.to(self.device))
 
     @torch.no_grad()
     def empty_prompt(self) -> dict[str, Tensor]:
         """CLIP's `pooled` [1, V] and T5's `context` [1, L, C] of the empty prompt."""
-        if stored := load_empty_prompt(self.source, self.config):
+        if stored := weights.load_empty_prompt(self.source, self.config):
             return stored
-        encoders = read_text_encoders(self.source, self.config, self.load_kwargs)
-        txt, _, pooled = text_context(encoders, *encoders.ids(""))
+        encoders = weights.read_text_encoders(self.source, self.config, self.load_kwargs)
+        txt, _, pooled = weights.text_context(encoders, *encoders.ids(""))
         return {"pooled": pooled, "context": txt}
 
+    def all_parts(self) -> dict:
+        """Every part, as `save` and `save_checkpoint` take them."""
+        return {
+            "ar": self.ar(),
+            "generation": self.generation(),
+            "editing": self.editing(),
+            "autoencoder": self.vae(),
+            "empty_prompt": self.empty_prompt(),
+            "tokenizer_file": self.source / AR_FOLDER / "tokenizer.json",
+        }
+
     def save(self, config: NexusGenConfig, **parts) -> None:
-        """Write trained parts, named as for `save_checkpoint`; all processes wait until it is done."""
+        """Write trained parts, named as `save_checkpoint` does; all processes wait for it."""
         if self.gather:
             parts = {
                 name: tuple(map(self.gather, part))
@@ -125,7 +122,7 @@ class RunFolder:
                 for name, part in parts.items()
             }
         if rank_and_size()[0] == 0:
-            save_checkpoint(self.goal, config, **parts, dtype=self.dtype)
+            weights.save_checkpoint(self.goal, config, **parts, dtype=self.dtype)
             if self.link_rest:
                 self._link_rest()
         barrier()
@@ -142,4 +139,4 @@ class RunFolder:
 
     def _flux(self) -> MMDiT:
         file = self.source / FLUX_FOLDER / "flux1-dev.safetensors"
-        return load_mmdit(file, self.config, **self.load_kwargs)
+        return weights.load_mmdit(file, self.config, **self.load_kwargs)

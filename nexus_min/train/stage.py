@@ -1,0 +1,165 @@
+"""What one stage of training is: its modules and loss, its budget, its random numbers.
+
+Batches and noise are a pure function of (seed, stage, step): a checkpoint thus holds neither a
+position in the data nor the state of a random generator.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+DECAY = 0.4  # share of a stage, at its end, over which the learning rate falls to zero
+WARMUP = 50  # steps
+
+
+@dataclass
+class Stage:
+    """What one stage trains: modules, the loss of a batch, and a sample of progress.
+
+    loss: (rng, progress in [0, 1]) -> the scalar to minimize and a dict of numbers to log. Its
+        noise comes from `rng` or from torch's own generator.
+    adamw_only: Muon leaves out parameters whose name contains one of these (embeddings, heads).
+    sample: writes a PNG to a path and returns numbers to log.
+    lines: "file:line" of what the latest batch was made of, for error messages.
+    """
+
+    name: str
+    modules: nn.ModuleDict
+    loss: Callable[[np.random.Generator, float], tuple[Tensor, dict]]
+    lr: float = 3e-3
+    adamw_lr: float | None = None
+    ema: float = 0.998
+    adamw_only: tuple[str, ...] = ()
+    sample: Callable[[Path], dict[str, float]] | None = None
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """The folder and the seed of a run, and the budget of its stage: either seconds or steps."""
+
+    folder: Path
+    seed: int = 0
+    seconds: float | None = None
+    steps: int | None = None
+    elapsed_before: float = 0.0  # seconds of the budget that are spent before the first step
+    sample_every: float = 60.0  # seconds
+    save_every: float = 60.0  # seconds
+    quiet: bool = False
+    bf16: bool = False  # bf16 matrix products in training, over fp32 weights
+
+    def after(self, seconds: float) -> Run:
+        """The same run with `seconds` more of its budget spent before the first step."""
+        return replace(self, elapsed_before=self.elapsed_before + seconds)
+
+
+class Schedule:
+    """Progress of a stage from 0 to 1, and its learning rate: warm-up, constant, linear decay.
+
+    Every step moves progress by (1 - progress) / (steps left). A budget in steps knows how many
+    are left; a budget in seconds divides the time left by the pace so far. So the stage ends on
+    time when the machine changes its speed, and the learning rate never jumps.
+    """
+
+    def __init__(self, seconds: float | None = None, steps: int | None = None):
+        if (seconds is None) == (steps is None):
+            raise ValueError("give a stage either seconds or steps")
+        self.seconds, self.steps = seconds, steps
+        self.step, self.elapsed, self.progress, self.left = 0, 0.0, 0.0, 1.0
+
+    def __iter__(self) -> Iterator[int]:
+        """The number of each coming step."""
+        while not self.finished:
+            yield self.step
+
+    @property
+    def finished(self) -> bool:
+        return self.left < 1
+
+    @property
+    def lr_scale(self) -> float:
+        """The factor of the learning rates at the coming step."""
+        return min(1.0, (self.step + 1) / WARMUP) * min(1.0, (1 - self.progress) / DECAY)
+
+    def tick(self, elapsed: float) -> None:
+        """A step ends, `elapsed` seconds into the stage."""
+        self.step, self.elapsed = self.step + 1, elapsed
+        if self.steps is not None:
+            self.left = self.steps - self.step
+        else:  # after a long stall the decay still takes some steps
+            in_time = (self.seconds - elapsed) * self.step / max(elapsed, 1e-9)
+            self.left = max(in_time, 0.8 * self.left - 1)
+        self.progress += (1 - self.progress) / (1 + max(0.0, self.left))
+
+    def state(self) -> dict:
+        """The values that a checkpoint holds; the budget belongs to the run."""
+        return {name: getattr(self, name) for name in ("step", "elapsed", "progress", "left")}
+
+    def restore(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+def make_rng(seed: int, stage: str, step: int, part: int = 0) -> np.random.Generator:
+    """The generator of one step, or of one part of its batch; it also seeds torch's own."""
+    rng = np.random.default_rng([seed, zlib.crc32(stage.encode()), step, part])
+    torch.manual_seed(int(rng.integers(2**62)))
+    return rng
+
+
+# --------------------------------------------------------------------------------------- precision
+
+
+@lru_cache(maxsize=1)
+def bf16_is_faster() -> bool:
+    """Whether this CPU multiplies matrices at least twice as fast in bf16 as in fp32: measured.
+
+    On one thread, and by the best of twenty times, since other programs may use the machine.
+    """
+    threads, best = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        seconds = []
+        for _ in range(20):
+            start = time.perf_counter()
+            a @ b
+            seconds.append(time.perf_counter() - start)
+        best.append(min(seconds))
+    torch.set_num_threads(threads)
+    return best[0] > 2 * best[1]
+
+
+class _FullAttention(TorchFunctionMode):
+    """Within, attention takes and returns fp32 also under autocast."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return function(*(x.float() for x in args[:3]), *args[3:], **kwargs)
+
+
+@contextmanager
+def mixed_precision(enabled: bool) -> Iterator[None]:
+    """bf16 matrix products over fp32 weights on the CPU.
+
+    Attention stays in fp32: there the backward pass of the fused kernel is several times faster.
+    """
+    if not enabled:
+        yield
+        return
+    with torch.autocast("cpu", torch.bfloat16), _FullAttention():
+        yield
