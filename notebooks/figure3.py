@@ -35,12 +35,13 @@ from nexus_min.model.autoregressive import NexusGenAR
 from nexus_min.model.mmdit import patchify, unpatchify
 from nexus_min.pipeline import NexusGen
 from nexus_min.toy import score
-from nexus_min.toy.pretrain import standardise
+from nexus_min.toy.pretrain import whiten
 from nexus_min.toy.pictures import embed_views, save_grid, scenes, to_uint8, to_unit
 from nexus_min.toy.stages import ar_batch_loss, predict_after_reply
 from nexus_min.toy.tasks import sample_example
 from nexus_min.toy.world import held_out, jittered, random_scene, render
-from nexus_min.train.trainer import Run, Stage, fit
+from nexus_min.train.stage import Run, Stage
+from nexus_min.train.trainer import fit
 
 COUNTS = (4, 16, 64)
 UNIT = 28  # pixels of a view along one side of an embedding
@@ -76,7 +77,7 @@ def at_count(model: NexusGen, tokens: int):
     ar, old = NexusGenAR(config.ar), copy.deepcopy(model.ar)
     ar.visual, ar.model, ar.lm_head = old.visual, old.model, old.lm_head
     nn.init.normal_(ar.image_prefill_embeds.weight, std=0.5)
-    standardise(ar.visual.requires_grad_(False), config)
+    whiten(ar.visual.requires_grad_(False), config)
     return config, ar
 
 

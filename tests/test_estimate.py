@@ -60,7 +60,7 @@ def edits():
     model = make_tiny()
     line = toy_line(sample_example(np.random.default_rng(3), "edit"))
     stage = finetune.autoregressive_stage(
-        model.ar, model.tokenizer, TINY, finetune.Mixture([line]), MICRO_BATCH
+        model.ar, model.tokenizer, TINY, finetune.TaskMixture([line]), MICRO_BATCH
     )
     batch = collate([line], model.tokenizer, TINY)
     learned = int((batch.labels[:, 1:] != -100).sum())
@@ -130,7 +130,7 @@ def test_rates_follow_the_mixture():
     assert one["tokens"] == 16 + 16
     assert one["samples_s"] == pytest.approx(estimate.MFU * estimate.PEAK / one["TFLOP"] / 1e12)
     mixed = throughput(PRESETS["ar_pretrain"], TINY)["tokens"]
-    und, gen, edit = (sample_of(k, TINY).tokens for k in finetune.KINDS)
+    und, gen, edit = (sample_of(k, TINY).tokens for k in finetune.TASKS)
     assert mixed == pytest.approx((und + 2 * gen + edit) / 4)
 
 

@@ -18,8 +18,10 @@ from nexus_min.pipeline import NexusGen
 from nexus_min.toy.stages import toy_line
 from nexus_min.toy.tasks import sample_example
 from nexus_min.train import finetune
-from nexus_min.train import trainer as training
+from nexus_min.train.checkpoint import Checkpoint
 from nexus_min.train.data import MessageDataset, Shards, cache_embeddings, check_file, collate
+from nexus_min.train.stage import Run, mixed_precision
+from nexus_min.train.trainer import fit
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +116,7 @@ def test_official_lines_as_they_are_from_any_folder(tmp_path, monkeypatch, tiny)
         assert check_file(data.path, tiny.config, tiny.tokenizer) == []
         batch = collate([data[i] for i in range(3)], tiny.tokenizer, tiny.config)
         assert len(batch.image_grid_thw) == 4
-        assert [finetune.kind_of(line) for line in data.lines] == list(finetune.KINDS)
+        assert [finetune.task_of(line) for line in data.lines] == list(finetune.TASKS)
 
 
 def test_check_from_the_command_line(tmp_path, capsys):
@@ -148,14 +150,14 @@ def test_kinds_are_mixed_in_the_ratio():
     lines = lines_of(*["understand"] * 7, "generate", *["edit"] * 2)
 
     def shares(lines, ratio):
-        drawn = finetune.Mixture(lines, ratio).draw(np.random.default_rng(0), 4000)
-        return [sum(line["kind"] == k for line in drawn) / 4000 for k in finetune.KINDS]
+        drawn = finetune.TaskMixture(lines, ratio).draw(np.random.default_rng(0), 4000)
+        return [sum(line["kind"] == k for line in drawn) / 4000 for k in finetune.TASKS]
 
     assert shares(lines, (1, 2, 1)) == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
     assert shares(lines, (3, 0, 1)) == pytest.approx([0.75, 0, 0.25], abs=0.03)
     assert shares(lines[:8], (1, 2, 1)) == pytest.approx([1 / 3, 2 / 3, 0], abs=0.03)
     with pytest.raises(ValueError, match="no line of a kind that the ratio"):
-        finetune.Mixture(lines[:7], (0, 1, 1))
+        finetune.TaskMixture(lines[:7], (0, 1, 1))
 
 
 def test_stages_follow_the_kinds():
@@ -192,7 +194,7 @@ def test_a_cache_goes_on_where_it_stopped(tmp_path):
     run()
     assert made == []
     shards = Shards(files)
-    with training.mixed_precision(True):  # as on a CPU with bf16 units
+    with mixed_precision(True):  # as on a CPU with bf16 units
         rows = shards.rows([9, 0, 4])
     assert len(shards) == 10 and rows["x"].shape == (3, 2, 3)
     assert rows["x"][:, 0, 0].tolist() == [9, 0, 4] and rows["y"].flatten().tolist() == [4.5, 0, 2]
@@ -231,23 +233,6 @@ def test_samples_of_the_decoders(tmp_path, tiny):
 @pytest.fixture
 def small_batches(monkeypatch):
     monkeypatch.setattr(train_tiny, "BATCH", dict.fromkeys(train_tiny.BATCH, 2))
-
-
-def test_two_processes_fine_tune_together(tmp_path, capfd):
-    path, _ = toy_file(tmp_path, ["understand", "generate"])
-    options = [
-        "--data",
-        str(path),
-        "--model",
-        str(save_tiny(tmp_path)),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    options += ["--stage", "generation", "--steps", "1", "--workers", "2", "--quiet"]
-    assert train_tiny.main(options) == 0, capfd.readouterr().err
-    both = [NexusGen.load(tmp_path / name) for name in ("model", "out/model")]
-    pairs = zip(*(m.generation.mmdit.parameters() for m in both), strict=True)
-    assert any(not torch.equal(a, b) for a, b in pairs)
 
 
 def test_fine_tuning_from_the_command_line(tmp_path, small_batches, capsys):
@@ -289,7 +274,7 @@ def test_fine_tuning_from_the_command_line(tmp_path, small_batches, capsys):
 @pytest.mark.parametrize(
     ("stage", "spied", "picked"),
     [
-        ("ar", (finetune.Mixture, "draw"), lambda lines: [line["id"] + 1 for line in lines]),
+        ("ar", (finetune.TaskMixture, "draw"), lambda lines: [line["id"] + 1 for line in lines]),
         ("generation", (Shards, "rows"), lambda rows: [1 + i for i in rows["latents"][:, 0, 0, 0]]),
     ],
 )
@@ -325,7 +310,7 @@ def test_a_loss_that_is_not_finite_names_the_lines(
     lines = [f"{path}:{int(n)} (id {int(n) - 1})" for n in sorted(set(picked(seen[-1])))]
     assert f"(0, '{stage}', 0, 0), of {', '.join(lines)}); there is no checkpoint yet" in told
     assert told.count("\n") == 1 and told.count("own.jsonl") == len(lines)
-    dump = training.Checkpoint(out / f"{stage}.nonfinite-0.ckpt").load()
+    dump = Checkpoint(out / f"{stage}.nonfinite-0.ckpt").load()
     assert dump["nonfinite"]["lines"] == lines
 
 
@@ -354,11 +339,11 @@ def test_the_loss_falls_on_the_own_lines(tmp_path, rank, steps):
     model = make_tiny()
     path, _ = toy_file(tmp_path, ["understand", "generate", "edit", "generate"])
     data = MessageDataset(path)
-    mixture = finetune.Mixture([data[i] for i in range(4)])
+    mixture = finetune.TaskMixture([data[i] for i in range(4)])
     stage = finetune.autoregressive_stage(model.ar, model.tokenizer, model.config, mixture, 4, rank)
-    run = train_tiny.Run(tmp_path, steps=steps, quiet=True)
+    run = Run(tmp_path, steps=steps, quiet=True)
     before = [float(stage.loss(np.random.default_rng(i), 0.0)[0].detach()) for i in range(2)]
-    train_tiny.fit(replace(stage, ema=0.0), run)
+    fit(replace(stage, ema=0.0), run)
     after = [float(stage.loss(np.random.default_rng(i), 0.0)[0].detach()) for i in range(2)]
     assert sum(after) < 0.9 * sum(before)
 

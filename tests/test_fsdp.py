@@ -34,7 +34,7 @@ from nexus_min.scale.train import processes
 from nexus_min.toy.stages import toy_line
 from nexus_min.toy.tasks import sample_example
 from nexus_min.train import finetune
-from nexus_min.train.trainer import Run, make_rng
+from nexus_min.train.stage import Run, make_rng
 
 CPU = torch.device("cpu")
 PRESET = replace(PRESETS["ar_pretrain"], batch=8, steps=6, warmup=2, lr=3e-4)
@@ -62,7 +62,7 @@ def make_stage(name: str):
     if name == "ar":
         rng = np.random.default_rng(3)
         lines = [toy_line(sample_example(rng, k)) for k in ("understand", "generate", "edit")]
-        given = model.tokenizer, model.config, finetune.Mixture(lines), MICRO_BATCH
+        given = model.tokenizer, model.config, finetune.TaskMixture(lines), MICRO_BATCH
         return finetune.autoregressive_stage(model.ar, *given)
     mmdit, projector = getattr(model, name)
     if name == "generation":

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
-from nexus_min.train.muon import COEFFICIENTS, ITERATIONS, Muon, orthogonalised
+from nexus_min.train.optim import COEFFICIENTS, ITERATIONS, Muon, newton_schulz
 
 SHAPES = [(8, 8), (6, 10), (6, 10), (12, 5), (6, 10)]
 
@@ -32,7 +28,7 @@ def train(optimizer, params, steps: int = 3) -> None:
 def test_singular_vectors_stay_and_values_become_one(shape):
     m = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, _, vh = torch.linalg.svd(m, full_matrices=False)
-    core = u.mT @ orthogonalised(m) @ vh.mT
+    core = u.mT @ newton_schulz(m) @ vh.mT
     values = core.diagonal(dim1=-2, dim2=-1)
     assert (core - torch.diag_embed(values)).abs().max() < 1e-4
     assert values.max() < 1.25 and values.median() > 0.65
@@ -45,7 +41,7 @@ def test_products_on_the_short_side_are_the_plain_iteration(shape):
     for _ in range(ITERATIONS):
         a, b, c = (k * torch.linalg.matrix_power(x @ x.mT, i) for i, k in enumerate(COEFFICIENTS))
         x = (a + b + c) @ x
-    torch.testing.assert_close(orthogonalised(m), x.float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(newton_schulz(m), x.float(), atol=1e-5, rtol=0)
 
 
 def test_steps_are_those_of_torch_but_for_its_bf16():
@@ -79,23 +75,3 @@ def test_saved_state_goes_on_exactly():
             p.grad = torch.randn(p.shape, generator=generator)
         first.step()
     assert all(torch.equal(a, b) for a, b in zip(straight, resumed, strict=True))
-
-
-def one_of_two(rank: int, place: str) -> None:
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{place}/store")
-    params = parameters()
-    train(Muon(params, lr=0.01), params)
-    torch.save([p.detach() for p in params], f"{place}/{rank}.pt")
-    dist.destroy_process_group()
-    left = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
-    assert not [name for name in left if "gloo" in name]  # at the interpreter's end, these abort
-
-
-def test_processes_share_the_work_and_agree(tmp_path):
-    mp.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    alone = parameters()
-    train(Muon(alone, lr=0.01), alone)
-    for a, b, c in zip(first, second, alone, strict=True):
-        assert torch.equal(a, b)
-        assert torch.allclose(a, c, atol=1e-6)

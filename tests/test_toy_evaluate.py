@@ -22,7 +22,7 @@ from nexus_min.config import TINY_TOKEN_IDS, NexusGenConfig
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.toy import evaluate as ev
 from nexus_min.toy.edits import EDITS
-from nexus_min.toy.init import LIKENESS, translate
+from nexus_min.toy.init import COSINE, align_translations
 from nexus_min.toy.language import ZH
 from nexus_min.toy.prompts import CATEGORIES
 from nexus_min.toy.questions import QUESTIONS
@@ -316,11 +316,11 @@ def test_a_word_begins_much_as_its_translation_does(tokenizer):
     assert said["红色"] == " red" and said["左上角"] == " top left corner" and said["两"] == " two"
     words = torch.nn.Embedding(768, 128)
     before = words.weight.detach().clone()
-    translate(words, pairs)
+    align_translations(words, pairs)
     after = words.weight.detach()
     english = torch.stack([before[meaning].sum(0) for meaning in pairs.values()])
     alike = torch.cosine_similarity(after[list(pairs)], english)
-    assert alike.mean().item() == pytest.approx(LIKENESS, abs=0.05)
+    assert alike.mean().item() == pytest.approx(COSINE, abs=0.05)
     assert after[list(pairs)].std().item() == pytest.approx(1, abs=0.05)  # the scale stays
     others = [k for k in range(768) if k not in pairs]
     assert torch.equal(after[others], before[others])

@@ -20,14 +20,14 @@ from nexus_min.toy.pictures import resize, scenes, to_unit
 from nexus_min.toy.pretrain import (
     CLASSES,
     GroundingHead,
+    add_noise,
     grounding_loss,
     grounding_targets,
-    noised,
     random_phrases,
 )
 from nexus_min.toy.tasks import sample_example
 from nexus_min.toy.world import COLORS, RADIUS, SHAPES, Object, Scene, render
-from nexus_min.train.trainer import mixed_precision
+from nexus_min.train.stage import mixed_precision
 
 RED_STAR, RED_CIRCLE = Object("star", "red", "small", 2), Object("circle", "red", "large", 7, 1.5)
 ANY = CLASSES
@@ -94,8 +94,8 @@ def test_a_perfect_reader_has_little_loss_and_a_wrong_one_much():
 
 def test_noise_is_added_to_standard_embeddings():
     tokens = 3 + 5 * torch.randn(64, 16, 8)
-    assert noised(tokens, 0.0).std().item() == pytest.approx(1, abs=0.01)
-    assert noised(tokens, 1.0).std().item() > 1.1
+    assert add_noise(tokens, 0.0).std().item() == pytest.approx(1, abs=0.01)
+    assert add_noise(tokens, 1.0).std().item() > 1.1
 
 
 def test_loss_of_a_batch_is_the_mean_over_its_tasks():
@@ -112,9 +112,8 @@ def test_loss_of_a_batch_is_the_mean_over_its_tasks():
 def test_earlier_pictures_of_a_conversation_are_predicted_or_read(monkeypatch):
     """Half of the time each; the last reply's image is always predicted."""
     model, found = make_tiny(), []
-    monkeypatch.setattr(
-        stages, "packed_ar_loss", lambda *args: found.append(args[-1].sum(1).tolist())
-    )
+    spy = lambda ar, batch: found.append(batch.slot_mask.sum(1).tolist())  # noqa: E731
+    monkeypatch.setattr(stages, "batch_loss", spy)
     rng, n = np.random.default_rng(0), model.config.ar.num_image_slots
     batch = [
         sample_example(rng, "generate"),
@@ -133,7 +132,7 @@ def test_a_fresh_model_hands_on_what_it_looks_at_and_says_what_is_there():
     config = NexusGenConfig.tiny().ar
     torch.manual_seed(0)
     ar = initialization.init_ar(NexusGenAR(config)).requires_grad_(False)
-    initialization.ready_to_copy(ar)
+    initialization.init_value_copy(ar)
     words = ar.model.embed_tokens.weight
     said = ar.lm_head(F.rms_norm(words, words.shape[1:])).argmax(-1)
     assert torch.equal(said, torch.arange(config.text.vocab_size))
@@ -145,12 +144,12 @@ def test_a_fresh_model_hands_on_what_it_looks_at_and_says_what_is_there():
         assert handed_on.norm() < 0.5 * x.norm()
 
 
-@pytest.mark.parametrize("layer, distances", list(enumerate(initialization.LOOKING_BACK)))
+@pytest.mark.parametrize("layer, distances", list(enumerate(initialization.HEAD_OFFSETS)))
 def test_heads_begin_by_looking_a_few_tokens_back(layer, distances):
     config = NexusGenConfig.tiny().ar
     torch.manual_seed(0)
     ar = NexusGenAR(config).requires_grad_(False)
-    initialization.ready_to_look_back(ar)
+    initialization.init_previous_token_heads(ar)
     D = config.text.head_dim
     seen = {}
 

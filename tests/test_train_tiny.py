@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -19,10 +20,11 @@ from safetensors import safe_open
 import train_tiny
 from nexus_min.pipeline import NexusGen
 from nexus_min.toy import stages as toy
+from nexus_min.train.trainer import fit
 
 ROOT = Path(__file__).parents[1]
 DRAWN = ("vae", "generation", "editing")
-MICRO = ["--steps", "2", "--workers", "1", "--quiet"]
+MICRO = ["--steps", "2", "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def micro():
 def trained(micro, tmp_path_factory) -> Path:
     """A folder in which every stage took two steps, shipped to `ship`."""
     folder = tmp_path_factory.mktemp("run")
-    for stage in train_tiny.SHARES:
+    for stage in train_tiny.TIME_SHARE:
         argv = ["--stage", stage, "--out", str(folder), *MICRO]
         assert train_tiny.main(argv) == 0, stage
     argv = ["--out", str(folder), *MICRO, "--ship", str(folder / "ship")]
@@ -63,9 +65,9 @@ def refused(capsys, *argv) -> str:
 
 def test_every_stage_and_the_model_they_make(trained):
     lines = [json.loads(line) for line in open(trained / "metrics.jsonl")]
-    assert list(dict.fromkeys(line["stage"] for line in lines)) == list(train_tiny.SHARES)
+    assert list(dict.fromkeys(line["stage"] for line in lines)) == list(train_tiny.TIME_SHARE)
     assert all(math.isfinite(line.get("loss", 0.0)) for line in lines)
-    for stage in train_tiny.SHARES:
+    for stage in train_tiny.TIME_SHARE:
         assert json.loads((trained / f"{stage}.json").read_text())["steps"] == 2
     drawn = ["ar_final_edit", "ar_final_generate", *(f"{n}_final" for n in DRAWN)]
     assert sorted(path.stem for path in trained.glob("*.png")) == sorted(drawn)
@@ -84,8 +86,8 @@ def test_ship_writes_fp16_and_how_it_was_made(trained):
         assert kinds == {"F16"}
         assert facts["seed"] == "0" and float(facts["minutes"]) >= 0
         assert facts["command"].startswith("python train_tiny.py --stage vae --out")
-        assert facts["command"].count("; ") == len(train_tiny.SHARES) - 1
-        assert set(json.loads(facts["metrics"])) == set(train_tiny.SHARES)
+        assert facts["command"].count("; ") == len(train_tiny.TIME_SHARE) - 1
+        assert set(json.loads(facts["metrics"])) == set(train_tiny.TIME_SHARE)
     assert sum(f.stat().st_size for f in (trained / "ship").rglob("*.*")) < 15e6
     assert NexusGen.load(trained / "ship").config == NexusGen.load(trained / "model").config
 
@@ -98,15 +100,15 @@ def test_what_is_finished_is_skipped(trained, capsys):
 
 
 def test_what_stands_on_a_changed_stage_is_trained_again(trained, micro, tmp_path, capsys):
-    folder = train_tiny.Folder(shutil.copytree(trained, tmp_path / "run"))
-    for file in folder.path.glob("vision.*"):
+    folder = shutil.copytree(trained, tmp_path / "run")
+    for file in folder.glob("vision.*"):
         file.unlink()
-    assert folder.finished("vae") and not folder.finished("generation") and folder.note("ar")
-    argv = ["--out", str(folder.path), *MICRO]
-    assert train_tiny.main(argv) == 0
-    said = capsys.readouterr().out
-    assert "vae is finished" in said and "editing is trained again" in said
-    assert all(folder.finished(name) for name in train_tiny.SHARES)
+    assert train_tiny.is_finished(folder, "vae") and train_tiny.read_summary(folder, "ar")
+    assert not train_tiny.is_finished(folder, "generation")
+    assert train_tiny.main(["--out", str(folder), *MICRO]) == 0
+    out = capsys.readouterr().out
+    assert "vae is finished" in out and "editing is trained again" in out
+    assert all(train_tiny.is_finished(folder, name) for name in train_tiny.TIME_SHARE)
 
 
 def test_a_known_decoder_is_adapted_to_another_tower(trained, micro, tmp_path):
@@ -140,7 +142,7 @@ def test_the_same_command_gives_the_same_model(trained, micro, tmp_path):
     assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
 
 
-@pytest.mark.parametrize("stage", train_tiny.SHARES)
+@pytest.mark.parametrize("stage", train_tiny.TIME_SHARE)
 def test_killed_between_its_last_checkpoint_and_its_model(trained, micro, tmp_path, stage):
     """What ends a stage depends on its checkpoint alone, not on the steps of this process."""
     folder = tmp_path / "run"
@@ -156,50 +158,64 @@ def test_killed_between_its_last_checkpoint_and_its_model(trained, micro, tmp_pa
 
 
 def test_budget_of_the_stages(monkeypatch):
-    settings = {"out": Path("x"), "steps": None, "seed": 0, "workers": 1}
-    settings |= {"quiet": True, "bf16": False, "started": 1000.0, "command": "test"}
-    stages = tuple(train_tiny.SHARES)
-    plan = train_tiny.Plan(stages=stages, minutes=10, **settings)
-    now = 1000.0
+    stages, now, total = tuple(train_tiny.TIME_SHARE), 1000.0, 0.0
     monkeypatch.setattr(train_tiny.time, "time", lambda: now)
-    total = 0.0
-    for stage in stages:  # each takes 3 s longer than it was given, the last one too
-        seconds = plan.seconds(stage)
+    for stage in stages:  # each takes 3 s longer than its budget, the last one too
+        seconds = train_tiny.budget(stage, stages, 10, started=1000.0)
         total += seconds + 3
         now += seconds + 3
     assert total == pytest.approx(603)
     now = 1000.0  # after a restart nothing is late
-    assert plan.seconds("ar") == pytest.approx(600 * train_tiny.SHARES["ar"])
-    assert train_tiny.Plan(stages=("ar",), minutes=10, **settings).seconds("ar") == 600
-    assert (
-        train_tiny.Plan(stages=("ar",), minutes=1, **settings | {"steps": 5}).seconds("ar") is None
-    )
+    share = train_tiny.TIME_SHARE["ar"]
+    assert train_tiny.budget("ar", stages, 10, started=1000.0) == pytest.approx(600 * share)
+    assert train_tiny.budget("ar", ("ar",), 10, started=1000.0) == 600
+
+
+def test_the_loop_is_four_calls_below_main(micro, tmp_path, monkeypatch):
+    """main -> train_vae -> fit -> backward: found on the stack when `backward` is called."""
+    frames, package = [], str(ROOT / "nexus_min")
+
+    def stub(*_):
+        frame = sys._getframe(1)
+        while frame:
+            file = frame.f_code.co_filename
+            if file == train_tiny.__file__ or file.startswith(package):
+                frames.append(frame.f_code.co_name)
+            frame = frame.f_back
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(torch.Tensor, "backward", stub)
+    assert train_tiny.main(["--stage", "vae", "--out", str(tmp_path), *MICRO]) == 2
+    assert frames == ["fit", "train_vae", "main"]
+    loop = inspect.getsource(fit)
+    assert loop.count("for step in") == 1
+    steps = ("stage.loss(", "loss.backward()", "optimizer.step()", "state.average", "report()")
+    order = [loop.index(call) for call in (*steps, "state.save()", "state.sample(")]
+    assert order == sorted(order)
 
 
 def command(folder: Path, *options: str) -> list[str]:
     return [sys.executable, str(ROOT / "train_tiny.py"), "--out", str(folder), *options]
 
 
-def test_two_workers_stop_on_ctrl_c_and_one_goes_on(tmp_path, micro):
-    """From the repository's folder, without an installed package; both workers save, then end."""
-    argv = command(tmp_path, "--stage", "vae", "--minutes", "5", "--workers", "2", "--quiet")
-    place = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+def test_ctrl_c_saves_and_the_same_command_resumes(tmp_path, micro):
+    """From the repository's folder, without an installed package."""
+    argv = command(tmp_path, "--stage", "vae", "--minutes", "5", "--quiet")
+    options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits "ignored"
-    process = subprocess.Popen(
-        argv, stdout=-1, stderr=-1, text=True, start_new_session=True, **place
-    )
+    process = subprocess.Popen(argv, stdout=-1, stderr=-1, text=True, **options)
     signal.signal(signal.SIGINT, heard)
     log = tmp_path / "metrics.jsonl"
     deadline = time.time() + 300  # a busy machine is slow
     while not log.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "goes on from the last checkpoint" in out and "Traceback" not in err
+    assert "repeat the command" in err and "Traceback" not in err and err.count("\n") == 1
     step = torch.load(tmp_path / "vae.ckpt")["schedule"]["step"]
     assert step >= 50
-    again = ["--steps", str(step + 1), "--workers", "1", "--quiet", "--out", str(tmp_path)]
+    again = ["--steps", str(step + 1), "--quiet", "--out", str(tmp_path)]
     assert train_tiny.main(["--stage", "vae", *again]) == 0
     assert json.loads((tmp_path / "vae.json").read_text())["steps"] == step + 1
 
@@ -232,7 +248,7 @@ def test_a_note_that_is_none_names_its_file(tmp_path, capsys, note):
         (["--minutes", "soon"], "invalid float value: 'soon'"),
         (["--steps", "0"], "--steps must be at least 1, not 0"),
         (["--workers", "0"], "--workers must be at least 1, not 0"),
-        (["--workers", "1000"], "--workers must be at most"),
+        (["--workers", "2"], "--workers must be at most 1: training runs in one process"),
         (["--seed", "-1"], "--seed must be at least 0, not -1"),
         (["--what"], "unrecognized arguments: --what"),
     ],
@@ -272,10 +288,16 @@ def test_ship_needs_every_stage(capsys, tmp_path, micro):
     assert not goal.exists() and not (tmp_path / "run").exists()
 
 
-def test_a_failing_worker_is_one_line(tmp_path, capfd):
-    """Rank 0 meets a broken checkpoint; nobody hangs."""
+def test_a_broken_checkpoint_is_one_line(tmp_path, capsys):
     (tmp_path / "vae.ckpt").write_bytes(b"broken")
-    argv = ["--stage", "vae", "--out", str(tmp_path), "--steps", "1", "--workers", "2", "--quiet"]
-    assert train_tiny.main(argv) == 2
-    err = capfd.readouterr().err
-    assert "vae.ckpt: not a checkpoint" in err and "Traceback" not in err
+    err = refused(capsys, "--stage", "vae", "--out", tmp_path, *MICRO)
+    assert "vae.ckpt: not a checkpoint" in err
+
+
+def test_running_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(train_tiny, "fit", fail)
+    err = refused(capsys, "--stage", "vae", "--out", tmp_path, *MICRO)
+    assert "out of memory" in err and "repeat the command" in err

@@ -62,7 +62,8 @@ class Checkpoint:
         except OSError:
             raise
         except Exception as error:  # torch raises a dozen kinds on a broken file
-            message = f"{path}: not a checkpoint ({str(error).splitlines()[0]}); delete it"
+            reason = str(error).split("\n")[0]
+            message = f"{path}: not a checkpoint ({reason}); delete it"
             if path is self.path and self.previous.exists():
                 message += " to go on from the one before"
             raise ValueError(message) from None

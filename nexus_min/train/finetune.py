@@ -58,7 +58,7 @@ def task_of(line: dict) -> str:
 
 
 class TaskMixture:
-    """Random lines whose tasks have a ratio; the share of a task without lines goes to the others."""
+    """Random lines whose tasks have a ratio; a task without lines gives its share to the rest."""
 
     def __init__(self, lines: Sequence[dict], ratio: Sequence[float] = RATIO):
         self.lines = {task: [x for x in lines if task_of(x) == task] for task in TASKS}

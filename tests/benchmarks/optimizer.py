@@ -15,7 +15,7 @@ from torch import nn
 
 from nexus_min.config import NexusGenConfig
 from nexus_min.model.autoregressive import NexusGenAR
-from nexus_min.train.muon import Muon
+from nexus_min.train.optim import Muon
 
 ROUNDS = 9
 
