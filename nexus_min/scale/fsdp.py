@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 from ..model.decoder import DecoderLayer
 from ..model.mmdit import DoubleStreamBlock, SingleStreamBlock
-from ..train.trainer import Run, Stage, broadcast, deferred_interrupt, make_rng
+from ..train.checkpoint import deferred_interrupt
+from ..train.stage import Run, Stage, make_rng
 
 BLOCKS = (DecoderLayer, DoubleStreamBlock, SingleStreamBlock)
 # Two tables as large as several blocks, and modulations, which run before their blocks.
