@@ -89,7 +89,7 @@ def read(model: Any, item: dict, seed: int, max_pixels: int | None = None) -> st
     arguments = {name: options.pop(name) for name in TASKS[task]}
     for name, value in arguments.items():
         if name == "image":
-            arguments[name] = load(value, max_pixels)
+            arguments[name] = map_images(lambda image: load_image(image, max_pixels), value)
         elif not isinstance(value, str):
             raise ValueError(f"{name} must be a text, not {type(value).__name__}")
     if task == "understand":
@@ -99,11 +99,9 @@ def read(model: Any, item: dict, seed: int, max_pixels: int | None = None) -> st
     return plan(**arguments, **{"seed": seed} | options)
 
 
-def load(image: Any, max_pixels: int | None) -> Any:
-    """The image, or the list of images, decoded."""
-    if isinstance(image, list):
-        return [load_image(one, max_pixels) for one in image]
-    return load_image(image, max_pixels)
+def map_images(function: Callable, images: Any) -> Any:
+    """`function` of an image, or of each image of a list."""
+    return [function(image) for image in images] if isinstance(images, list) else function(images)
 
 
 def batch_indices(requests: dict[int, ImageRequest], size: int) -> Iterator[list[int]]:
@@ -125,10 +123,10 @@ def sample(model: Any, requests: dict[int, ImageRequest]) -> Iterator[Result]:
     except (ValueError, MemoryError) as error:
         if len(indices) == 1:
             yield Result(indices[0], requests[indices[0]].text, error=one_line(error))
-            return
-        middle = len(indices) // 2
-        for half in (indices[:middle], indices[middle:]):
-            yield from sample(model, {i: requests[i] for i in half})
+        else:
+            middle = len(indices) // 2
+            for half in (indices[:middle], indices[middle:]):
+                yield from sample(model, {i: requests[i] for i in half})
         return
     for (i, request), image in zip(requests.items(), images, strict=True):
         yield Result(i, request.text, image, request.sampling)
@@ -180,6 +178,10 @@ def read_items(path: Path) -> list[Any]:
     """
     if path.exists() and not path.is_file():  # reading a pipe might never end
         raise ValueError(f"{path} is not a file of tasks")
+
+    def resolve(image: Any) -> Any:
+        return path.parent / image if isinstance(image, str) else image
+
     items = []
     for line in filter(bytes.strip, path.read_bytes().split(b"\n")):
         try:
@@ -187,13 +189,6 @@ def read_items(path: Path) -> list[Any]:
         except (ValueError, RecursionError):
             item = line.decode("utf-8", "replace")
         if isinstance(item, dict) and "image" in item:
-            item["image"] = resolve(item["image"], path.parent)
+            item["image"] = map_images(resolve, item["image"])
         items.append(item)
     return items
-
-
-def resolve(image: Any, folder: Path) -> Any:
-    """A path, or a list of paths, relative to `folder`."""
-    if isinstance(image, list):
-        return [resolve(one, folder) for one in image]
-    return folder / image if isinstance(image, str) else image

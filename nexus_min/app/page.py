@@ -1,17 +1,16 @@
 """`python -m nexus_min app`: generate, edit, ask and chat in a browser.
 
-One model serves all visitors, one task at a time, with a queue before it. Images appear while they
-are sampled; Stop ends a task between two steps. Images are uploaded, never fetched from an address.
-Needs gradio (6.7 or newer), imported when the page is built. Official counterpart: `app.py` of
-modelscope/Nexus-Gen.
+One model serves all visitors, one task at a time. Images appear while they are sampled; Stop ends a
+task between two steps. Images are uploaded, never fetched from an address. Needs gradio (6.7 or
+newer), imported when the page is built. Official counterpart: `app.py` of modelscope/Nexus-Gen.
 """
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -29,7 +28,6 @@ PREVIEWS = 8  # images shown while one is sampled
 IMAGE_MARK = "[image] "  # stands for an image in the text of a conversation
 CSS = ".image img { width: 100%; height: 100%; object-fit: contain }"
 PIXELATED = ".image img { image-rendering: pixelated }"  # for small images
-FONT = ["system-ui", "sans-serif"]  # no font is fetched
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,7 @@ class Limits:
 
 
 class Handlers:
-    """What the buttons do: each generator yields the values of its outputs, again and again.
-
-    They know nothing of gradio. A visitor's mistake is a ValueError that the page may show.
-    """
+    """What the buttons do: generators of the values of their outputs, without gradio."""
 
     def __init__(self, model: NexusGen, limits: Limits):
         self.model, self.limits = model, limits
@@ -76,8 +71,8 @@ class Handlers:
         if image is None:
             raise ValueError("upload an image first")
         options = self.options(instruction, *form) | {"decoder": decoder}
-        source = load_upload(image)
-        yield from self.watch(self.model.edit_steps(source, instruction or "", **options))
+        events = self.model.edit_steps(load_upload(image), instruction or "", **options)
+        yield from self.watch(events)
 
     def understand(self, image, question: str) -> Iterator[str]:
         """An image, or none, and a question -> the answer."""
@@ -148,43 +143,45 @@ def check_upload(path: str) -> str:
     only for pages that its own `launch` has started.
     """
     gr = find_gradio()
-    try:
+    with suppress(OSError, TypeError, ValueError):  # not a path, a NUL in it, too long a name
         file, folder = Path(path).resolve(), Path(gr.utils.get_upload_folder()).resolve()
-        is_upload = file.is_relative_to(folder) and file.is_file()
-    except (OSError, TypeError, ValueError):  # not a path, a NUL in it, too long a name
-        is_upload = False
-    if not is_upload:
-        raise gr.Error("images are uploaded, not read from an address or a path")
-    return path
+        if file.is_relative_to(folder) and file.is_file():
+            return path
+    raise gr.Error("images are uploaded, not read from an address or a path")
+
+
+def upload(label: str) -> Any:
+    """An image input that takes files of the browser only; `load_image` alone opens them."""
+    style = {"height": 240, "elem_classes": "image", "buttons": []}
+    sources = ["upload", "clipboard"]
+    image = find_gradio().Image(label=label, type="filepath", sources=sources, **style)
+    move = image.async_move_resource_to_block_cache
+
+    async def move_upload(path):
+        return await move(check_upload(path))
+
+    image.async_move_resource_to_block_cache = move_upload
+    image.preprocess = lambda payload: check_upload(payload.path) if payload else None
+    return image
+
+
+def show_errors(handler: Callable) -> Callable:
+    """The handler, with the visitor's mistakes as gradio shows them."""
+
+    @wraps(handler)
+    def steps(*values):
+        try:
+            yield from handler(*values)
+        except (ValueError, OSError, MemoryError) as error:
+            raise find_gradio().Error(str(error)) from None
+
+    return steps
 
 
 def build(model: NexusGen, limits: Limits) -> Any:
     """The page, a `gradio.Blocks` with its queue."""
     gr = find_gradio()
     handlers, size = Handlers(model, limits), model.config.image_size
-
-    def upload(label: str) -> Any:
-        """An image input that takes files of the browser only; `load_image` alone opens them."""
-        style = {"height": 240, "elem_classes": "image", "buttons": []}
-        image = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], **style)
-        move = image.async_move_resource_to_block_cache
-
-        async def move_upload(path):
-            return await move(check_upload(path))
-
-        image.async_move_resource_to_block_cache = move_upload
-        image.preprocess = lambda payload: check_upload(payload.path) if payload else None
-        return image
-
-    def show_errors(handler):
-        @wraps(handler)
-        def steps(*values):
-            try:
-                yield from handler(*values)
-            except (ValueError, OSError, MemoryError) as error:
-                raise gr.Error(str(error)) from None
-
-        return steps
 
     def form() -> list:
         with gr.Row():
@@ -203,9 +200,9 @@ def build(model: NexusGen, limits: Limits) -> Any:
         return [image, *[gr.Textbox(label=label) for label in (*labels, "Made with")]]
 
     def wire(pressed, handler, inputs: list, outputs: list, text) -> Any:
-        options = {"concurrency_id": "model", "concurrency_limit": 1}
+        queue = {"concurrency_id": "model", "concurrency_limit": 1}
         triggers = [pressed[0].click, text.submit]
-        run = gr.on(triggers, show_errors(handler), inputs, outputs, **options)
+        run = gr.on(triggers, show_errors(handler), inputs, outputs, **queue)
         pressed[1].click(None, cancels=[run])
         return run
 
@@ -237,9 +234,7 @@ def build(model: NexusGen, limits: Limits) -> Any:
                 go, new = buttons("Send"), gr.Button("New conversation")
             with gr.Column():
                 outputs, added = [chat, history, *results()], upload("Show an image")
-                keep = gr.Radio(
-                    list(HISTORY_MODES), value="predicted", label="A drawn image is kept as"
-                )
+                keep = gr.Radio(list(HISTORY_MODES), value="predicted", label="Images are kept as")
                 sent = wire(go, handlers.chat, [chat, text, added, keep, *form()], outputs, text)
                 sent.success(lambda: ("", None), None, [text, added])
                 gr.on([new.click, history.clear], lambda: (None, [], None, ""), None, outputs)
@@ -264,7 +259,7 @@ def server(model: NexusGen) -> Any:
     import fastapi  # gradio installs both
     import uvicorn
 
-    theme = gr.themes.Default(font=FONT, font_mono=["monospace"])
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     css = CSS + (PIXELATED if model.config.image_size < 256 else "")
     settings = {"max_file_size": limits.file, "theme": theme, "css": css, "footer_links": []}
     settings |= {"show_error": False, "ssr_mode": False, "mcp_server": False}
