@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,29 @@ def test_what_is_wrong_is_one_line(home, tmp_path, monkeypatch, capsys, preset, 
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
     assert not torch.distributed.is_initialized()
+
+
+def test_only_process_0_reports_what_all_have_in_common(monkeypatch, capsys):
+    def out_of_memory(args, device):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GB\nmore")
+
+    def interrupted(args, device):
+        raise KeyboardInterrupt
+
+    given = ["--preset", "ar_pretrain", "--data", "d", "--model", "m", "--out", "o"]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(train, "processes", nullcontext)
+    monkeypatch.setattr(train, "train", interrupted)
+    assert train.main(["--preset", "none"]) == 2 and train.main(given) == 130
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(train, "train", out_of_memory)
+    assert train.main(given) == 2
+    message = "fullscale: process 1: error: out of memory: CUDA out of memory. Tried to allocate"
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(message) and err.count("\n") == 1
+    assert "smaller --micro-batch or more GPUs" in err
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(train, "train", interrupted)
+    assert train.main(given) == 130
+    stopped = "fullscale: stopped; the same command resumes from the last checkpoint\n"
+    assert capsys.readouterr() == ("", stopped)
