@@ -16,7 +16,7 @@ import torch
 from conftest import golden
 from PIL import Image, PngImagePlugin
 
-from nexus_min import images as image_processor
+from nexus_min import images as images_module
 from nexus_min.images import (
     bound_image,
     center_crop_view,
@@ -37,7 +37,7 @@ def official():
     return golden("02")
 
 
-def picture(h: int, w: int, seed: int = 0) -> Image.Image:
+def sample_image(h: int, w: int, seed: int = 0) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -62,7 +62,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return stream.getvalue()
 
 
-# --- parity ------------------------------------------------------------------------------------
+# ---- parity ------------------------------------------------------------------------------------
 
 
 def test_parity_smart_resize_table(official):
@@ -124,7 +124,7 @@ def test_parity_white_target(official, assert_parity):
     assert_parity("image processor", "02 white row", rows[0], tensors["out/white252_row0"])
 
 
-# --- sizes -------------------------------------------------------------------------------------
+# ---- sizes -------------------------------------------------------------------------------------
 
 
 def test_smart_resize_stays_within_bounds():
@@ -156,11 +156,11 @@ def test_center_crop_view_takes_the_middle():
     assert center_crop_view(image.rotate(90, expand=True), 14).getcolors() == [(196, (0, 0, 255))]
 
 
-# --- patches -----------------------------------------------------------------------------------
+# ---- patches -----------------------------------------------------------------------------------
 
 
 def test_batched_path_equals_pil_path():
-    images = [picture(56, 84, seed) for seed in range(4)]
+    images = [sample_image(56, 84, seed) for seed in range(4)]
     batch = torch.stack([torch.from_numpy(np.array(x)) for x in images]).permute(0, 3, 1, 2) / 255
     rows, grid = patch_rows(batch)
     want_rows, want_grid = to_patches(images)
@@ -168,8 +168,8 @@ def test_batched_path_equals_pil_path():
     torch.testing.assert_close(rows, want_rows, atol=1e-6, rtol=0)
 
 
-def test_pictures_of_several_sizes_and_types_follow_each_other():
-    images = [picture(56, 84), picture(28, 28, 1)]
+def test_images_of_several_sizes_and_types_are_concatenated():
+    images = [sample_image(56, 84), sample_image(28, 28, 1)]
     rows, grid = to_patches([np.array(images[0]), torch.from_numpy(np.array(images[1]))])
     parts = [to_patches(x) for x in images]
     assert torch.equal(rows, torch.cat([p[0] for p in parts]))
@@ -192,7 +192,7 @@ def test_row_order_and_columns():
     assert k == len(rows)
 
 
-def test_patchify_is_differentiable():
+def test_patch_rows_are_differentiable():
     image = torch.rand(2, 3, 28, 56, requires_grad=True)
     patch_rows(image)[0].sum().backward()
     want = 2 / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)  # two frames
@@ -208,7 +208,7 @@ def test_patchify_is_differentiable():
         (lambda: patch_rows(torch.zeros(1, 3, 28, 28, dtype=torch.uint8)), "uint8"),
         (lambda: patch_rows(torch.zeros(0, 3, 28, 28)), "B >= 1"),
         (lambda: to_patches([]), "at least one"),
-        (lambda: to_patches(picture(28, 27)), "28, 27"),
+        (lambda: to_patches(sample_image(28, 27)), "28, 27"),
         (lambda: to_patches(np.zeros((28, 28, 3), np.float32)), "float32"),
         (lambda: to_patches(np.zeros((3, 28, 28), np.uint8)), r"\[3, 28, 28\]"),
         (lambda: to_image(torch.zeros(2, 3, 4, 4)), r"\[2, 3, 4, 4\]"),
@@ -221,7 +221,7 @@ def test_wrong_inputs_name_the_sizes(call, message):
         call()
 
 
-# --- autoencoder side --------------------------------------------------------------------------
+# ---- autoencoder side --------------------------------------------------------------------------
 
 
 def test_to_latent_image_range_and_layout():
@@ -240,15 +240,15 @@ def test_to_image_truncates_and_clips():
 
 
 def test_latent_image_round_trip_within_one_level():
-    image = picture(24, 40)
+    image = sample_image(24, 40)
     back = np.array(to_image(to_latent_image(image, 24, 40)), dtype=int)
     assert np.abs(back - np.array(image, dtype=int)).max() <= 1  # truncation may lose one
 
 
-# --- load_image: modes -------------------------------------------------------------------------
+# ---- load_image: modes -------------------------------------------------------------------------
 
 
-def grey16(value: int) -> Image.Image:
+def gray16(value: int) -> Image.Image:
     return Image.fromarray(np.full((4, 6), value, np.uint16))
 
 
@@ -276,8 +276,8 @@ MODES = {
     "YCbCr": (Image.new("YCbCr", (6, 4), (90, 128, 128)), (90, 90, 90)),
     "HSV": (Image.new("HSV", (6, 4), (0, 255, 255)), RED),
     "1": (Image.new("1", (6, 4), 1), WHITE),
-    "I;16": (grey16(90 * 257), (90, 90, 90)),
-    "I;16 dark": (grey16(200), (1, 1, 1)),
+    "I;16": (gray16(90 * 257), (90, 90, 90)),
+    "I;16 dark": (gray16(200), (1, 1, 1)),
     "I;16B": (Image.frombytes("I;16B", (6, 4), b"\x5a\x5a" * 24), (90, 90, 90)),
     "I 8 bits": (Image.new("I", (6, 4), 90), (90, 90, 90)),
     "I 16 bits": (Image.new("I", (6, 4), 90 * 257), (90, 90, 90)),
@@ -326,7 +326,7 @@ def test_formats_from_bytes_and_file(kind, tmp_path):
 
 
 def test_png_of_16_bits():
-    assert load_image(encoded(grey16(90 * 257))).getcolors() == [(24, (90, 90, 90))]
+    assert load_image(encoded(gray16(90 * 257))).getcolors() == [(24, (90, 90, 90))]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -370,10 +370,10 @@ def test_broken_exif_is_ignored():
     assert load_image(data).getcolors() == [(24, WHITE)]
 
 
-def test_the_callers_picture_is_left_alone():
-    image = picture(8, 8)
+def test_the_callers_image_is_left_alone():
+    image = sample_image(8, 8)
     load_image(image).paste("red", (0, 0, 8, 8))
-    assert np.array_equal(np.array(image), np.array(picture(8, 8)))
+    assert np.array_equal(np.array(image), np.array(sample_image(8, 8)))
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_arrays(array, color):
     assert load_image(array).getcolors() == [(24, color)]
 
 
-# --- load_image: what cannot be read -----------------------------------------------------------
+# ---- load_image: what cannot be read -----------------------------------------------------------
 
 
 def png_header(w: int, h: int) -> bytes:
@@ -415,11 +415,11 @@ def flipped(data: bytes) -> bytes:
 BROKEN = {
     "empty": b"",
     "text": b"this is not an image\nat all",
-    "truncated PNG": encoded(picture(40, 40))[:2000],
-    "truncated JPEG": encoded(picture(40, 40), "JPEG")[:700],
-    "truncated GIF": encoded(picture(40, 40), "GIF")[:1000],
-    "truncated WEBP": encoded(picture(40, 40), "WEBP")[:300],
-    "damaged PNG": flipped(encoded(picture(40, 40))),
+    "truncated PNG": encoded(sample_image(40, 40))[:2000],
+    "truncated JPEG": encoded(sample_image(40, 40), "JPEG")[:700],
+    "truncated GIF": encoded(sample_image(40, 40), "GIF")[:1000],
+    "truncated WEBP": encoded(sample_image(40, 40), "WEBP")[:300],
+    "damaged PNG": flipped(encoded(sample_image(40, 40))),
     "no pixels": png_header(6, 4),
     "zero size": png_header(0, 4),
     "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n%%EndComments\nshowpage\n",
@@ -447,8 +447,8 @@ def test_size_is_checked_before_decoding(size):
 
 
 def test_size_limit_is_a_parameter():
-    assert load_image(picture(5, 10), max_pixels=50).size == (10, 5)
-    for source in (picture(5, 10), encoded(picture(5, 10))):
+    assert load_image(sample_image(5, 10), max_pixels=50).size == (10, 5)
+    for source in (sample_image(5, 10), encoded(sample_image(5, 10))):
         with pytest.raises(ValueError, match=r"10 x 5 is not within 1\.\.49"):
             load_image(source, max_pixels=49)
     with pytest.raises(ValueError, match="cannot read image") as error:  # no pixels: it was tried
@@ -457,8 +457,8 @@ def test_size_limit_is_a_parameter():
 
 
 def test_the_default_limit_is_for_what_is_yet_to_be_decoded(monkeypatch):
-    monkeypatch.setattr(image_processor, "MAX_FILE_PIXELS", 49)
-    image = load_image(picture(5, 10))
+    monkeypatch.setattr(images_module, "MAX_FILE_PIXELS", 49)
+    image = load_image(sample_image(5, 10))
     with pytest.raises(ValueError, match=r"10 x 5 is not within 1\.\.49"):
         load_image(encoded(image))
     lazy = Image.open(io.BytesIO(encoded(image)))
@@ -474,7 +474,7 @@ def test_a_bomb_met_while_decoding_is_an_error(monkeypatch):
 
     monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
     with pytest.raises(ValueError, match="cannot read image 'bytes': a decompression bomb"):
-        load_image(encoded(picture(5, 10)))
+        load_image(encoded(sample_image(5, 10)))
 
 
 @pytest.mark.parametrize("chunk", [b"zTXt", b"iCCP"])
@@ -482,7 +482,7 @@ def test_a_bomb_of_text(chunk):
     """64 MB of zeros in 64 KB of a text or of a color profile."""
     body = b"name\0\0" + zlib.compress(bytes(1 << 26))
     text = struct.pack(">I", len(body)) + chunk + body + struct.pack(">I", zlib.crc32(chunk + body))
-    whole = encoded(picture(5, 10))
+    whole = encoded(sample_image(5, 10))
     tracemalloc.start()
     try:
         assert load_image(whole[:33] + text + whole[33:]).size == (10, 5)
@@ -526,8 +526,8 @@ def test_directory_and_pipe(tmp_path):
         load_image(tmp_path / "pipe.png")
 
 
-def test_closed_picture(tmp_path):
-    picture(4, 4).save(tmp_path / "a.png")
+def test_closed_image(tmp_path):
+    sample_image(4, 4).save(tmp_path / "a.png")
     image = Image.open(tmp_path / "a.png")
     image.close()
     with pytest.raises(ValueError, match="PngImageFile"):
