@@ -97,8 +97,9 @@ def test_imports_have_no_cycle():
     assert order[0] and {"config", "model.flow"} <= set(order[0])
 
 
-@to_do
-@pytest.mark.parametrize("module", FILES)
+@pytest.mark.parametrize(
+    "module", [pytest.param(m, marks=to_do) if m == "pipeline" else m for m in FILES]
+)
 def test_imports_follow_the_arrows(module):
     found = {wing(m) for m in internal_imports(module) if m}
     above = ABOVE.get(module, ABOVE.get(wing(module), set()))
