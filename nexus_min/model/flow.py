@@ -1,14 +1,13 @@
 """Rectified flow: straight paths from data to noise, the loss that learns them, the sampler.
 
-x_t = (1 - t) x_0 + t noise, velocity v = dx_t/dt = noise - x_0. Both decoders minimise
-|v_theta(x_t, t) - v|^2, the paper's equation 7 (which counts time the other way: its X_1 is our
-x_0, and its velocity points to the data), and sample by Euler steps from t = 1 to 0.
+x_t = (1 - t) x_0 + t noise, with the velocity v = dx_t/dt = noise - x_0. Both decoders minimize
+|v_theta(x_t, t) - v|^2, equation 7 of the paper, and sample by Euler steps from t = 1 to 0. (The
+paper counts time the other way: its X_1 is our x_0, its velocity points to the data.)
 
 Official class: `FlowMatchScheduler` of DiffSynth, whose timesteps are 1000 t.
 
-Conventions: t in [0, 1], t = 1 is noise. Nothing here knows the network: a velocity is any function
-(x [B, ...], t [B]) -> [B, ...]. Latents and t stay fp32 through the loop, whatever the network
-computes in.
+Conventions: t in [0, 1], t = 1 is noise; latents and t stay fp32. A velocity is any function
+(x [B, ...], t [B]) -> [B, ...]: nothing here knows the network.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 SIGMA_MIN = 0.003 / 1.002  # the official last noise level, before the shift
 
 
+# ---- the path ----------------------------------------------------------------------------------
+
+
 def per_sample(t: Tensor | float, x: Tensor) -> Tensor:
-    """t (a number, [] or [B]) shaped to multiply x [B, ...]. ValueError unless 1 or B times."""
+    """t (a number, [] or [B]) in a shape that multiplies x [B, ...]."""
     t = torch.as_tensor(t, dtype=torch.float32, device=x.device).reshape(-1)
     if len(t) not in (1, len(x)):
         raise ValueError(f"{len(t)} times for a batch of {len(x)}")
     return t.reshape(-1, *[1] * (x.ndim - 1))
-
-
-# ---- the path ----------------------------------------------------------------------------------
 
 
 def interpolate(x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
@@ -56,14 +55,13 @@ def time_shift(t: Tensor, shift: float = 3.0) -> Tensor:
 def schedule(num_steps: int, shift: float = 3.0, strength: float = 1.0) -> Tensor:
     """Noise levels of `num_steps` Euler steps, then 0: [num_steps + 1], descending, fp32.
 
-    Levels are even before the shift, from `strength` (1 = pure noise; less starts from a noised
-    image) to the official minimum. Raises ValueError for fewer than one step.
+    The levels are even before the shift. strength 1 starts from noise, less from a noised image.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     start = SIGMA_MIN + (1 - SIGMA_MIN) * strength
     sigmas = time_shift(torch.linspace(start, SIGMA_MIN, num_steps), shift)
-    return torch.cat((sigmas, torch.zeros(1)))
+    return torch.cat((sigmas, torch.zeros(1)))  # the last step goes to the data
 
 
 def training_sigmas(n: int = 1000, shift: float = 3.0) -> Tensor:
@@ -81,10 +79,10 @@ def training_weights(sigmas: Tensor) -> Tensor:
 def sample_t(
     n: int, generator: torch.Generator | None = None, kind: str = "logit_normal", shift: float = 3.0
 ) -> Tensor:
-    """Draw n training times [n] in [0, 1], on the CPU.
+    """n training times [n] in [0, 1], on the CPU.
 
-    "logit_normal" (sigmoid of a normal; SD3), "uniform", or "official" (one of `training_sigmas`).
-    The first two are not shifted. ValueError for another kind.
+    kind: "logit_normal" (sigmoid of a normal; SD3) and "uniform" are not shifted; "official" draws
+    from `training_sigmas`.
     """
     if kind == "logit_normal":
         return torch.randn(n, generator=generator).sigmoid()
@@ -104,7 +102,7 @@ def rf_loss(
 ) -> Tensor:
     """Mean of weight * (v_theta(x_t, t) - (noise - x_0))^2 over batch and elements; fp32 scalar.
 
-    x0, noise [B, ...]; t, weight [B]. ValueError when x0 and noise differ in shape.
+    x0, noise [B, ...]; t, weight [B].
     """
     if x0.shape != noise.shape:
         raise ValueError(f"x0 {tuple(x0.shape)} and noise {tuple(noise.shape)} differ in shape")
@@ -137,15 +135,14 @@ class Step(NamedTuple):
 
 
 def denoise(velocity_fn: Velocity, noise: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """Walk from `noise` [B, ...] at sigmas[0] down the levels [N + 1]; yield every (i, t, x_t, x0).
+    """From `noise` [B, ...] at sigmas[0] down the levels [N + 1]; yield every (i, t, x_t, x0).
 
-    The last step's x is the sample (sigmas end in 0). x0 = x_t - t v is where the straight line
-    through x_t would end, seen from before the step. Gradients follow the caller's mode.
+    The last step's x is the sample.
     """
     x = noise.float()
     times = sigmas.tolist()
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
         velocity = velocity_fn(x, torch.full((len(x),), t, device=x.device)).float()
-        x0 = euler_step(x, velocity, t, 0.0)
+        x0 = euler_step(x, velocity, t, 0.0)  # where the straight line through x_t would end
         x = euler_step(x, velocity, t, t_next)
         yield Step(i, t_next, x, x0)
