@@ -16,7 +16,7 @@ from nexus_min import __main__ as command_line
 from nexus_min.pipeline import NexusGen
 from nexus_min.toy.questions import final_answer
 
-AT_HOME = {"flux_rope"}  # their tensors are made on the CPU
+AT_HOME = {"flux_rope", "timestep_frequencies"}  # their tensors are made on the CPU
 
 
 class Fp64(TorchDispatchMode):
