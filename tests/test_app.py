@@ -90,7 +90,7 @@ def test_a_conversation_keeps_its_turns_and_takes_the_form_of_each(handlers, pho
         ("a" * 2001, FORM, "longer than 2000 characters"),
         ("", FORM, "prompt is empty"),
         (None, FORM, "prompt is empty"),
-        ("a", (2, 0, 1024, 64), "height and width must be 1 to 512"),
+        ("a", (2, 0, 1024, 64), "height must be a whole number from 1 to 512"),
     ],
 )
 def test_what_is_asked_for_is_capped(handlers, text, form, message):

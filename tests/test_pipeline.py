@@ -265,12 +265,12 @@ def test_defaults_and_rounding():
 @pytest.mark.parametrize(
     ("bad", "says"),
     [
-        ({"height": 0}, "height and width must be 1 to"),
+        ({"height": 0}, "height must be a whole number from 1 to"),
         ({"width": -8}, "got -8"),
         ({"height": 10**9}, "got 1000000000"),
-        ({"num_steps": 0}, "steps must be 1 to 1000, got 0"),
+        ({"num_steps": 0}, "num_steps must be a whole number from 1 to 1000, got 0"),
         ({"num_steps": 1001}, "got 1001"),
-        ({"cfg_scale": float("nan")}, "cfg scale"),
+        ({"cfg_scale": float("nan")}, "cfg_scale must be a number"),
         ({"guidance": float("inf")}, "guidance"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
@@ -505,7 +505,7 @@ def test_any_picture_can_be_edited(tiny, size, mode):
         (lambda m, p: m.generate(" \n"), "prompt is empty"),
         (
             lambda m, p: m.generate("red " * 2000),
-            r"prompt is \d+ tokens long; this model reads 1968",
+            r"prompt is \d+ tokens long; the limit is 1968",
         ),
         (lambda m, p: m.generate("a \udcff"), "not valid Unicode"),
         (lambda m, p: m.generate("a", language="fr"), "language must be one of"),
