@@ -202,7 +202,7 @@ def run_chat(args: argparse.Namespace) -> None:
 def answer(args: argparse.Namespace, chat, line: str, images: list, numbers: Iterator) -> None:
     """Follow a command, or send a message with the `images` so far and show the reply."""
     from .chat import HELP
-    from .tokenizer import GENERATION_PROMPT, check_text, language
+    from .tokenizer import GENERATION_PROMPT, check_text, language_of
 
     command, _, rest = line.partition(" ")
     if command == "/image":
@@ -217,7 +217,7 @@ def answer(args: argparse.Namespace, chat, line: str, images: list, numbers: Ite
         return
     if command == "/draw":
         check_text(rest, "prompt")
-        line = GENERATION_PROMPT[language(rest)].format(rest.strip())
+        line = GENERATION_PROMPT[language_of(rest)].format(rest.strip())
     elif line.startswith("/"):
         raise ValueError(f"unknown command {command!r}; there are /image /draw /new /quit /help")
     names, path, attached, images[:] = [], Path(args.output), images[:], []
@@ -323,7 +323,8 @@ def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
     import torch
 
     from .offload import choose, memory_needed
-    from .pipeline import PARTS, NexusGen
+    from .pipeline import NexusGen
+    from .weights import PARTS
 
     parts, args.device = parts or PARTS, find_device(args.device, args.model)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None

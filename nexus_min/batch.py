@@ -16,13 +16,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from .cli import one_line
 from .images import load_image
 from .offload import explain_oom
+from .pipeline import plan_edit, plan_generation, sample_images
 from .sampling import ImageRequest, SamplingParams
 from .weights import replace_file
 
@@ -95,8 +95,9 @@ def read(model: Any, item: dict, seed: int, max_pixels: int | None = None) -> st
     if task == "understand":
         options.pop("seed", None)
         return model.understand(**arguments, **options)
-    plan = model.plan_generation if task == "generate" else model.plan_edit
-    return plan(**arguments, **{"seed": seed} | options)
+    plan = plan_generation if task == "generate" else plan_edit
+    with explain_oom(model.advice):
+        return plan(model, **arguments, **{"seed": seed} | options)
 
 
 def map_images(function: Callable, images: Any) -> Any:
@@ -119,7 +120,7 @@ def sample(model: Any, requests: dict[int, ImageRequest]) -> Iterator[Result]:
     indices = list(requests)
     try:
         with explain_oom(model.advice):
-            images = sample_batch(model, list(requests.values()))
+            events = list(sample_images(model, list(requests.values())))
     except (ValueError, MemoryError) as error:
         if len(indices) == 1:
             yield Result(indices[0], requests[indices[0]].text, error=one_line(error))
@@ -128,22 +129,9 @@ def sample(model: Any, requests: dict[int, ImageRequest]) -> Iterator[Result]:
             for half in (indices[:middle], indices[middle:]):
                 yield from sample(model, {i: requests[i] for i in half})
         return
+    images = [value for name, value in events if name == "image"]
     for (i, request), image in zip(requests.items(), images, strict=True):
         yield Result(i, request.text, image, request.sampling)
-
-
-@torch.no_grad()
-def sample_batch(model: Any, requests: list[ImageRequest]) -> list[Image.Image]:
-    """One batch through the decoder and the autoencoder."""
-    first, reference = requests[0], None
-    if first.reference is not None:
-        reference = torch.cat([r.reference for r in requests])
-    embeds = torch.cat([r.embeds for r in requests])
-    context = model.drawing_context(first._replace(embeds=embeds, reference=reference))
-    noise = torch.cat([r.sampling.noise(model.config) for r in requests])
-    mmdit = model.part(first.decoder).mmdit
-    *_, last = model.denoise_steps(mmdit, context, noise, first.sampling)
-    return model.decode(last.x)
 
 
 def to_folder(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from PIL import Image
@@ -26,7 +26,8 @@ from torch import Tensor
 from .images import bound_image, load_image
 from .model.decoder import KVCache
 from .offload import explain_oom
-from .sampling import ImageRequest, SamplingParams
+from .pipeline import sample_images
+from .sampling import ChatInputs, ImageRequest, SamplingParams
 from .tokenizer import (
     GENERATION_REPLY,
     IMAGE,
@@ -46,14 +47,6 @@ HELP = """\
 """
 
 Event = tuple[str, Any]
-
-
-class ChatInputs(NamedTuple):
-    """What the AR model reads: a conversation up to the assistant's turn."""
-
-    input_ids: Tensor  # [1, L]
-    image_embeds: Tensor | None  # [n, C], all images in reading order
-    image_grid_thw: Tensor | None  # [images, 3]
 
 
 @dataclass
@@ -113,7 +106,7 @@ class Chat:
         """One turn of the user; yields the reply as it comes.
 
         Events: ("text", str) piece by piece; ("embeddings", [1, N, C]) of each image; after the
-        text, the events of `NexusGen.sample_image` for each image, up to ("image", PIL). `<image>`
+        text, the events of `pipeline.sample_images` for each image, up to ("image", PIL). `<image>`
         in the text places the user's images; without it they precede the text. A turn that fails,
         or is not read to its end, leaves the conversation unchanged.
         """
@@ -136,7 +129,7 @@ class Chat:
     def _encode_turn(self, text: str, images: list[ChatImage]) -> list[int]:
         """Ids of the user's turn and of the start of the reply."""
         message, counts = {"role": "user", "content": text}, [len(i.embeds) for i in images]
-        tokenizer, limit = self.model.part("tokenizer"), self.model.room()
+        tokenizer, limit = self.model.part("tokenizer"), self.model.max_prompt_tokens()
         ids = tokenizer.encode_chat([message], counts, continued=bool(self.ids))
         if (length := len(self.ids) + len(ids)) > limit:
             raise ValueError(
@@ -184,7 +177,7 @@ class Chat:
             seed = self.sampling.seed + self.num_images + len(images) - len(history)
             sampling = replace(self.sampling, seed=seed).resolve(self.model.config, cfg_scale)
             request = ImageRequest("", image_embeds[None], reference, decoder, sampling)
-            for kind, value in self.model.draw(request):
+            for kind, value in sample_images(self.model, [request]):
                 yield kind, value
             images.append(value)
         return images[len(history) :]

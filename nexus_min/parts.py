@@ -102,7 +102,7 @@ class Parts:
                     to_fp8(decoder.mmdit)
             if not is_resident:
                 loaded = {name: getattr(self, name) for name in parts}
-                self.offloader = Offloader.of(memory, loaded, Target(device, dtype))
+                self.offloader = Offloader(memory, loaded, Target(device, dtype))
         if weights.has_text_encoders(folder):
             self.read_text_encoders = lambda: weights.read_text_encoders(
                 folder, config, load_kwargs

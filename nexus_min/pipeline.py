@@ -11,7 +11,7 @@ helpers; loading and memory are in `parts`. Official modules: `NexusGenGeneratio
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,21 +39,13 @@ from .tokenizer import (
     GENERATION_REPLY,
     IMAGE,
     check_text,
+    language_of,
 )
-from .tokenizer import language as detect_language
 
 logger = logging.getLogger(__name__)
 
 ImageLike = Any  # a path, bytes, an array or a PIL image: see `load_image`
 Event = tuple[str, Any]  # the name of an intermediate, and its value
-
-
-def language_of(text: str, language: str | None = None) -> str:
-    """The given language, "en" or "zh", else that of the text's characters."""
-    language = language or detect_language(text)
-    if language not in GENERATION_PROMPT:
-        raise ValueError(f"language must be one of {list(GENERATION_PROMPT)}, got {language!r}")
-    return language
 
 
 # ---- understand, generate, edit ----------------------------------------------------------------
@@ -85,7 +77,7 @@ def plan_generation(
     **sampling,
 ) -> ImageRequest:
     """`generate`, first half: what the AR model makes of a prompt. `sample_images` goes on."""
-    model.part("generation")
+    model.part("generation")  # what is missing fails now, not after the AR model has replied
     params = SamplingParams.of(**sampling).resolve(model.config, model.config.cfg_scale)
     language = language_of(prompt, language)
     # 1. The prompt, in the template of its language, becomes ids.
@@ -191,11 +183,17 @@ class NexusGen(Parts):
         language: "en" or "zh", by default by the characters. fast_preamble: reply with the training
         data's sentence instead of generating one. The other options: see `SamplingParams`.
         """
-        return last_image(self.generate_steps(prompt, **as_options(locals())))
+        options = self._options(locals())
+        *_, (_, image) = self.generate_steps(prompt, **options)
+        return image
 
     def generate_steps(self, prompt: str, **options) -> Iterator[Event]:
         """`generate`, step by step: ("text", str), ("embeddings", [1, N, C]), `sample_images`."""
-        return self._steps(plan_generation, prompt, **options)
+        with explain_oom(self.advice):
+            request = plan_generation(self, prompt, **options)
+            yield "text", request.text
+            yield "embeddings", request.embeds
+            yield from sample_images(self, [request])
 
     def edit(
         self,
@@ -220,18 +218,24 @@ class NexusGen(Parts):
         decoder: "editing" preserves what the instruction leaves alone; "generation" makes the image
         anew, for conceptual edits. The other options: see `generate`.
         """
-        return last_image(self.edit_steps(image, instruction, **as_options(locals())))
+        options = self._options(locals())
+        *_, (_, edited) = self.edit_steps(image, instruction, **options)
+        return edited
 
     def edit_steps(self, image: ImageLike, instruction: str, **options) -> Iterator[Event]:
         """`edit`, step by step, as `generate_steps`."""
-        return self._steps(plan_edit, image, instruction, **options)
-
-    def _steps(self, plan: Callable[..., ImageRequest], *args, **options) -> Iterator[Event]:
         with explain_oom(self.advice):
-            request = plan(self, *args, **options)
+            request = plan_edit(self, image, instruction, **options)
             yield "text", request.text
             yield "embeddings", request.embeds
             yield from sample_images(self, [request])
+
+    @staticmethod
+    def _options(arguments: dict[str, Any]) -> dict[str, Any]:
+        """The keyword options among a method's `locals()`."""
+        positional = ("self", "prompt", "image", "instruction", "unknown")
+        options = {k: v for k, v in arguments.items() if k not in positional}
+        return options | arguments["unknown"]  # `SamplingParams.of` lists the valid names
 
     # ---- steps 1 and 2: the autoregressive model -----------------------------------------------
 
@@ -322,7 +326,9 @@ class NexusGen(Parts):
     def generation_context(self, embeds: Tensor) -> Context:
         """Embeddings [B, N, C] -> N context tokens, all at position 0."""
         txt = self.part_on_device("generation").adapter(embeds)
-        return self.context(txt, context_ids_generation(txt.shape[1]))
+        ids = context_ids_generation(txt.shape[1]).to(txt.device)
+        # CLIP's vector of the empty prompt: Nexus-Gen's positive prompt is never text
+        return Context(txt, ids, self.part_on_device("empty_prompt")["pooled"].to(txt.device))
 
     def editing_context(
         self, embeds: Tensor, ref_embeds: Tensor | None, height: int, width: int
@@ -335,12 +341,8 @@ class NexusGen(Parts):
         side = self.config.reference_size // self.config.ar.vision.patch_size
         ref_grid = None if ref_embeds is None else (1, side, side)
         txt = self.part_on_device("editing").merger(embeds, grid, ref_embeds, ref_grid)
-        return self.context(txt, context_ids_editing(grid, ref_grid, height, width))
-
-    def context(self, txt: Tensor, ids: Tensor) -> Context:
-        """With CLIP's vector of the empty prompt: Nexus-Gen's positive prompt is never text."""
-        pooled = self.part_on_device("empty_prompt")["pooled"]
-        return Context(txt, ids.to(txt.device), pooled.to(txt.device))
+        ids = context_ids_editing(grid, ref_grid, height, width).to(txt.device)
+        return Context(txt, ids, self.part_on_device("empty_prompt")["pooled"].to(txt.device))
 
     def negative_context(self, prompt: str = "") -> Context:
         """T5's states [1, L, C] of a negative prompt, at position 0, and CLIP's vector of it."""
@@ -384,16 +386,3 @@ class NexusGen(Parts):
         """Latents [B, z, h, w] -> B images."""
         vae = self.part_on_device("autoencoder")
         return [to_image(x) for x in vae.decode(latents.to(vae.decoder.conv_in.weight)).float()]
-
-
-def as_options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The keyword options among a method's `locals()`."""
-    positional = ("self", "prompt", "image", "instruction", "unknown")
-    options = {k: v for k, v in arguments.items() if k not in positional}
-    return options | arguments["unknown"]  # `SamplingParams.of` lists the valid names
-
-
-def last_image(events: Iterator[Event]) -> Image.Image:
-    """Run the events to their end, which is the image."""
-    *_, (_, image) = events
-    return image

@@ -69,9 +69,13 @@ def check_text(text: str, name: str) -> None:
         raise ValueError(f"the {name} is not valid Unicode text")
 
 
-def language(text: str) -> str:
-    """ "zh" when the text contains a Han character, else "en": the key of the prompt tables."""
-    return "zh" if any("\u4e00" <= c <= "\u9fff" for c in text) else "en"
+def language_of(text: str, language: str | None = None) -> str:
+    """The given key of the prompt tables, else "zh" if the text has a Han character, else "en"."""
+    if language is None:
+        return "zh" if any("\u4e00" <= c <= "\u9fff" for c in text) else "en"
+    if language not in GENERATION_PROMPT:
+        raise ValueError(f"language must be one of {list(GENERATION_PROMPT)}, got {language!r}")
+    return language
 
 
 @contextmanager

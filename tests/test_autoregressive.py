@@ -122,12 +122,12 @@ def test_rope_index_is_the_written_out_loop():
 @pytest.mark.parametrize(
     "grids, message",
     [
-        (None, "6 image tokens in the text; the 0 grids have 0"),
-        ([[1, 4, 4]], "6 image tokens in the text; the 1 grids have 4"),
-        ([[1, 4, 4], [1, 2, 4]], "runs of image tokens"),
-        ([[1, 4, 5]], "positive multiples of 2"),
-        ([[1, 0, 4]], "positive multiples of 2"),
-        ([[4, 6]], r"should be \[images, 3\]"),
+        (None, r"row 0 do not fit image_grid_thw \[\].*image 1 should have 0 tokens"),
+        ([[1, 4, 4]], "image tokens of row 0 do not fit.*image 1 should have 4 tokens"),
+        ([[1, 4, 4], [1, 2, 4]], "image tokens of row 0 do not fit"),
+        ([[1, 6, 2]], r"row 1 do not fit image_grid_thw \[\[1, 6, 2\]\]"),
+        ([[1, 0, 4]], "image 1 should have 0 tokens"),
+        ([[1, 6, 2]] * 3, "3 grids for 2 images in the text"),
     ],
 )
 def test_wrong_grids_are_named(grids, message):
@@ -139,9 +139,9 @@ def test_wrong_grids_are_named(grids, message):
 
 def test_wrong_mask_and_ids_are_named():
     ids = torch.ones(2, 5, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"\(2, 4\) should be as input_ids \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"\(2, 5\) and attention_mask \(2, 4\) should both be"):
         rope_index(ids, None, torch.ones(2, 4), config=MICRO)
-    with pytest.raises(ValueError, match=r"\(5,\) should be \[B, L\]"):
+    with pytest.raises(ValueError, match=r"\(5,\) and .* should both be \[B, L\]"):
         rope_index(ids[0], config=MICRO)
 
 

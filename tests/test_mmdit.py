@@ -21,7 +21,7 @@ from nexus_min.model.mmdit import (
     timestep_frequencies,
     unpatchify,
 )
-from nexus_min.model.rope import rotate_complex, rotate_real
+from nexus_min.model.rope import apply_rope_interleaved, rotate_real
 from nexus_min.weights import diffsynth_name, is_swapped, swap_halves
 
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -230,9 +230,11 @@ def test_both_ways_to_turn_pairs_are_one_rotation(dtype):
     cos, sin = angle.cos(), angle.sin()
     fused = x.transpose(1, 2).repeat(1, 1, 3, 1)[:, :, :3].transpose(1, 2)  # as the MMDiT has it
     assert not fused.is_contiguous()
-    torch.testing.assert_close(rotate_complex(fused, cos, sin), rotate_complex(x, cos, sin))
+    torch.testing.assert_close(
+        apply_rope_interleaved(fused, cos, sin), apply_rope_interleaved(x, cos, sin)
+    )
     got = rotate_real(x, cos, sin)
-    torch.testing.assert_close(got, rotate_complex(x, cos, sin))
+    torch.testing.assert_close(got, apply_rope_interleaved(x, cos, sin))
     for pair in range(4):
         c, s = cos[..., pair, None], sin[..., pair, None]
         a, b = x[..., 2 * pair : 2 * pair + 2].chunk(2, -1)

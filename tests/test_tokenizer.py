@@ -253,7 +253,7 @@ def test_malformed_conversations_are_named(toy, messages, counts, message):
     "text, want", [("A cat", "en"), ("一只猫", "zh"), ("a 猫", "zh"), ("", "en"), ("é", "en")]
 )
 def test_language(text, want):
-    assert T.language(text) == want
+    assert T.language_of(text) == want
 
 
 def test_a_text_that_is_too_long_or_makes_the_library_panic_is_an_error(toy, tmp_path):

@@ -117,53 +117,37 @@ def rope_index(
     input_ids [B, L]; image_grid_thw [n, 3] in patches, one row for each image in reading order;
     attention_mask [B, L], 0 at padding, which gets position 1.
     """
-    keep = check_inputs(input_ids, image_grid_thw, attention_mask, config)
-    grids = iter([] if image_grid_thw is None else image_grid_thw.tolist())
+    keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if input_ids.ndim != 2 or keep.shape != input_ids.shape:
+        shapes = f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(keep.shape)}"
+        raise ValueError(f"{shapes} should both be [B, L]")
+    grids = [] if image_grid_thw is None else image_grid_thw.tolist()
+    image, merge, used = config.image_token_id, config.vision.spatial_merge_size, 0
     positions, deltas = torch.ones(3, *input_ids.shape, dtype=torch.long), []
-    for b, (row, kept) in enumerate(zip(input_ids.tolist(), keep.tolist(), strict=True)):
-        ids = [token for token, is_kept in zip(row, kept, strict=True) if is_kept]
+    for b, (row, kept) in enumerate(zip(input_ids.tolist(), keep.bool().cpu(), strict=True)):
+        ids = [token for token, is_kept in zip(row, kept.tolist(), strict=True) if is_kept]
         found, start = [], 0
         while len(found) < len(ids):
-            if ids[len(found)] != config.image_token_id:
+            if ids[len(found)] != image:
                 found.append((start, start, start))  # text: t = h = w
                 start += 1
                 continue
-            t, h, w = next(grids)
-            h, w = h // config.vision.spatial_merge_size, w // config.vision.spatial_merge_size
+            t, h, w = grids[used] if used < len(grids) else (0, 0, 0)
+            used, h, w = used + 1, h // merge, w // merge
             run = ids[len(found) : len(found) + t * h * w]
-            if run != [config.image_token_id] * (t * h * w):
-                raise ValueError("the runs of image tokens do not have the sizes of the grids")
+            if not run or run != [image] * (t * h * w):
+                raise ValueError(
+                    f"the image tokens of row {b} do not fit image_grid_thw {grids}, one (t, h, w) "
+                    f"for each image: image {used} should have {t * h * w} tokens"
+                )
             # an image at p: (p, p + row, p + column); the next token continues at max + 1
             found += [(start, start + i, start + j) for i in range(h) for j in range(w)] * t
             start += max(h, w)
-        positions[:, b, keep[b].cpu()] = torch.tensor(found, dtype=torch.long).view(-1, 3).T
+        positions[:, b, kept] = torch.tensor(found, dtype=torch.long).view(-1, 3).T
         deltas.append([start - len(row)])
-    device = input_ids.device
-    return positions.to(device), torch.tensor(deltas, device=device)
-
-
-def check_inputs(
-    input_ids: Tensor, grids: Tensor | None, attention_mask: Tensor | None, config: ARConfig
-) -> Tensor:
-    """The mask [B, L] of what is not padding, if image tokens, grids and mask agree in number."""
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids {tuple(input_ids.shape)} should be [B, L]")
-    keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if keep.shape != input_ids.shape:
-        sizes = tuple(keep.shape), tuple(input_ids.shape)
-        raise ValueError(f"attention_mask {sizes[0]} should be as input_ids {sizes[1]}")
-    merge = config.vision.spatial_merge_size
-    table = torch.empty(0, 3, dtype=torch.long) if grids is None else grids.cpu()
-    if table.ndim != 2 or table.shape[1] != 3:
-        raise ValueError(f"image_grid_thw {tuple(table.shape)} should be [images, 3]")
-    if (table < 1).any() or (table[:, 1:] % merge).any():
-        raise ValueError(f"grids {table.tolist()} should be positive multiples of {merge}")
-    needed = int(table.prod(1).sum()) // merge**2
-    given = int(((input_ids == config.image_token_id) & (keep > 0)).sum())
-    if given != needed:
-        grids = f"the {len(table)} grids have {needed}"
-        raise ValueError(f"{given} image tokens in the text; {grids}")
-    return keep > 0
+    if used != len(grids):
+        raise ValueError(f"{len(grids)} grids for {used} images in the text: {grids}")
+    return positions.to(input_ids.device), torch.tensor(deltas, device=input_ids.device)
 
 
 # ---- loss --------------------------------------------------------------------------------------

@@ -64,28 +64,23 @@ class KVCache:
         self.length = length
 
 
-def causal_mask(length: int, past: int, padding: Tensor | None, device=None) -> Tensor | None:
-    """Mask [B or 1, 1, L, past + L] of L new tokens after `past` cached ones; None = not needed.
-
-    padding [B, past + L] is False at padded tokens.
-    """
-    if padding is None and (past == 0 or length == 1):
-        return None  # a single token sees everything; SDPA has a faster switch for past = 0
-    earlier = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
-    if padding is None:
-        return earlier[None, None]
-    # every token sees itself, padded ones too: a row without a visible key would be NaN
-    own = earlier & ~earlier.tril(past - 1)
-    return (earlier & padding.bool()[:, None, None]) | own
-
-
 def causal_attention(
     num_queries: int, total: int, padding: Tensor | None = None, device=None
 ) -> AttentionFn:
-    """Attention of the last `num_queries` of `total` tokens; padding [B, total] as above."""
-    mask = causal_mask(num_queries, total - num_queries, padding, device)
-    is_causal = mask is None and num_queries == total
-    return partial(full_attention, attn_mask=mask, is_causal=is_causal)
+    """Attention of the last `num_queries` of `total` tokens over all tokens before them.
+
+    padding [B, total] is False or 0 at padded tokens.
+    """
+    if padding is None and num_queries in (1, total):
+        # one token sees everything; for the whole sequence SDPA has a switch faster than a mask
+        return partial(full_attention, is_causal=num_queries == total)
+    past = total - num_queries
+    mask = torch.ones(num_queries, total, dtype=torch.bool, device=device).tril(past)
+    if padding is not None:
+        # every token sees itself, padded ones too: a row without a visible key would be NaN
+        own = mask & ~mask.tril(past - 1)
+        mask = (mask & padding.bool()[:, None, None]) | own
+    return partial(full_attention, attn_mask=mask)  # [B or 1, 1, num_queries, total]
 
 
 class Attention(nn.Module):
@@ -176,9 +171,15 @@ class QwenDecoder(nn.Module):
         num_outputs: the top layer computes the last rows only, -> [B, num_outputs, C].
         """
         past = cache.length if cache is not None else 0
-        B, L, _ = check_shapes(inputs_embeds, position_ids, attention_mask, past, self.config)
-        cos, sin = self.rotation(position_ids, inputs_embeds.dtype)
-        x, total, top = inputs_embeds, past + L, len(self.layers) - 1
+        x, (B, L, _) = inputs_embeds, inputs_embeds.shape
+        total, top = past + L, len(self.layers) - 1
+        # these could broadcast unnoticed
+        if position_ids.shape != (3, B, L):
+            raise ValueError(f"position_ids {tuple(position_ids.shape)} should be {(3, B, L)}")
+        if attention_mask is not None and attention_mask.shape != (B, total):
+            shape = tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask {shape} should be {(B, total)}: {past} cached + {L}")
+        cos, sin = self.rotation(position_ids, x.dtype)
         attention_fn = causal_attention(L, total, attention_mask, x.device)
         rows = ALL
         for i, layer in enumerate(self.layers):
@@ -201,18 +202,3 @@ class QwenDecoder(nn.Module):
         pair = mrope_cos_sin(position_ids, c.head_dim, c.rope_theta, c.mrope_section)
         cos, sin = (rearrange(a, "B L D -> B 1 L D").to(dtype) for a in pair)
         return cos, sin
-
-
-def check_shapes(
-    x: Tensor, positions: Tensor, mask: Tensor | None, past: int, config: TextConfig
-) -> torch.Size:
-    """The shape of x, if all shapes agree: wrong ones could broadcast unnoticed."""
-    if x.ndim != 3 or x.shape[-1] != config.hidden_size:
-        raise ValueError(f"embeddings {tuple(x.shape)} should be [B, L, {config.hidden_size}]")
-    B, L, _ = x.shape
-    if positions.shape != (3, B, L):
-        raise ValueError(f"position_ids {tuple(positions.shape)} should be {(3, B, L)}")
-    if mask is not None and mask.shape != (B, past + L):
-        sizes = f"{(B, past + L)}: {past} cached + {L} new"
-        raise ValueError(f"attention_mask {tuple(mask.shape)} should be {sizes}")
-    return x.shape

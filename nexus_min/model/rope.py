@@ -26,15 +26,11 @@ def frequencies(dim: int, theta: float, device=None) -> Tensor:
 # ---- half-split: vision tower and decoder ------------------------------------------------------
 
 
-def rotate_half(x: Tensor) -> Tensor:
-    """(a, b) -> (-b, a), where a and b are the two halves of the last axis."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((-b, a), dim=-1)
-
-
 def apply_rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + rotate_half(x) sin; x [..., D], cos and sin broadcast to x."""
-    return (rotate_half(x) * sin).addcmul_(x, cos)  # the sum reuses the memory of one product
+    """(a, b) -> (a, b) cos + (-b, a) sin, for the halves a, b of x [..., D]; cos, sin broadcast."""
+    a, b = x.chunk(2, dim=-1)
+    rotated = torch.cat((-b, a), dim=-1)
+    return (rotated * sin).addcmul_(x, cos)  # the sum reuses the memory of one product
 
 
 def vision_angles(positions: Tensor, head_dim: int, theta: float = 10_000.0) -> Tensor:
@@ -87,14 +83,11 @@ def apply_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     A CPU multiplies complex numbers in one pass. `torch.compile` fuses real numbers only.
     """
-    rotate = rotate_complex if x.device.type == "cpu" else rotate_real
-    return rotate(x.float(), cos, sin).to(x.dtype)
-
-
-def rotate_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair of x [..., D] as a complex number, times e^(i angle); cos and sin [..., D/2]."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    if x.device.type != "cpu":
+        return rotate_real(x.float(), cos, sin).to(x.dtype)
+    # (a, b) as the complex number a + ib, times e^(i angle)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
 def rotate_real(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from nexus_min.model.autoregressive import NexusGenAR, generate, greedy, prefill
 from nexus_min.model.mmdit import PATCH, MMDiT, context_ids_generation
 from nexus_min.model.projector import GenerationAdapter, ImageEmbeddingMerger
 from nexus_min.offload import blocks
-from nexus_min.pipeline import NexusGen
+from nexus_min.pipeline import NexusGen, sample_images
 from nexus_min.sampling import Context, ImageRequest, SamplingParams, velocity_field
 from nexus_min.weights import EditingDecoder, GenerationDecoder
 
@@ -137,7 +137,7 @@ def images(target: Target, config: NexusGenConfig, mmdit: MMDiT) -> Iterator[Fou
     ):
         settings = SamplingParams().resolve(config, scale)  # 50 steps at full size
         request = ImageRequest("", target.randn(1, slots, width), source, name, settings)
-        took = target.timed(lambda d=request: list(model.draw(d)), rounds=1)
+        took = target.timed(lambda d=request: list(sample_images(model, [d])), rounds=1)
         side = config.image_size
         what = f"{name} at {side}x{side}, {settings.num_steps} steps, cfg {scale:g}"
         yield Found(what, took, goal)
