@@ -25,8 +25,8 @@ from .offload import (
     advice,
     explain_oom,
     memory_needed,
-    modules_of,
     to_fp8,
+    towers,
 )
 from .sampling import Context
 from .tokenizer import QwenTokenizer
@@ -128,11 +128,11 @@ class Parts:
         c, memory = self.config, self.offloader.profile if self.offloader else "resident"
         lines = [f"NexusGen: {c.image_size} px, {c.ar.num_image_slots} slots, memory {memory}"]
         for name in PARTS:
-            towers = modules_of(getattr(self, name))
-            parameters = [p for tower in towers for p in tower.parameters()]
-            size = sum(p.numel() for p in parameters) / 1e6
-            where = f"{size:,.1f} M parameters, {parameters[0].dtype}" if towers else "not loaded"
-            lines.append(f"  {name}: {where}")
+            weights_of = [p for tower in towers(getattr(self, name)) for p in tower.parameters()]
+            size = sum(p.numel() for p in weights_of) / 1e6
+            where = {f"{p.dtype} on {p.device}".removeprefix("torch.") for p in weights_of}
+            about = f"{size:,.1f} M parameters, {', '.join(where)}" if where else "not loaded"
+            lines.append(f"  {name}: {about}")
         encoders = self.text_encoders or self.read_text_encoders
         lines.append(f"  text encoders: {'available' if encoders else 'the empty prompt only'}")
         return "\n".join(lines)
