@@ -27,16 +27,12 @@ def edit_pair(rng: Rng, kind: str, scene: Scene, zh: bool) -> tuple[Scene, str] 
         text = "改成线条画" if zh else "Turn it into an outline drawing."
         return replace(scene, style="outline"), text
     free = [c for c in range(9) if c not in {o.cell for o in scene.objects}]
-    if kind == "add":
-        return _add(rng, scene, free, zh)
-    return _edit_object(rng, kind, scene, free, zh)
-
-
-def _add(rng: Rng, scene: Scene, free: list[int], zh: bool) -> tuple[Scene, str] | None:
+    if kind != "add":
+        return _edit_object(rng, kind, scene, free, zh)
     if len(scene.objects) == 4:
         return None
     new = random_object(rng, choice(rng, free))
-    name, cell = noun_phrase(new.shape, new.color, new.size, zh), cell_name(new.cell, zh)
+    name, cell = noun_phrase(*new.key[:3], zh), cell_name(new.cell, zh)
     text = f"在{cell}加一个{name}" if zh else f"Add {with_article(name)} {cell}."
     return replace(scene, objects=(*scene.objects, new)), text
 
@@ -71,20 +67,19 @@ def _edit_object(
 def plan(scene: Scene, target: Scene, zh: bool) -> str:
     """What happens to the one object that an edit changes; "" for an edit of another kind.
 
-    Cross entropy on these words teaches the reference of a phrase far sooner than the squared error
-    of a few slots does, and the slots attend to the words.
+    Cross entropy on these words teaches what a phrase means sooner than the slots' squared error.
     """
     gone = [o for o in scene.objects if o not in target.objects]
     come = [o for o in target.objects if o not in scene.objects]
     if len(gone) != 1:
         return ""
     old, new = gone[0], come[0] if come else None
-    name, cell = noun_phrase(old.shape, old.color, old.size, zh), cell_name(old.cell, zh)
+    name, cell = noun_phrase(*old.key[:3], zh), cell_name(old.cell, zh)
     subject = f"{cell}的{name}" if zh else f"The {name} {cell}"
     if new is None:
         return f"{subject}消失。" if zh else f"{subject} disappears. "
     if new.cell != old.cell:
         goal = word(CELL_NAMES[new.cell], zh)
         return f"{subject}移到{goal}。" if zh else f"{subject} moves to the {goal}. "
-    name = noun_phrase(new.shape, new.color, new.size, zh)
+    name = noun_phrase(*new.key[:3], zh)
     return f"{subject}变成{name}。" if zh else f"{subject} becomes {with_article(name)}. "

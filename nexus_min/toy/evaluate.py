@@ -1,8 +1,7 @@
 """`python -m nexus_min eval`: scores a model in the toy world, on prompts and scenes it never saw.
 
 GenEval's six categories, long captions, questions, edits and reconstruction (the toy forms of the
-paper's tables 2 to 5), each with a 95 % interval. The checker (`score`) reads every image back; no
-person and no other model judges one.
+paper's tables 2 to 5), each with a 95 % interval. The checker (`score`) reads every image.
 """
 
 from __future__ import annotations
@@ -170,11 +169,10 @@ def score_questions(model, kind, zh, n, seed, name="") -> list[Score]:
 
 
 def score_edits(model, kind, zh, n, seed, name="", save=None) -> list[Score]:
-    """Edits of one kind by the editing decoder. Its notes, where an edit changes one object:
+    """Edits of one kind by the editing decoder.
 
-    told: share of the replies that state rightly what changes
-    l1_outside_*: L1 outside the edit of textured images, for both decoders, and for `no_texture`,
-        the true target without the texture that only the source shows
+    Its notes: `told`, the share of replies that state the change rightly; L1 outside the edits of
+    textured images, for both decoders and for a true target without the texture.
     """
     cases = sample_examples("edit", kind, zh, n, seed)
     sources, targets = (np.stack([render(ex.scenes[i]) for ex in cases]) for i in (0, 1))
@@ -281,41 +279,29 @@ def _chosen(text: str, names: tuple[str, ...], what: str) -> tuple[str, ...]:
     return words
 
 
-def _print(line: str) -> None:
-    write(sys.stdout, line)
-    sys.stdout.flush()
-
-
-def toy_prompts(languages: tuple[str, ...], cases: int, seed: int) -> list[dict]:
-    """The unseen short prompts that `evaluate` uses, in GenEval's format."""
-    kinds = [(kind, language == "zh") for language in languages for kind in CATEGORIES]
-    found = [sample_examples("generate", kind, zh, cases, seed) for kind, zh in kinds]
-    return [geneval.metadata(ex) for batch in found for ex in batch]
-
-
 def main(args: Namespace, load: Callable[[], NexusGen] | None = None) -> int:
     """Evaluate a model and print one line for each score."""
     groups = _chosen(args.groups, GROUPS, "groups")
     languages = _chosen(args.languages, LANGUAGES, "languages")
     check_least(args, cases=1, samples=1)
     if args.write_prompts:
-        prompts = toy_prompts(languages, args.cases, args.seed)
-        text = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in prompts)
-        args.write_prompts.write_text(text, "utf-8")
+        kinds = [(kind, language == "zh") for language in languages for kind in CATEGORIES]
+        cases = [sample_examples("generate", *k, args.cases, args.seed) for k in kinds]
+        geneval.write_prompts(args.write_prompts, [ex for part in cases for ex in part])
         return 0
     prompts = geneval.read_prompts(args.prompts) if args.prompts else None
     model = load() if load else NexusGen.load(args.model)
     if prompts:
         folder, progress = args.save or Path("geneval"), sys.stderr.isatty()
         results = geneval.evaluate(model, prompts, folder, args.samples, args.seed, progress)
-        overall = {"score": results["overall"]}
-        for tag, row in [*results["categories"].items(), ("overall", overall)]:
-            rate = "   -" if row["score"] is None else f"{row['score']:6.3f}"
-            _print(f"{tag:34s} {rate}" + (f"  n={row['judged']}" if "judged" in row else ""))
+        rows = [(tag, row["score"], row["judged"]) for tag, row in results["categories"].items()]
+        for tag, rate, n in [*rows, ("overall", results["overall"], 0)]:
+            text = "   -" if rate is None else f"{rate:6.3f}"
+            write(sys.stdout, f"{tag:34s} {text}" + (f"  n={n}" if tag != "overall" else ""))
     else:
         results = []
         for score in evaluate(model, args.cases, args.seed, groups, languages, args.save):
-            _print(score.line())
+            print(score.line(), flush=True)
             results.append(score.as_dict())
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))

@@ -1,16 +1,15 @@
 """GenEval's files for the toy world and for any model: prompts in, images and scores out.
 
 A prompt is a JSON line `{"tag", "include": [{"class", "count", "color", "position"}], "exclude",
-"prompt"}`; images have the layout of GenEval's scorers (`00000/metadata.jsonl`,
-`00000/samples/0000.png`). GenEval (Ghosh et al., 2023) reads images with a detector; here the toy
-world's checker does, for prompts of that world. An outside scorer can judge all others, whose
-`correct` is null. The overall score is the mean over categories, as in GenEval.
+"prompt"}`; images have the layout of GenEval's scorers (Ghosh et al., 2023). The toy world's
+checker stands in for GenEval's detector. It leaves other prompts to an outside scorer.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,14 +29,12 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 
 def metadata(ex: Example) -> dict:
     """A toy prompt of one of CATEGORIES in GenEval's terms, which have no size or background."""
-    counts: dict[tuple, int] = {}
-    for shape, color, *_ in ex.spec["objects"]:
-        counts[shape, color] = counts.get((shape, color), 0) + 1
-    include = [
+    counts = Counter((shape, color) for shape, color, *_ in ex.spec["objects"])
+    include: list[dict] = [
         {"class": shape} | ({"color": color} if color else {}) | {"count": count}
         for (shape, color), count in counts.items()
     ]
-    line: dict[str, Any] = {"tag": TAGS[CATEGORIES.index(ex.kind)], "include": include}
+    line = {"tag": TAGS[CATEGORIES.index(ex.kind)], "include": include}
     if relation := ex.spec.get("relation"):  # the position of the last object, seen from the first
         first, second = include
         line["include"] = [second, first | {"position": [relation, 0]}]
@@ -46,17 +43,21 @@ def metadata(ex: Example) -> dict:
     return line | {"prompt": ex.text}
 
 
+def write_prompts(path: Path, examples: Sequence[Example]) -> None:
+    """Write toy prompts as a file in GenEval's format."""
+    lines = [json.dumps(metadata(ex), ensure_ascii=False) for ex in examples]
+    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
 def read_prompts(path: Path) -> list[dict]:
     """The prompts of a file in GenEval's format; an error names the line and the field."""
     prompts = []
     for n, row in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not row.strip():
-            continue
         try:
-            prompts.append(json.loads(row))
+            prompts += [json.loads(row)] if row.strip() else []
         except ValueError as error:
             raise ValueError(f"{path}:{n}: not JSON ({error})") from None
-        if message := problem(prompts[-1]):
+        if row.strip() and (message := problem(prompts[-1])):
             raise ValueError(f"{path}:{n}: {message}")
     if not prompts:
         raise ValueError(f"{path}: holds no prompts")
@@ -70,12 +71,10 @@ def problem(line: Any) -> str:
     for name in ("tag", "prompt"):
         if not isinstance(line.get(name), str) or not line[name].strip():
             return f"`{name}` must be a text"
-    if not line.get("include"):
-        return "`include` must be a list that is not empty"
     for name in ("include", "exclude"):
         parts = line.get(name, [])
-        if not isinstance(parts, list):
-            return f"`{name}` must be a list"
+        if not isinstance(parts, list) or (name == "include" and not parts):
+            return f"`{name}` must be a list" + (" that is not empty" if name == "include" else "")
         for i, part in enumerate(parts):
             if message := _part_problem(part, len(parts)):
                 return f"`{name}[{i}]`{message}"
@@ -154,14 +153,11 @@ def evaluate(
 ) -> dict:
     """Draw `samples` images of each prompt into `folder` in GenEval's layout, and score them.
 
-    Returns `summary`'s scores and `results`, one row for each image: filename, tag, prompt,
-    correct, reason, seed, metadata.
+    Returns the `summary`, and `results` with one row for each image.
     """
-    items = [
-        {"task": "generate", "prompt": line["prompt"], "seed": seed + k, **options}
-        for line in lines
-        for k in range(samples)
-    ]
+    options = {"task": "generate", **options}
+    seeds = range(seed, seed + samples)
+    items = [options | {"prompt": line["prompt"], "seed": s} for line in lines for s in seeds]
     rows = []
     for result in sorted(batch.run(model, items, progress=progress)):
         number, k = divmod(result.index, samples)

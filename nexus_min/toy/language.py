@@ -62,9 +62,20 @@ def in_order(scene: Scene) -> list[Object]:
 
 def describe_object(obj: Object, zh: bool) -> str:
     """ "a small red star in the center" / "中间有小的红色星形"."""
-    name = noun_phrase(obj.shape, obj.color, obj.size, zh)
+    name = noun_phrase(*obj.key[:3], zh)
     cell = cell_name(obj.cell, zh)
     return f"{cell}有{name}" if zh else f"{with_article(name)} {cell}"
+
+
+def setting(background: str | None, style: str | None, zh: bool) -> str:
+    """ " on a gray background, outline drawing" / "，灰色背景，线条画"; None leaves a part out."""
+    text = ""
+    if background:
+        name = word(background, True) if zh else with_article(background)
+        text = f"，{name}背景" if zh else f" on {name} background"
+    if style == "outline":
+        text += "，线条画" if zh else ", outline drawing"
+    return text
 
 
 def caption(rng: Rng | None, scene: Scene, zh: bool) -> str:
@@ -76,11 +87,8 @@ def caption(rng: Rng | None, scene: Scene, zh: bool) -> str:
     if rng is not None:
         objects = [objects[i] for i in rng.permutation(len(objects))]
     parts = [describe_object(o, zh) for o in objects]
-    if zh:
-        style = ["线条画"] if scene.style == "outline" else []
-        return "，".join([*parts, f"{word(scene.background, zh)}背景", *style])
-    style = ["outline drawing"] if scene.style == "outline" else []
-    return ", ".join([*parts, f"on {with_article(scene.background)} background", *style])
+    text = "，".join(parts) if zh else ", ".join(parts) + ","
+    return text + setting(scene.background, scene.style, zh)
 
 
 def is_related(first: Object, second: Object, relation: str) -> bool:
@@ -97,10 +105,7 @@ def matches(obj: Object, form: tuple) -> bool:
 
 def reference(rng: Rng, scene: Scene, obj: Object) -> tuple | None:
     """A (shape, color, size) that only `obj` matches, with None for omitted attributes."""
-    forms = [
-        (obj.shape, None, None),
-        (obj.shape, obj.color, None),
-        (obj.shape, obj.color, obj.size),
-    ]
+    shape, color, size, _ = obj.key
+    forms = [(shape, None, None), (shape, color, None), (shape, color, size)]
     unique = [f for f in forms if sum(matches(o, f) for o in scene.objects) == 1]
     return choice(rng, unique) if unique else None

@@ -1,12 +1,9 @@
 """Short prompts of GenEval's six categories: what they name, how they say it, what satisfies them.
 
-A *spec* holds what a prompt names. None, or an absent key, leaves an attribute open:
-
-    {"objects": [("star", "red", None, None), ("cross", None, None, None)],
-     "background": None, "style": None, "relation": "left of"}
-
-is "a photo of a red star left of a cross". What is open takes one canonical value in the true
-image: large, filled, on white, fixed cells, one color for each shape.
+A *spec* holds what a prompt names; None, or an absent key, leaves an attribute open:
+{"objects": [("star", "red", None, None), ("cross", None, None, None)], "background": None,
+"style": None, "relation": "left of"} is "a photo of a red star left of a cross". In the true image
+each open attribute has one canonical value: large, filled, on white, fixed cells and colors.
 """
 
 from __future__ import annotations
@@ -19,6 +16,7 @@ from .language import (
     matches,
     noun_phrase,
     plural,
+    setting,
     with_article,
     word,
 )
@@ -91,11 +89,7 @@ def phrase_prompt(rng: Rng, spec: dict, zh: bool) -> str:
     text = _phrase_objects(spec, zh)
     if (cell := spec["objects"][0][3]) is not None:
         text += f"，在{cell_name(cell, zh)}" if zh else f" {cell_name(cell)}"
-    if background := spec["background"]:
-        name = word(background, True) if zh else with_article(background)
-        text += f"，{name}背景" if zh else f" on {name} background"
-    if spec["style"]:
-        text += "，线条画" if zh else ", outline drawing"
+    text += setting(spec["background"], spec["style"], zh)
     return choice(rng, ZH_PREFIXES if zh else PREFIXES) + text
 
 

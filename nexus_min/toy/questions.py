@@ -1,15 +1,13 @@
 """Questions about a scene, with the chain of thought that comes before each answer.
 
 For a small red star on the left and a large blue circle in the center:
-
     Where is the star?                 a small red star on the left: on the left
     How many circles are there?        star circle no, circle circle yes: one
     Is there a blue star?              red blue no, blue blue circle star no: no
     Is the star right of the circle?   a small red star on the left, a large blue circle in the
                                        center, left, center, left of, right of no: no
-
-Each step compares or copies words that stand right before it. A tiny model learns that far sooner
-than it learns to look the same thing up in an image or far back in the text.
+Each step copies or compares words right before it, which a tiny model learns far sooner than it
+learns to look the same thing up in an image.
 """
 
 from __future__ import annotations

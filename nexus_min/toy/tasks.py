@@ -1,8 +1,7 @@
 """Conversations of every task in the toy world, and the shares in which training mixes them.
 
-An example is a conversation in the official message-like format (`images`, `messages` with
-`<image>`; paper, section 4.1) plus what the checker needs. One scene in ten is held out by hash:
-no task, wording or language of the training data contains it, as source or as target.
+The format is the official message-like one (`images`, `messages` with `<image>`; paper, section
+4.1). One scene in ten is held out by hash: no example for training contains it, in any task.
 """
 
 from __future__ import annotations
@@ -68,8 +67,7 @@ def generation_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
 def question_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
     """Questions of the kinds in `kind` ("count+where") about one random scene.
 
-    The first reply begins with a caption, and every answer follows its chain of thought (see
-    `questions`): the text then holds what an answer needs.
+    The first reply begins with a caption: the text then holds what the answers need.
     """
     kinds = kind.split("+")
     least = 2 if kinds[0] == "relation" else 1
@@ -81,7 +79,7 @@ def question_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
             if qa and qa not in turns:
                 turns.append(qa)
             elif not turns:
-                break  # another scene: the first kind is the one that counts
+                break  # the first question needs another scene
     messages = [m for qa in turns for m in _turn(qa.question, with_reasoning(qa, zh))]
     messages[0]["content"] = IMAGE + messages[0]["content"]
     if kinds[0] != "describe":
@@ -108,10 +106,7 @@ def edit_example(rng: Rng, kind: str, zh: bool, most: int = 4, detail: float = 0
 
 
 def multi_turn_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
-    """A task of one `kind` ("understand", "generate", "edit"), then two turns about its image.
-
-    These are questions and edits of the latest image, which is not shown again.
-    """
+    """A task of one `kind`, then two questions or edits about the latest image, not shown again."""
     first = MAKERS[kind](rng, _random_kind(rng, kind).split("+")[0], zh, most)
     scenes, messages, is_captioned = list(first.scenes), list(first.messages), kind == "understand"
     for _ in range(2):
@@ -132,17 +127,12 @@ def multi_turn_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
             reply = scene_caption(scene, zh) + reply
         is_captioned = scene is scenes[-1]
         messages += _turn(text, reply)
-    return replace(
-        first, task="multi_turn", kind=kind, scenes=tuple(scenes), messages=tuple(messages)
-    )
+    first = replace(first, task="multi_turn", kind=kind)
+    return replace(first, scenes=tuple(scenes), messages=tuple(messages))
 
 
-MAKERS = {
-    "understand": question_example,
-    "generate": generation_example,
-    "edit": edit_example,
-    "multi_turn": multi_turn_example,
-}
+MAKERS = {"understand": question_example, "generate": generation_example}
+MAKERS |= {"edit": edit_example, "multi_turn": multi_turn_example}
 
 
 def _random_kind(rng: Rng, task: str) -> str:
@@ -165,10 +155,7 @@ def sample_example(
     most: int = 4,
     unseen: bool = False,
 ) -> Example:
-    """A random example of a task; kind and language as training mixes them unless given.
-
-    most: largest number of objects; unseen: whether the example has a held-out scene
-    """
+    """A random example of a task, of at most `most` objects; by default as training mixes them."""
     while True:
         is_zh = rng.random() < ZH_SHARE if zh is None else zh
         found = MAKERS[task](rng, kind or _random_kind(rng, task), is_zh, most)

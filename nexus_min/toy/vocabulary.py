@@ -1,8 +1,7 @@
 """The toy tokenizer: byte-level BPE over the toy world's words, with Qwen's special tokens.
 
-Bytes encode any text. Every word of the toy world is one token in any context, so new combinations
-of known words consist of known tokens. The special tokens come last, in the order of the official
-`tokenizer.json`.
+Every word of the toy world is one token in any context. The special tokens come last, in the order
+of the official `tokenizer.json`.
 """
 
 from __future__ import annotations

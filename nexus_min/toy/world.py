@@ -1,10 +1,9 @@
 """The toy world: small scenes of colored shapes, drawn as anti-aliased vectors.
 
 A scene is one to four shapes on a 3x3 grid of cells over a plain background, filled or as an
-outline drawing. Two things are random and no caption names them: the jitter of each object within
-its cell, and in *detailed* images a faint background texture. An editing decoder has to carry them
-over from the source image (paper, section 4.3). The nine cells do not line up with the 4x4 grid of
-image slots, so no slot owns an object.
+outline drawing. No caption names two random things, which an editing decoder has to copy from the
+source (paper, section 4.3): the jitter within a cell, and a faint texture of some backgrounds. The
+cells do not line up with the 4x4 grid of image slots, so no slot owns an object.
 """
 
 from __future__ import annotations
