@@ -31,7 +31,8 @@ OPTION = r"--|-[^\d\s]\S*$"  # a word that looks like an option: not "-3", not "
 
 # ---- arguments ---------------------------------------------------------------------------------
 
-MEMORY = ("auto", "resident", "staged", "stream")
+HISTORY_MODES = ("slots", "predicted", "reencoded")
+DECODERS, PROFILES = ("editing", "generation"), ("auto", "resident", "staged", "stream")
 OPTIONS = {  # name: other spellings, type or choices, default, help
     "image": ("--input_image", str, None, "the image"),
     "question": ("--instruction", str, None, "the question about the image"),
@@ -39,14 +40,10 @@ OPTIONS = {  # name: other spellings, type or choices, default, help
     "prompt": ("", str, None, "the description of the image"),
     "like": ("", str, None, "repeat this PNG of ours; what is given beside it takes precedence"),
     "max_image_pixels": ("", int, None, "refuse a larger image (default: 50 million)"),
-    "decoder": ("", ("auto", "editing", "generation"), None, "editing keeps the rest of the image"),
+    "decoder": ("", DECODERS, "editing", "editing keeps the rest of the image"),
+    "chat_decoder": ("", ("auto", *DECODERS), "auto", "auto: by the reply's announcement"),
     "use_generation_decoder": ("", bool, False, "the same as --decoder generation"),
-    "keep": (
-        "",
-        ("slots", "predicted", "reencoded"),
-        "predicted",
-        "how images stay in the history",
-    ),
+    "keep": ("", HISTORY_MODES, "predicted", "what later turns read of a generated image"),
     "height": ("", int, None, "pixels, rounded up to whole tokens (default: the model's)"),
     "width": ("", int, None, "pixels, rounded up to whole tokens (default: the model's)"),
     "num_steps": ("--num_inference_steps --steps", int, None, "Euler steps (default: the model's)"),
@@ -66,12 +63,7 @@ OPTIONS = {  # name: other spellings, type or choices, default, help
     "model": ("", str, "tiny", "a model's folder, or tiny"),
     "device": ("", str, None, "default: cuda, mps or cpu, the first available; cpu for tiny"),
     "dtype": ("", tuple(DTYPES), None, "default: fp32 on the CPU, else bf16"),
-    "memory": (
-        "",
-        MEMORY,
-        None,
-        "what stays on the GPU: all, a part, or some blocks (default: auto)",
-    ),
+    "memory": ("", PROFILES, None, "on the GPU: all, a part, some blocks (default: auto)"),
     "fp8": ("", bool, False, "store the decoders in 8 bits"),
 }
 MODEL = ("model", "device", "dtype", "memory", "fp8")
@@ -79,9 +71,8 @@ SAMPLING = ("height", "width", "num_steps", "cfg_scale", "guidance", "negative_p
 REPLY = ("language", "fast_preamble", "max_new_tokens")
 # What --like takes from a PNG: not the model or the output, which a foreign file must not choose.
 PNG_OPTIONS = (*SAMPLING, "language", "max_new_tokens", "dtype", "scale")
-DEFAULTS = {"generate": {"output": "generated.png"}, "batch": {"output": "results"}}
-DEFAULTS |= {"edit": {"output": "edited.png", "decoder": "editing"}}
-DEFAULTS |= {"chat": {"output": "chat.png", "decoder": "auto"}}
+OUTPUTS = {"generate": "generated.png", "edit": "edited.png", "chat": "chat.png"}
+OUTPUTS |= {"batch": "results"}
 
 
 def build_parser(with_eval: bool) -> Parser:
@@ -98,8 +89,9 @@ def build_parser(with_eval: bool) -> Parser:
             aliases, kind, default, text = OPTIONS[name]
             settings = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
             settings = {"action": "store_true"} if kind is bool else settings
-            settings |= {"default": DEFAULTS.get(verb, {}).get(name, default), "help": text}
-            command.add_argument(f"--{name}", *aliases.split(), **settings)
+            settings |= {"default": OUTPUTS[verb] if name == "output" else default, "help": text}
+            spellings = f"--{name.removeprefix('chat_')} {aliases}".split()
+            command.add_argument(*spellings, **settings)
         if with_eval and verb == "eval":
             from .toy.evaluate import add_arguments
 
@@ -293,7 +285,7 @@ COMMANDS = {  # what runs, its words, its options but for those of the model
         ("max_image_pixels", "decoder", "use_generation_decoder", "like", "language")
         + ("fast_preamble", *IMAGE_OUTPUT),
     ),
-    "chat": (run_chat, (), ("keep", "decoder", "max_image_pixels", *IMAGE_OUTPUT)),
+    "chat": (run_chat, (), ("keep", "chat_decoder", "max_image_pixels", *IMAGE_OUTPUT)),
     "batch": (run_batch, ("file",), ("output", "batch_size", "seed", "max_image_pixels")),
     "app": (run_app, (), ("host", "port")),
     "eval": (run_eval, (), ("seed",)),
