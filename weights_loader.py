@@ -35,17 +35,13 @@ from nexus_min.formats import (
     read_metadata,
     save_tensors,
 )
-from nexus_min.model.autoencoder import AutoEncoder
-from nexus_min.model.autoregressive import NexusGenAR
-from nexus_min.model.mmdit import MMDiT
-from nexus_min.model.text_encoders import CLIPTextModel, T5Encoder, clip_tokenizer, t5_tokenizer
+from nexus_min.model.text_encoders import clip_tokenizer, t5_tokenizer
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.weights import (
     AR_FOLDER,
     FLUX_FOLDER,
-    MERGER_PREFIX,
     NEW_IN_NEXUS,
-    decoder_state,
+    file_shapes,
     is_base,
     load_ar,
     load_autoencoder,
@@ -56,9 +52,6 @@ from nexus_min.weights import (
     load_generation_adapter,
     load_mmdit,
     load_t5,
-    make_adapter,
-    make_merger,
-    on_meta,
     save_checkpoint,
     shapes_of,
     tokenizer_of,
@@ -90,15 +83,6 @@ RELEASED = {  # component: repository, path there, published hash of its names a
 }
 BASE_HASH = "8004730443f55db63092006dd9f7110e"  # Qwen2.5-VL-7B-Instruct, which lacks NEW_IN_NEXUS
 TEXT_ENCODERS = ("CLIP", "CLIP tokenizer", "T5", "T5 tokenizer")
-MODELS = {  # component: what its file holds, given a config
-    "AR model": lambda c: NexusGenAR(c.ar).state_dict(),
-    "generation decoder": lambda c: decoder_state(MMDiT(c.mmdit), make_adapter(c)),
-    "editing decoder": lambda c: decoder_state(MMDiT(c.mmdit), make_merger(c), MERGER_PREFIX),
-    "autoencoder": lambda c: AutoEncoder(c.autoencoder).state_dict(),
-    "CLIP": lambda c: CLIPTextModel(c.clip).state_dict(),
-    "T5": lambda c: T5Encoder(c.t5).state_dict(),
-    "FLUX.1-dev": lambda c: MMDiT(c.mmdit).state_dict(),
-}
 TOKENIZERS = {  # component: how its file is read, given a config
     "tokenizer": lambda c, file: QwenTokenizer(file).check(c.ar),
     "CLIP tokenizer": lambda c, file: clip_tokenizer(file.parent),
@@ -133,15 +117,15 @@ def inspect(row: dict[str, str], folder: Path, config: NexusGenConfig, read_valu
     """Fill in the row of a component; ValueError says what is wrong with its file."""
     component = row["component"]
     repo, path, published_hash = RELEASED[component]
-    path = folder / FOLDERS[repo] / path
+    path = f"{FOLDERS[repo]}/{path}"
     if component in TOKENIZERS:
-        file = find_file(path)
+        file = find_file(folder / path)
         row |= {"file": str(file.relative_to(folder)), "bytes": readable(file.stat().st_size)}
         tokenizer_of(file, partial(TOKENIZERS[component], config))
         return
-    expected = shapes_of(on_meta(lambda: MODELS[component](config)))
+    expected = file_shapes(path, config)
     row["tensors"] = f"0/{len(expected)}"
-    file = find_file(path.parent, (path.name,))
+    file = find_file((folder / path).parent, (Path(path).name,))
     row |= {"file": str(file.relative_to(folder)), "bytes": readable(file.stat().st_size)}
     tensors = open_weights(file)
     if is_base(tensors):
@@ -151,10 +135,12 @@ def inspect(row: dict[str, str], folder: Path, config: NexusGenConfig, read_valu
         row["remark"] += f" trained to generate images: {new} will be random"
     is_same = names_hash(shapes_of(tensors)) == published_hash
     has_hash = config == NexusGenConfig.v2()
+    files = {tensor.file for tensor in tensors.values()}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     row |= {
         "tensors": f"{len(tensors)}/{len(expected)}",
-        "bytes": readable(sum(f.stat().st_size for f in {t.file for t in tensors.values()})),
-        "dtype": join_keys({str(t.dtype).removeprefix("torch.") for t in tensors.values()}, 3),
+        "bytes": readable(sum(f.stat().st_size for f in files)),
+        "dtype": join_keys(dtypes, 3),
         "names and shapes": ("equal" if is_same else "differs") if has_hash else "none published",
     }
     check_tensors(file, f"the {component}", expected, tensors)

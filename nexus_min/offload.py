@@ -117,7 +117,7 @@ class Stream:
         self.next: tuple[int, Future] | None = None  # number of a module, and its copies
         for i, module in enumerate(modules):
             module.register_forward_pre_hook(partial(self.to_device, i))
-            module.register_forward_hook(partial(self.to_host, i), always_call=True)
+            module.register_forward_hook(lambda *_, i=i: weights[i].to_host(), always_call=True)
 
     def fetch(self, i: int) -> tuple[list[Tensor], Any]:
         """Copies of module i, and the event after which they are complete."""
@@ -136,11 +136,8 @@ class Stream:
             for copy in copies:  # its memory is not reused before the arithmetic has read it
                 copy.record_stream(current)
         self.weights[i].to_device(copies)
-        following = (i + 1) % len(self.weights)
-        self.next = following, self.thread.submit(self.fetch, following)
-
-    def to_host(self, i: int, *_) -> None:
-        self.weights[i].to_host()
+        i = (i + 1) % len(self.weights)
+        self.next = i, self.thread.submit(self.fetch, i)
 
     def stop(self) -> None:
         """Drop the next module's copies, and those that an interrupted pass has left."""
@@ -162,9 +159,10 @@ def towers(part: Any) -> list[nn.Module]:
 def modulations(part: Any) -> list[nn.Module]:
     """The layers that depend on (t, guidance, pooled) alone, in the order of their use."""
     found: list[nn.Module] = []
-    for mmdit in (tower for tower in towers(part) if isinstance(tower, MMDiT)):
-        found.append(mmdit.final_layer.adaLN_modulation)
-        found += [m for m in mmdit.modules() if isinstance(m, Modulation)]
+    for tower in towers(part):
+        if isinstance(tower, MMDiT):
+            found.append(tower.final_layer.adaLN_modulation)
+            found += [m for m in tower.modules() if isinstance(m, Modulation)]
     return found
 
 
@@ -188,20 +186,17 @@ def memory_needed(parts: dict[str, Any], dtype: torch.dtype | None = None) -> di
     """Bytes on the device under each profile, without activations, in `dtype` or as they are."""
 
     def size(parameters: Iterable[Tensor]) -> int:
-        dtypes = ((p, p.dtype if p.dtype == FP8 else dtype or p.dtype) for p in parameters)
-        return sum(p.numel() * working.itemsize for p, working in dtypes)
+        return sum(
+            p.numel() * (FP8 if p.dtype == FP8 else dtype or p.dtype).itemsize for p in parameters
+        )
 
-    def needed(part: Any, streamed: Sequence[nn.Module]) -> int:
-        taken = {p for m in streamed for p in m.parameters()}
+    def needed(part: Any, finds: Sequence[Callable]) -> int:
+        streamed = [module for find in finds for module in find(part)]
+        taken = {p for module in streamed for p in module.parameters()}
         rest = (p for tower in towers(part) for p in tower.parameters() if p not in taken)
         return size(rest) + 2 * max((size(m.parameters()) for m in streamed), default=0)
 
-    sizes = {
-        profile: [
-            needed(part, [m for find in finds for m in find(part)]) for part in parts.values()
-        ]
-        for profile, finds in STREAMED.items()
-    }
+    sizes = {k: [needed(part, finds) for part in parts.values()] for k, finds in STREAMED.items()}
     return {k: sum(v) if k == "resident" else max(v, default=0) for k, v in sizes.items()}
 
 

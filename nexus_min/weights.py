@@ -46,6 +46,8 @@ Component = nn.Module | Mapping[str, Tensor]  # a model or its state dict
 logger = logging.getLogger(__name__)
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 AR_FOLDER, FLUX_FOLDER = "Nexus-GenV2", "FLUX/FLUX.1-dev"
+AR_FILE, AUTOENCODER_FILE = f"{AR_FOLDER}/model", f"{FLUX_FOLDER}/ae"
+GENERATION_FILE, EDITING_FILE = f"{AR_FOLDER}/generation_decoder", f"{AR_FOLDER}/edit_decoder"
 ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PARTS = ("ar", "generation", "editing", "autoencoder")
 NEW_IN_NEXUS = ("vision_head.weight", "image_prefill_embeds.weight")  # not in the base model
@@ -54,39 +56,38 @@ MAX_CONTEXT = 512  # tokens of T5
 
 # ------------------------------------------------------------------------------------------ names
 
-# DiffSynth's layer (in the decoder files) -> black-forest-labs' (in `nexus_min`); # is a block.
+# A layer in `nexus_min` (black-forest-labs) -> in the decoder files (DiffSynth); # is a block.
 DIT_TABLE = {
-    "x_embedder": "img_in",
-    "context_embedder": "txt_in",
-    "time_embedder.timestep_embedder.0": "time_in.in_layer",
-    "time_embedder.timestep_embedder.2": "time_in.out_layer",
-    "guidance_embedder.timestep_embedder.0": "guidance_in.in_layer",
-    "guidance_embedder.timestep_embedder.2": "guidance_in.out_layer",
-    "pooled_text_embedder.0": "vector_in.in_layer",
-    "pooled_text_embedder.2": "vector_in.out_layer",
-    "blocks.#.norm1_a.linear": "double_blocks.#.img_mod.lin",
-    "blocks.#.attn.a_to_qkv": "double_blocks.#.img_attn.qkv",
-    "blocks.#.attn.norm_q_a": "double_blocks.#.img_attn.norm.query_norm",
-    "blocks.#.attn.norm_k_a": "double_blocks.#.img_attn.norm.key_norm",
-    "blocks.#.attn.a_to_out": "double_blocks.#.img_attn.proj",
-    "blocks.#.ff_a.0": "double_blocks.#.img_mlp.0",
-    "blocks.#.ff_a.2": "double_blocks.#.img_mlp.2",
-    "blocks.#.norm1_b.linear": "double_blocks.#.txt_mod.lin",
-    "blocks.#.attn.b_to_qkv": "double_blocks.#.txt_attn.qkv",
-    "blocks.#.attn.norm_q_b": "double_blocks.#.txt_attn.norm.query_norm",
-    "blocks.#.attn.norm_k_b": "double_blocks.#.txt_attn.norm.key_norm",
-    "blocks.#.attn.b_to_out": "double_blocks.#.txt_attn.proj",
-    "blocks.#.ff_b.0": "double_blocks.#.txt_mlp.0",
-    "blocks.#.ff_b.2": "double_blocks.#.txt_mlp.2",
-    "single_blocks.#.norm.linear": "single_blocks.#.modulation.lin",
-    "single_blocks.#.to_qkv_mlp": "single_blocks.#.linear1",
-    "single_blocks.#.norm_q_a": "single_blocks.#.norm.query_norm",
-    "single_blocks.#.norm_k_a": "single_blocks.#.norm.key_norm",
-    "single_blocks.#.proj_out": "single_blocks.#.linear2",
-    "final_norm_out.linear": "final_layer.adaLN_modulation.1",  # and its halves change places
-    "final_proj_out": "final_layer.linear",
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_embedder.timestep_embedder.0",
+    "time_in.out_layer": "time_embedder.timestep_embedder.2",
+    "guidance_in.in_layer": "guidance_embedder.timestep_embedder.0",
+    "guidance_in.out_layer": "guidance_embedder.timestep_embedder.2",
+    "vector_in.in_layer": "pooled_text_embedder.0",
+    "vector_in.out_layer": "pooled_text_embedder.2",
+    "double_blocks.#.img_mod.lin": "blocks.#.norm1_a.linear",
+    "double_blocks.#.img_attn.qkv": "blocks.#.attn.a_to_qkv",
+    "double_blocks.#.img_attn.norm.query_norm": "blocks.#.attn.norm_q_a",
+    "double_blocks.#.img_attn.norm.key_norm": "blocks.#.attn.norm_k_a",
+    "double_blocks.#.img_attn.proj": "blocks.#.attn.a_to_out",
+    "double_blocks.#.img_mlp.0": "blocks.#.ff_a.0",
+    "double_blocks.#.img_mlp.2": "blocks.#.ff_a.2",
+    "double_blocks.#.txt_mod.lin": "blocks.#.norm1_b.linear",
+    "double_blocks.#.txt_attn.qkv": "blocks.#.attn.b_to_qkv",
+    "double_blocks.#.txt_attn.norm.query_norm": "blocks.#.attn.norm_q_b",
+    "double_blocks.#.txt_attn.norm.key_norm": "blocks.#.attn.norm_k_b",
+    "double_blocks.#.txt_attn.proj": "blocks.#.attn.b_to_out",
+    "double_blocks.#.txt_mlp.0": "blocks.#.ff_b.0",
+    "double_blocks.#.txt_mlp.2": "blocks.#.ff_b.2",
+    "single_blocks.#.modulation.lin": "single_blocks.#.norm.linear",
+    "single_blocks.#.linear1": "single_blocks.#.to_qkv_mlp",
+    "single_blocks.#.norm.query_norm": "single_blocks.#.norm_q_a",
+    "single_blocks.#.norm.key_norm": "single_blocks.#.norm_k_a",
+    "single_blocks.#.linear2": "single_blocks.#.proj_out",
+    "final_layer.adaLN_modulation.1": "final_norm_out.linear",  # its halves are swapped, too
+    "final_layer.linear": "final_proj_out",
 }
-DIT_TABLE_BACK = {bfl: diffsynth for diffsynth, bfl in DIT_TABLE.items()}
 DIT_PREFIX, MERGER_PREFIX = "pipe.dit.", "embedding_merger."
 
 
@@ -97,7 +98,7 @@ def diffsynth_name(name: str) -> str:
     number = block[1] if block else ""
     pattern = layer.replace(f"blocks.{number}.", "blocks.#.", 1)
     kind = "weight" if kind == "scale" else kind  # the q/k norms call their weight `scale`
-    return f"{DIT_TABLE_BACK[pattern].replace('#', number)}.{kind}"
+    return f"{DIT_TABLE[pattern].replace('#', number)}.{kind}"
 
 
 def is_swapped(name: str) -> bool:
@@ -281,6 +282,22 @@ def make_merger(config: NexusGenConfig) -> ImageEmbeddingMerger:
     return ImageEmbeddingMerger(config.ar.text, config.mmdit.context_in_dim)
 
 
+CONTENTS = {  # a file without its ending: its tensors, given a config
+    AR_FILE: lambda c: NexusGenAR(c.ar).state_dict(),
+    GENERATION_FILE: lambda c: decoder_state(MMDiT(c.mmdit), make_adapter(c)),
+    EDITING_FILE: lambda c: decoder_state(MMDiT(c.mmdit), make_merger(c), MERGER_PREFIX),
+    AUTOENCODER_FILE: lambda c: AutoEncoder(c.autoencoder).state_dict(),
+    f"{FLUX_FOLDER}/text_encoder/model": lambda c: CLIPTextModel(c.clip).state_dict(),
+    f"{FLUX_FOLDER}/text_encoder_2/model": lambda c: T5Encoder(c.t5).state_dict(),
+    f"{FLUX_FOLDER}/flux1-dev": lambda c: MMDiT(c.mmdit).state_dict(),
+}
+
+
+def file_shapes(path: str, config: NexusGenConfig) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of all that a file of CONTENTS holds at the sizes of `config`."""
+    return shapes_of(on_meta(lambda: CONTENTS[path](config)))
+
+
 def load_config(folder: str | Path) -> NexusGenConfig:
     """The sizes in `nexus_min.json`; the official full size when the folder has none."""
     file = Path(folder) / "nexus_min.json"
@@ -302,11 +319,9 @@ def load_empty_prompt(
 
     None when the folder's text encoders must compute them: the file is absent or of other encoders.
     """
-    file = Path(folder) / "empty_prompt.safetensors"
-    fingerprint = encoders_fingerprint(Path(folder))
-    if fingerprint and not file.is_file():
-        return None
-    if fingerprint and read_metadata(file).get("encoders", fingerprint) != fingerprint:
+    file, made_from = Path(folder) / "empty_prompt.safetensors", encoders_fingerprint(Path(folder))
+    is_current = file.is_file() and read_metadata(file).get("encoders", made_from) == made_from
+    if made_from and not is_current:
         return None
     tensors, sizes = open_weights(find_file(file)), config.mmdit
     length = tensors["context"].shape[1:2] if "context" in tensors else ("L",)
@@ -326,7 +341,7 @@ def save_empty_prompt(folder: str | Path, tensors: Mapping[str, Tensor]) -> None
 def encoders_fingerprint(folder: Path) -> str | None:
     """Hash of names, sizes, first and last 64 KiB of CLIP's and T5's files; None without any."""
     flux_dir, md5 = folder / FLUX_FOLDER, hashlib.md5()
-    paths = [path for name in ENCODER_FOLDERS for path in sorted((flux_dir / name).glob("*"))]
+    paths = (path for name in ENCODER_FOLDERS for path in sorted((flux_dir / name).glob("*")))
     files = [path for path in paths if path.is_file()]
     for file in files:
         size = file.stat().st_size
@@ -358,41 +373,30 @@ def save_checkpoint(
     generation: (mmdit, adapter); editing: (mmdit, merger). Modules or state dicts; `dtype` None
     keeps each tensor's own. All components are checked against `config` before anything is written.
     """
-    ar_dir, flux_dir = Path(folder) / AR_FOLDER, Path(folder) / FLUX_FOLDER
-    states = {}
-    if ar:
-        check_component(ar, lambda: NexusGenAR(config.ar))
-        states[ar_dir / "model.safetensors"] = state_of(ar)
-    for name, decoder, make, prefix in (
-        ("generation_decoder", generation, make_adapter, ""),
-        ("edit_decoder", editing, make_merger, MERGER_PREFIX),
-    ):
-        if decoder:
-            check_component(decoder[0], lambda: MMDiT(config.mmdit))
-            check_component(decoder[1], lambda make=make: make(config))
-            states[ar_dir / f"{name}.safetensors"] = decoder_state(*decoder, prefix)
-    if autoencoder:
-        check_component(autoencoder, lambda: AutoEncoder(config.autoencoder))
-        states[flux_dir / "ae.safetensors"] = state_of(autoencoder)
+    folder, states = Path(folder), {}
+    for path, state in {
+        AR_FILE: ar and state_of(ar),
+        GENERATION_FILE: generation and decoder_state(*generation),
+        EDITING_FILE: editing and decoder_state(*editing, MERGER_PREFIX),
+        AUTOENCODER_FILE: autoencoder and state_of(autoencoder),
+    }.items():
+        if state:
+            check_tensors(
+                "save_checkpoint", f"{path} of the config", file_shapes(path, config), state
+            )
+            states[folder / f"{path}.safetensors"] = state
     if empty_prompt:
-        states[Path(folder) / "empty_prompt.safetensors"] = empty_prompt
-    texts = config_files(Path(folder), config)
+        states[folder / "empty_prompt.safetensors"] = empty_prompt
+    texts = config_files(folder, config)
     for file, text in texts.items():  # first: weights without sizes would pass for full-size ones
         replace_file(file, lambda path, text=text: path.write_text(text))
     for file, state in states.items():
         save_tensors(file, state, dtype, metadata)
     files = [*states, *texts]
     if tokenizer_file is not None:
-        files.append(ar_dir / "tokenizer.json")
+        files.append(folder / AR_FOLDER / "tokenizer.json")
         replace_file(files[-1], lambda path: shutil.copyfile(tokenizer_file, path))
     return files
-
-
-def check_component(component: Component, make: Callable[[], nn.Module]) -> None:
-    """ValueError unless the component has the tensors of the model that `make` builds."""
-    model = on_meta(make)
-    kind = f"{type(model).__name__} of the config"
-    check_tensors("save_checkpoint", kind, shapes_of(model), state_of(component))
 
 
 def config_files(folder: Path, config: NexusGenConfig) -> dict[Path, str]:
