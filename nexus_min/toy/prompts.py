@@ -8,18 +8,7 @@ each open attribute has one canonical value: large, filled, on white, fixed cell
 
 from __future__ import annotations
 
-from .language import (
-    NUMBERS,
-    RELATIONS,
-    cell_name,
-    is_related,
-    matches,
-    noun_phrase,
-    plural,
-    setting,
-    with_article,
-    word,
-)
+from . import language as lang
 from .world import BACKGROUNDS, CANONICAL_COLOR, COLORS, RADIUS, SHAPES, Object, Rng, Scene, choice
 
 CATEGORIES = ("single", "two", "counting", "colors", "position", "attribution")
@@ -54,7 +43,7 @@ def short_prompt(rng: Rng, kind: str) -> dict:
         pair = colors if is_colored else (None, None)
         objects = [(first, pair[0], None, None), (second, pair[1], None, None)]
         if kind == "position":
-            spec["relation"] = choice(rng, list(RELATIONS))
+            spec["relation"] = choice(rng, list(lang.RELATIONS))
     return {"objects": objects, **spec}
 
 
@@ -62,7 +51,7 @@ def canonical_scene(spec: dict) -> Scene:
     """The one scene that a short prompt means: open attributes take their canonical values."""
     cells = LAYOUTS[len(spec["objects"])]
     if relation := spec.get("relation"):
-        row, column = RELATIONS[relation]
+        row, column = lang.RELATIONS[relation]
         cells = (4 + 3 * row + column, 4 - 3 * row - column)
     objects = [
         Object(shape, color or CANONICAL_COLOR[shape], size or "large", free if c is None else c)
@@ -73,23 +62,23 @@ def canonical_scene(spec: dict) -> Scene:
 
 def _phrase_objects(spec: dict, zh: bool) -> str:
     objects, relation = spec["objects"], spec.get("relation")
-    names = [noun_phrase(*o[:3], zh) for o in objects]
+    names = [lang.noun_phrase(*o[:3], zh) for o in objects]
     if len(objects) > 1 and len(set(objects)) == 1:
-        number = word(NUMBERS[len(objects)], zh)
-        return f"{number}个{names[0]}" if zh else f"{number} {plural(names[0])}"
+        number = lang.word(lang.NUMBERS[len(objects)], zh)
+        return f"{number}个{names[0]}" if zh else f"{number} {lang.plural(names[0])}"
     if zh and relation:
-        return f"{names[0]}在{names[1]}的{word(relation, zh)}"
+        return f"{names[0]}在{names[1]}的{lang.word(relation, zh)}"
     if zh:
         return "和".join(f"一个{name}" for name in names)
-    return f" {relation or 'and'} ".join(with_article(name) for name in names)
+    return f" {relation or 'and'} ".join(lang.with_article(name) for name in names)
 
 
 def phrase_prompt(rng: Rng, spec: dict, zh: bool) -> str:
     """A random wording of a spec."""
     text = _phrase_objects(spec, zh)
     if (cell := spec["objects"][0][3]) is not None:
-        text += f"，在{cell_name(cell, zh)}" if zh else f" {cell_name(cell)}"
-    text += setting(spec["background"], spec["style"], zh)
+        text += f"，在{lang.cell_name(cell, zh)}" if zh else f" {lang.cell_name(cell)}"
+    text += lang.setting(spec["background"], spec["style"], zh)
     return choice(rng, ZH_PREFIXES if zh else PREFIXES) + text
 
 
@@ -97,7 +86,7 @@ def satisfies(scene: Scene, spec: dict) -> bool:
     """Whether a scene shows what a prompt names and no further object; open attributes are free."""
     rest, chosen = list(scene.objects), []
     for form in spec["objects"]:
-        found = next((o for o in rest if matches(o, form)), None)
+        found = next((o for o in rest if lang.matches(o, form)), None)
         if found is None:
             return False
         rest.remove(found)
@@ -106,4 +95,4 @@ def satisfies(scene: Scene, spec: dict) -> bool:
         return False
     if spec["background"] not in (None, scene.background):
         return False
-    return not spec.get("relation") or is_related(*chosen, spec["relation"])
+    return not spec.get("relation") or lang.is_related(*chosen, spec["relation"])

@@ -15,22 +15,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from .language import (
-    CELL_NAMES,
-    NUMBERS,
-    RELATIONS,
-    caption,
-    cell_name,
-    describe_object,
-    in_order,
-    is_related,
-    matches,
-    noun_phrase,
-    plural,
-    reference,
-    with_article,
-    word,
-)
+from . import language as lang
 from .world import COLORS, SHAPES, Object, Rng, Scene, choice
 
 QUESTIONS = ("color", "shape", "count", "count_all", "exist", "where", "background", "relation")
@@ -56,20 +41,20 @@ def final_answer(reply: str) -> str:
 
 def scene_caption(scene: Scene, zh: bool) -> str:
     """The caption that begins the first reply about an image."""
-    return caption(None, scene, zh) + ("。" if zh else ". ")
+    return lang.caption(None, scene, zh) + ("。" if zh else ". ")
 
 
 def make_question(rng: Rng, kind: str, scene: Scene, zh: bool) -> QA | None:
     """A question of one kind about a scene, or None when the scene does not admit one."""
     if kind == "describe":
         question = "请描述这张图片。" if zh else "Please describe the image."
-        return QA(question, "", caption(None, scene, zh))
+        return QA(question, "", lang.caption(None, scene, zh))
     if kind == "background":
         question = "背景是什么颜色？" if zh else "What color is the background?"
-        return QA(question, "", word(scene.background, zh))
+        return QA(question, "", lang.word(scene.background, zh))
     if kind == "count_all":
         question = "一共有几个图形？" if zh else "How many objects are there?"
-        return QA(question, "", word(NUMBERS[len(scene.objects)], zh))
+        return QA(question, "", lang.word(lang.NUMBERS[len(scene.objects)], zh))
     if kind == "count":
         return _count(rng, scene, zh)
     if kind == "relation":
@@ -77,17 +62,17 @@ def make_question(rng: Rng, kind: str, scene: Scene, zh: bool) -> QA | None:
     obj = choice(rng, scene.objects)
     if kind == "exist":
         return _existence(rng, scene, obj, zh)
-    reasoning = describe_object(obj, zh)
+    reasoning = lang.describe_object(obj, zh)
     if kind == "where":
-        if (form := reference(rng, scene, obj)) is None:
+        if (form := lang.reference(rng, scene, obj)) is None:
             return None
-        name = noun_phrase(*form, zh)
+        name = lang.noun_phrase(*form, zh)
         question = f"{name}在哪里？" if zh else f"Where is the {name}?"
-        return QA(question, reasoning, cell_name(obj.cell, zh))
+        return QA(question, reasoning, lang.cell_name(obj.cell, zh))
     given = {"color": "shape", "shape": "color"}[kind]
     if sum(getattr(o, given) == getattr(obj, given) for o in scene.objects) > 1:
         return None  # the question would have several answers
-    shape, color = word(obj.shape, zh), word(obj.color, zh)
+    shape, color = lang.word(obj.shape, zh), lang.word(obj.color, zh)
     if kind == "shape":
         question = f"{color}的图形是什么形状？" if zh else f"What shape is the {color} object?"
         return QA(question, reasoning, shape)
@@ -99,20 +84,21 @@ def _verdicts(scene: Scene, shape: str, color: str | None, zh: bool) -> str:
     """For each object, each attribute beside the requested one, then yes or no."""
     yes, no, comma, space = ("是", "不是", "，", "") if zh else (" yes", " no", ", ", " ")
     parts = []
-    for o in in_order(scene):
+    for o in lang.in_order(scene):
         words = [o.color, color] if color else []
         if color in (None, o.color):
             words += [o.shape, shape]
         verdict = yes if words[::2] == words[1::2] else no
-        parts.append(space.join(word(w, zh) for w in words) + verdict)
+        parts.append(space.join(lang.word(w, zh) for w in words) + verdict)
     return comma.join(parts)
 
 
 def _count(rng: Rng, scene: Scene, zh: bool) -> QA:
     shape = choice(rng, scene.objects).shape if rng.random() < 0.7 else choice(rng, SHAPES)
-    question = f"有几个{word(shape, zh)}？" if zh else f"How many {plural(shape)} are there?"
+    name = lang.word(shape, True) if zh else lang.plural(shape)
+    question = f"有几个{name}？" if zh else f"How many {name} are there?"
     number = sum(o.shape == shape for o in scene.objects)
-    return QA(question, _verdicts(scene, shape, None, zh), word(NUMBERS[number], zh))
+    return QA(question, _verdicts(scene, shape, None, zh), lang.word(lang.NUMBERS[number], zh))
 
 
 def _existence(rng: Rng, scene: Scene, obj: Object, zh: bool) -> QA:
@@ -122,11 +108,11 @@ def _existence(rng: Rng, scene: Scene, obj: Object, zh: bool) -> QA:
             shape = choice(rng, SHAPES)
         else:
             color = choice(rng, list(COLORS))
-    name, reasoning = noun_phrase(shape, color, None, zh), _verdicts(scene, shape, color, zh)
-    exists = any(matches(o, (shape, color)) for o in scene.objects)
+    name, reasoning = lang.noun_phrase(shape, color, None, zh), _verdicts(scene, shape, color, zh)
+    exists = any(lang.matches(o, (shape, color)) for o in scene.objects)
     if zh:
         return QA(f"有{name}吗？", reasoning, "有" if exists else "没有")
-    return QA(f"Is there {with_article(name)}?", reasoning, "yes" if exists else "no")
+    return QA(f"Is there {lang.with_article(name)}?", reasoning, "yes" if exists else "no")
 
 
 def _relation(rng: Rng, scene: Scene, zh: bool) -> QA | None:
@@ -134,22 +120,22 @@ def _relation(rng: Rng, scene: Scene, zh: bool) -> QA | None:
         return None
     chosen = rng.choice(len(scene.objects), 2, replace=False)
     first, second = (scene.objects[i] for i in chosen)
-    forms = [reference(rng, scene, o) for o in (first, second)]
+    forms = [lang.reference(rng, scene, o) for o in (first, second)]
     if None in forms:
         return None
     axis = int(rng.integers(2))  # 0: rows, above or below; 1: columns, left or right
     if divmod(first.cell, 3)[axis] == divmod(second.cell, 3)[axis]:
         return None
-    relations = [r for r in RELATIONS if RELATIONS[r][axis]]
+    relations = [r for r in lang.RELATIONS if lang.RELATIONS[r][axis]]
     asked = relations[int(rng.integers(2))]
-    true = next(r for r in relations if is_related(first, second, r))
+    true = next(r for r in relations if lang.is_related(first, second, r))
     # a row or column has the name of its cell in the center
     lanes = [o.cell // 3 * 3 + 1 if axis == 0 else 3 + o.cell % 3 for o in (first, second)]
-    steps = [describe_object(first, zh), describe_object(second, zh)]
-    steps += [word(CELL_NAMES[lane], zh) for lane in lanes] + [word(true, zh)]
-    one, two = (noun_phrase(*form, zh) for form in forms)
+    steps = [lang.describe_object(first, zh), lang.describe_object(second, zh)]
+    steps += [lang.word(lang.CELL_NAMES[lane], zh) for lane in lanes] + [lang.word(true, zh)]
+    one, two = (lang.noun_phrase(*form, zh) for form in forms)
     if zh:
-        answer, relation = "是" if asked == true else "不是", word(asked, zh)
+        answer, relation = "是" if asked == true else "不是", lang.word(asked, zh)
         reasoning = "，".join([*steps, relation + answer])
         return QA(f"{one}在{two}的{relation}吗？", reasoning, answer)
     answer = "yes" if asked == true else "no"

@@ -131,8 +131,12 @@ def multi_turn_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
     return replace(first, scenes=tuple(scenes), messages=tuple(messages))
 
 
-MAKERS = {"understand": question_example, "generate": generation_example}
-MAKERS |= {"edit": edit_example, "multi_turn": multi_turn_example}
+MAKERS = {
+    "understand": question_example,
+    "generate": generation_example,
+    "edit": edit_example,
+    "multi_turn": multi_turn_example,
+}
 
 
 def _random_kind(rng: Rng, task: str) -> str:
