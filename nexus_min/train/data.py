@@ -11,7 +11,6 @@ Official: `train/ar/template.py` and the example datasets of modelscope/Nexus-Ge
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from ..config import NexusGenConfig
+from ..formats import read_metadata, save_tensors
 from ..images import bound_image, center_crop_view, load_image, smart_resize, to_patches
 from ..tokenizer import IGNORE, IMAGE, ROLES, QwenTokenizer, locate_placeholders
 
@@ -155,9 +154,7 @@ def check_file(path: Path, config: NexusGenConfig, tokenizer: QwenTokenizer) -> 
     return found if rows else [f"{path}: holds no examples"]
 
 
-def content_mistakes(
-    line: dict, folder: Path, config: NexusGenConfig, tokenizer: QwenTokenizer
-) -> list[str]:
+def content_mistakes(line: dict, folder: Path, config, tokenizer) -> list[str]:
     """What is wrong with the images of a well-formed line, or with its length."""
     images, found = [find_image(name, folder) for name in line.get("images", [])], []
     for i, path in enumerate(images):
@@ -243,11 +240,9 @@ class Shards:
     def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The tensors of some samples, stacked, in fp32."""
         shards = np.searchsorted(self.starts, indices, "right") - 1
-        pairs = [
-            (self.files[k], int(i - self.starts[k])) for i, k in zip(indices, shards, strict=True)
-        ]
+        pairs = list(zip(shards, indices - self.starts[shards], strict=True))
         return {
-            name: torch.stack([file.get_slice(name)[i].float() for file, i in pairs])
+            name: torch.stack([self.files[k].get_slice(name)[int(i)].float() for k, i in pairs])
             for name in self.names
         }
 
@@ -261,11 +256,10 @@ def cache_embeddings(
     share: tuple[int, int] = (0, 1),
     quiet: bool = True,
 ) -> list[Path]:
-    """Compute the tensors of every sample once, in fp16: one file for each `per_shard` of them.
+    """Compute the tensors of every sample once, in fp16; return the files of `per_shard` each.
 
     A whole file with the same `stamp` (what its numbers depend on) is not made again, so a stopped
     run continues with the next one. `share` (rank, processes) makes every processes-th file.
-    Returns the paths of all files.
     """
     starts = range(0, len(samples), per_shard)
     files = [folder / f"{k:05d}.safetensors" for k in range(len(starts))]
@@ -273,23 +267,9 @@ def cache_embeddings(
     own = list(zip(files, starts, strict=True))[share[0] :: share[1]]
     for file, start in tqdm(own, desc=folder.name, unit="shard", disable=quiet):
         file_stamp = f"{stamp} {per_shard} {start} of {len(samples)}"
-        if stamp_of(file) == file_stamp:
+        if read_metadata(file).get("stamp") == file_stamp:
             continue
         rows = [make(sample) for sample in samples[start : start + per_shard]]
-        tensors = {name: torch.stack([row[name] for row in rows]).half() for name in rows[0]}
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, {"stamp": file_stamp})
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
+        tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        save_tensors(file, tensors, torch.float16, {"stamp": file_stamp})
     return files
-
-
-def stamp_of(file: Path) -> str | None:
-    """The stamp of a shard; None when the file is missing or not whole."""
-    try:
-        with safe_open(file, "pt") as shard:
-            return shard.metadata().get("stamp")
-    except (OSError, SafetensorError):
-        return None

@@ -42,8 +42,6 @@ from .trainer import fit
 
 TASKS = ("understand", "generate", "edit")
 RATIO = (1.0, 2.0, 1.0)
-EMPTY_SHARE = 0.1  # of the generation decoder's batches: they get the empty prompt (for CFG)
-COND_NOISE = 0.12  # up to this much noise on the embeddings that a decoder learns from
 ADAMW_ONLY = ("img_in", "final_layer", "time_in", "vector_in", "guidance_in")
 
 # ---------------------------------------------------------------------------------- lines by task
@@ -113,6 +111,33 @@ def autoregressive_stage(
 
 # ----------------------------------------------------------------------------- the decoders' stages
 
+
+def shifted_times(
+    n: int, generator: torch.Generator | None = None, shift: float = 3.0
+) -> tuple[Tensor, None]:
+    """Logit-normal times [n], shifted to noise as the sampler's are; no weights."""
+    return time_shift(sample_t(n, generator), shift), None
+
+
+def official_times(n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """One of the official thousand noise levels for the whole batch: [n], and its weight [n]."""
+    sigmas, i = training_sigmas(), torch.randint(1000, (1,), generator=generator).expand(n)
+    return sigmas[i], training_weights(sigmas)[i]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a decoder learns."""
+
+    lr: float = 1.5e-3
+    adamw_lr: float = 5e-4
+    times: Callable = shifted_times
+    cond_noise: float = 0.12  # up to this much noise on the embeddings
+    empty_share: float = 0.1  # batches of the generation decoder with the empty prompt, for CFG
+    distill_share: float = 0.0  # of the stage, at its start, which minimizes `distill` instead
+
+
+OFFICIAL = Recipe(times=official_times, cond_noise=0.0, empty_share=0.0)
 ContextFn = Callable[[np.random.Generator, dict[str, Tensor]], Context]
 
 
@@ -122,17 +147,12 @@ def decoder_stage(
     samples: Shards,
     batch: int,
     context: ContextFn,
-    times: Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]],
-    cond_noise: float = 0.0,
+    recipe: Recipe = Recipe(),
     distill: Callable[[dict[str, Tensor]], Tensor] | None = None,
-    distill_share: float = 0.0,
-    **options,
 ) -> Stage:
-    """Rectified flow of a decoder over `samples`, whose embeddings get up to `cond_noise`.
+    """Rectified flow of a decoder over `samples`.
 
-    context: (rng, rows) -> what the MMDiT attends to.
-    times: (n, generator) -> the times [n], and the weights [n] of the loss or None.
-    distill: rows -> the loss of the first `distill_share` of the stage instead.
+    context: (rng, rows) -> what the MMDiT attends to; distill: rows -> another loss, for the start.
     """
     mmdit = modules["mmdit"]
 
@@ -140,27 +160,27 @@ def decoder_stage(
         picks = rng.integers(len(samples), size=batch)
         stage.lines[:] = [samples.where[i] for i in picks if samples.where]
         rows = samples.rows(picks)
+        x0, embeds = rows["latents"], rows["embeds"]
         # A generator on the CPU makes the same noise for every device.
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        level = cond_noise * torch.rand(batch, 1, 1, generator=generator)
-        noise = torch.randn(rows["embeds"].shape, generator=generator)
-        rows["embeds"] = rows["embeds"] + level * noise
-        x0 = rows["latents"]
+        level = recipe.cond_noise * torch.rand(batch, 1, 1, generator=generator)
+        rows["embeds"] = embeds + level * torch.randn(embeds.shape, generator=generator)
         rows = {key: x.to(mmdit.img_in.weight) for key, x in rows.items()}
-        if distill and progress < distill_share:
+        if progress < recipe.distill_share:
             return distill(rows), {}
         noise = torch.randn(x0.shape, generator=generator)
-        t, weights = times(batch, generator)
+        t, weights = recipe.times(batch, generator)
         x0, noise, t = (x.to(mmdit.img_in.weight.device) for x in (x0, noise, t))
         field = velocity_field(mmdit, context(rng, rows), *x0.shape[-2:])
         return rf_loss(field, x0, noise, t, weights), {}
 
-    stage = Stage(name, modules, loss, adamw_only=ADAMW_ONLY, **options)
+    rates = {"lr": recipe.lr, "adamw_lr": recipe.adamw_lr}
+    stage = Stage(name, modules, loss, adamw_only=ADAMW_ONLY, **rates)
     return stage
 
 
 def generation_context(adapter: GenerationAdapter, empty: dict, empty_share: float) -> ContextFn:
-    """The adapted embeddings; in `empty_share` of the batches the empty prompt, for CFG."""
+    """The adapted embeddings, or the empty prompt."""
 
     def context(rng, rows):
         is_empty = rng.random() < empty_share
@@ -183,39 +203,16 @@ def editing_context(merger: ImageEmbeddingMerger, empty: dict, config: NexusGenC
     return context
 
 
-def shifted_times(
-    n: int, generator: torch.Generator | None = None, shift: float = 3.0
-) -> tuple[Tensor, None]:
-    """Logit-normal times [n], shifted to noise as the sampler's are; no weights."""
-    return time_shift(sample_t(n, generator), shift), None
-
-
-def official_times(n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """One of the official thousand noise levels for the whole batch: [n], and its weight [n]."""
-    sigmas, i = training_sigmas(), torch.randint(1000, (1,), generator=generator).expand(n)
-    return sigmas[i], training_weights(sigmas)[i]
-
-
-def recipe(official: bool) -> dict[str, Any]:
-    """The official levels and weights of the loss, or our own times and noisy embeddings."""
-    rates = {"lr": 1.5e-3, "adamw_lr": 5e-4}
-    if official:
-        return {"times": official_times, **rates}
-    return {"times": shifted_times, "cond_noise": COND_NOISE, **rates}
-
-
 def generation_stage(
-    mmdit: MMDiT,
-    adapter: GenerationAdapter,
-    empty: dict[str, Tensor],
-    samples: Shards,
-    batch: int,
-    official: bool = False,
+    mmdit: MMDiT, adapter: GenerationAdapter, empty: dict, samples, batch: int, official=False
 ) -> Stage:
     """Reconstruct an image from its embeddings."""
-    modules = nn.ModuleDict({"mmdit": mmdit, "adapter": adapter})
-    context = generation_context(adapter, empty, 0.0 if official else EMPTY_SHARE)
-    return decoder_stage("generation", modules, samples, batch, context, **recipe(official))
+    modules, recipe = (
+        nn.ModuleDict({"mmdit": mmdit, "adapter": adapter}),
+        OFFICIAL if official else Recipe(),
+    )
+    context = generation_context(adapter, empty, recipe.empty_share)
+    return decoder_stage("generation", modules, samples, batch, context, recipe)
 
 
 def editing_stage(
@@ -228,9 +225,12 @@ def editing_stage(
     official: bool = False,
 ) -> Stage:
     """Generate the target image from its predicted embeddings and the source's."""
-    modules = nn.ModuleDict({"mmdit": mmdit, "merger": merger})
+    modules, recipe = (
+        nn.ModuleDict({"mmdit": mmdit, "merger": merger}),
+        OFFICIAL if official else Recipe(),
+    )
     context = editing_context(merger, empty, config)
-    return decoder_stage("editing", modules, samples, batch, context, **recipe(official))
+    return decoder_stage("editing", modules, samples, batch, context, recipe)
 
 
 # ------------------------------------------------------------------------ what decoders learn from
@@ -299,35 +299,7 @@ class FinetuneData:
 Fit = Callable[[Stage, Run], Any]  # the loop: `trainer.fit`, or that of `scale.fsdp`
 
 
-def train_generation_decoder(
-    folder: RunFolder, data: FinetuneData, run: Run, fit: Fit = fit
-) -> None:
-    """Train the generation decoder of `folder` on all target images, and save it."""
-    started, samples = time.perf_counter(), generation_samples(folder, data, run)
-    mmdit, adapter = folder.generation()
-    settings = (folder.empty_prompt(), samples, data.batch, data.official)
-    stage = generation_stage(mmdit, adapter, *settings)
-    fit(stage, run.after(time.perf_counter() - started))
-    folder.save(folder.config, generation=(mmdit, adapter))
-
-
-def generation_samples(folder: RunFolder, data: FinetuneData, run: Run) -> Shards:
-    """Embeddings and latents of the assistants' images (the models are freed afterwards)."""
-    config, ar, vae = folder.config, folder.ar(), folder.vae()
-    targets = [
-        {"images": [image], "where": line["where"]}
-        for line in data.lines
-        for image, role in zip(line["images"], image_roles(line["messages"]), strict=True)
-        if role == "assistant"
-    ]
-
-    def make(target: dict) -> dict:
-        return generation_sample(ar, vae, config, *target["images"])
-
-    return embed_samples("generation", targets, make, (ar.visual, vae), data, run)
-
-
-def train_autoregressive(folder: RunFolder, data: FinetuneData, run: Run, fit: Fit = fit) -> None:
+def train_ar(folder: RunFolder, data: FinetuneData, run: Run, fit: Fit = fit) -> None:
     """Train the AR model of `folder` on the lines of all tasks, mixed, and save it."""
     ar, mixture = folder.ar(), TaskMixture(data.lines, data.ratio)
     settings = (folder.config, mixture, data.batch, data.lora_rank)
@@ -336,28 +308,58 @@ def train_autoregressive(folder: RunFolder, data: FinetuneData, run: Run, fit: F
     folder.save(folder.config, ar=ar)
 
 
-def train_editing_decoder(folder: RunFolder, data: FinetuneData, run: Run, fit: Fit = fit) -> None:
-    """Train the editing decoder of `folder` on what its AR model predicts, and save it."""
-    started, samples = time.perf_counter(), editing_samples(folder, data, run)
-    mmdit, merger = folder.editing()
-    settings = (folder.empty_prompt(), samples, folder.config, data.batch, data.official)
-    stage = editing_stage(mmdit, merger, *settings)
+def train_decoder(
+    name: str, folder: RunFolder, data: FinetuneData, run: Run, fit: Fit = fit
+) -> None:
+    """Train a decoder of `folder` on what the AR model makes of the lines, and save it."""
+    started = time.perf_counter()
+    samples, empty = embed_lines(name, folder, data, run), folder.empty_prompt()
+    if name == "generation":
+        decoder = folder.generation()
+        stage = generation_stage(*decoder, empty, samples, data.batch, data.official)
+    else:
+        decoder = folder.editing()
+        config = folder.config
+        stage = editing_stage(*decoder, empty, samples, config, data.batch, data.official)
     fit(stage, run.after(time.perf_counter() - started))
-    folder.save(folder.config, editing=(mmdit, merger))
+    folder.save(folder.config, **{name: decoder})
 
 
-def editing_samples(folder: RunFolder, data: FinetuneData, run: Run) -> Shards:
-    """Predicted embeddings of all edits, and the sources (the models are freed afterwards)."""
+def embed_lines(name: str, folder: RunFolder, data: FinetuneData, run: Run) -> Shards:
+    """A decoder's samples, made by all processes; cached until files or models change.
+
+    For the generation decoder all images of the assistant, for the editing decoder all edits.
+    """
     config, ar, vae = folder.config, folder.ar(), folder.vae()
-    edits = [line for line in data.lines if task_of(line) == "edit"]
-    make = partial(editing_sample, ar, vae, folder.tokenizer(), config)
-    return embed_samples("editing", edits, make, (ar, vae), data, run)
+    if name == "generation":
+        models = ar.visual, vae
+        items = [
+            {"images": [image], "where": line["where"]}
+            for line in data.lines
+            for image, role in zip(line["images"], image_roles(line["messages"]), strict=True)
+            if role == "assistant"
+        ]
+
+        def make(item: dict) -> dict:
+            return generation_sample(ar, vae, config, *item["images"])
+
+    else:
+        models, items = (ar, vae), [line for line in data.lines if task_of(line) == "edit"]
+        make = partial(editing_sample, ar, vae, folder.tokenizer(), config)
+    paths = [path for item in items for path in item["images"]]
+    files = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
+    weights = [float(x.float().sum()) for m in models for x in m.state_dict().values()]
+    stamp = hashlib.sha256(repr((items, files, weights)).encode()).hexdigest()
+    settings = {"per_shard": data.per_shard, "share": rank_and_size(), "quiet": run.quiet}
+    shards = cache_embeddings(run.folder / "cache" / name, items, make, stamp, **settings)
+    barrier()
+    return Shards(shards, [item["where"] for item in items])
 
 
 TRAIN = {
-    "generation": train_generation_decoder,
-    "ar": train_autoregressive,
-    "editing": train_editing_decoder,
+    "generation": partial(train_decoder, "generation"),
+    "ar": train_ar,
+    "editing": partial(train_decoder, "editing"),
 }
 LEARNS_FROM = {"generation": ("generate", "edit"), "ar": TASKS, "editing": ("edit",)}
 
@@ -369,22 +371,3 @@ def stages(lines: Sequence[dict], chosen: str = "all") -> tuple[str, ...]:
     if not found:
         raise ValueError(f"the data hold no lines that the stage {chosen} learns from")
     return tuple(found)
-
-
-def embed_samples(
-    name: str,
-    samples: list[dict],
-    make: Callable,
-    models: tuple[nn.Module, ...],
-    data: FinetuneData,
-    run: Run,
-) -> Shards:
-    """The cached tensors of samples, computed by all processes; again when anything changed."""
-    paths = [p for s in samples for p in s["images"]]
-    files = [(str(p), os.stat(p).st_size, os.stat(p).st_mtime_ns) for p in paths]
-    weights = [float(x.float().sum()) for m in models for x in m.state_dict().values()]
-    stamp = hashlib.sha256(repr((samples, files, weights)).encode()).hexdigest()
-    settings = {"per_shard": data.per_shard, "share": rank_and_size(), "quiet": run.quiet}
-    paths = cache_embeddings(run.folder / "cache" / name, samples, make, stamp, **settings)
-    barrier()
-    return Shards(paths, [s["where"] for s in samples])
