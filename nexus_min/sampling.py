@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .config import NexusGenConfig
 from .model import flow
@@ -136,13 +137,16 @@ def velocity_field(
     ids = image_ids(height, width), context.txt_ids
     rope = mmdit.rope(*(i.to(weight.device) for i in ids))
     strength = torch.full((1,), guidance, device=weight.device)
-    cached = precompute_modulations(mmdit, context.pooled.to(weight), strength, times)
+    pooled = context.pooled.to(weight)
+    cached = precompute_modulations(mmdit, pooled, strength, times)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        txt = context.txt.to(weight).expand(len(x), -1, -1)
         mods = cached.get(float(t[0])) if cached else None
-        args = patchify(x).to(weight), None, txt, None, t, context.pooled.to(weight), strength
-        return unpatchify(mmdit(*args, rope, mods).float(), height, width)
+        if mods is None:
+            mods = mmdit.modulations(mmdit.condition(t, pooled, strength))
+        txt = context.txt.to(weight).expand(len(x), -1, -1)
+        tokens = mmdit.velocity(patchify(x).to(weight), txt, mods, rope)
+        return unpatchify(tokens.float(), height, width)
 
     return velocity
 
@@ -155,15 +159,8 @@ def precompute_modulations(
         return {}
     t = torch.tensor(times, dtype=torch.float32, device=pooled.device)
     table = mmdit.modulations(mmdit.condition(t, pooled, guidance))
-    return {time: index_batch(table, i) for i, time in enumerate(t.tolist())}
-
-
-def index_batch(table: Any, i: int) -> Any:
-    """Row i of every tensor [N, ...] in nested lists and tuples, kept as [1, ...]."""
-    if isinstance(table, Tensor):
-        return table[i : i + 1]
-    items = [index_batch(item, i) for item in table]
-    return type(table)(*items) if hasattr(table, "_fields") else type(table)(items)
+    # row i of every tensor [N, 1, C] in the nested tuples, kept as [1, 1, C]
+    return {time: tree_map(lambda x, i=i: x[i : i + 1], table) for i, time in enumerate(t.tolist())}
 
 
 def classifier_free_guidance(

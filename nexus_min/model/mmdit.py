@@ -36,10 +36,9 @@ ULP_HIGHER = [13, 44]  # frequencies that the official run rounded up, of 128
 
 def patchify(latents: Tensor) -> Tensor:
     """Latents [B, C, h, w] -> tokens [B, h/2 * w/2, C*4]."""
-    height, width = latents.shape[-2:]
-    if height % PATCH or width % PATCH:
+    if latents.shape[-2] % PATCH or latents.shape[-1] % PATCH:
         raise ValueError(
-            f"latents of {height} x {width} cells do not divide into {PATCH} x {PATCH}"
+            f"latents {tuple(latents.shape)} do not divide into {PATCH} x {PATCH} cells"
         )
     return rearrange(latents, "B C (h p) (w q) -> B (h w) (C p q)", p=PATCH, q=PATCH)
 
@@ -52,15 +51,10 @@ def unpatchify(tokens: Tensor, height: int, width: int) -> Tensor:
     return rearrange(tokens, "B (h w) (C p q) -> B C (h p) (w q)", h=h, p=PATCH, q=PATCH)
 
 
-def grid_ids(index: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """Every (index, row, column) of a grid, row-major: [1, rows*columns, 3], fp32."""
-    ids = torch.cartesian_prod(rows.float(), columns.float())
-    return F.pad(ids, (1, 0), value=index).unsqueeze(0)
-
-
 def image_ids(height: int, width: int) -> Tensor:
     """Positions (0, row, column) of the tokens of a height x width latent: [1, h/2 * w/2, 3]."""
-    return grid_ids(0, torch.arange(height // PATCH), torch.arange(width // PATCH))
+    rows, columns = torch.arange(height // PATCH).float(), torch.arange(width // PATCH).float()
+    return F.pad(torch.cartesian_prod(rows, columns), (1, 0)).unsqueeze(0)
 
 
 def context_ids_generation(n: int) -> Tensor:
@@ -77,27 +71,25 @@ def context_ids_editing(
 ) -> Tensor:
     """Positions of [target, reference] embeddings, spread over the image: [1, N + M, 3].
 
-    Grids are (t, h, w) in vision patches *before* merging; height and width in latent cells. An
-    embedding of row i lies at row i * height / h of the latent: both views share one frame with the
-    image tokens. The index is 0 for the target and 1 for the reference.
+    Grids are (t, h, w) in vision patches *before* merging; height and width in latent cells.
     """
     ids = []
     for index, (_, h, w) in enumerate(g for g in (target_grid, ref_grid) if g is not None):
+        # row i lies at i * height / h of the latent: target, source and image share one frame
         rows = torch.arange(h // merge) * (height / h)
-        ids.append(grid_ids(index, rows, torch.arange(w // merge) * (width / w)))
-    return torch.cat(ids, dim=1)
+        columns = torch.arange(w // merge) * (width / w)
+        # the first axis tells them apart: 0 is the target, 1 the source
+        ids.append(F.pad(torch.cartesian_prod(rows, columns), (1, 0), value=index))
+    return torch.cat(ids).unsqueeze(0)
 
 
 # ---- the condition vector ----------------------------------------------------------------------
 
 
 def timestep_frequencies(n: int) -> Tensor:
-    """10000^(-k/n), k = 0 .. n - 1: [n], fp32, the same bits on every processor.
-
-    1000 t makes an ulp here 1.5e-5 in the angle, and the fp32 `exp` of processors differs by an
-    ulp. So `exp` is exact and rounded once, but for two of FLUX's 128 that the official run has an
-    ulp higher: with plain `exp` whole images move up to 5e-5 (fixture 12), above its limit.
-    """
+    """10000^(-k/n), k = 0 .. n - 1: [n], fp32, the same bits on every processor."""
+    # Plain fp32 `exp` differs by an ulp between processors. Times 1000 t, that moves latents by up
+    # to 5e-5. Here it is exact and rounded once; the official run has two of 128 an ulp higher.
     k = torch.arange(n, dtype=torch.float32, device="cpu")
     freqs = (-math.log(10_000) * k / n).double().exp().float()
     if n == 128:
@@ -108,7 +100,8 @@ def timestep_frequencies(n: int) -> Tensor:
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """t [B] in [0, 1] (or a guidance scale) -> [cos, sin] sinusoid [B, dim] of 1000 t, fp32."""
     freqs = timestep_frequencies(dim // 2).to(t.device)
-    angles = (1000 * t.to(torch.promote_types(t.dtype, torch.float32))).float()[:, None] * freqs
+    t = 1000 * t.to(torch.promote_types(t.dtype, torch.float32))  # fp64 times stay fp64 until here
+    angles = t.float()[:, None] * freqs
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
@@ -141,6 +134,7 @@ class Modulation(nn.Module):
         self.lin = nn.Linear(dim, 3 * self.count * dim)
 
     def forward(self, cond: Tensor) -> list[ModulationOut]:
+        # [B, C] -> [B, 1, 3 or 6 C], in the order shift, scale, gate
         parts = self.lin(cond).unsqueeze(1).chunk(3 * self.count, dim=-1)
         return [ModulationOut(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
 
@@ -179,6 +173,7 @@ class QKNorm(nn.Module):
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """[B, L, 3*H*D] -> normed queries and keys [2, B, H, L, D], values [B, H, L, D]."""
+        # one RMSNorm over both, since they have one shape
         scale = torch.stack((self.query_norm.scale, self.key_norm.scale))
         heads = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, D=scale.shape[1])
         qk = F.rms_norm(heads[:2], scale.shape[1:], eps=EPS)
@@ -186,7 +181,7 @@ class QKNorm(nn.Module):
 
 
 def attention(qk: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate queries and keys together, attend over the joint sequence: -> [B, L, H*D]."""
+    """qk [2, B, H, L, D], v [B, H, L, D] of the joint sequence -> [B, L, H*D]."""
     q, k = apply_rope_interleaved(qk, *rope)
     return rearrange(F.scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)")
 
@@ -233,13 +228,14 @@ class DoubleStreamBlock(nn.Module):
         rope: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """img [B, N, C], txt [B, L, C] -> both, updated; `mods` are those of (image, context)."""
-        (img_mod1, img_mod2), (txt_mod1, txt_mod2) = mods
+        (img_mod1, img_mod2), (txt_mod1, txt_mod2) = mods  # 1: attention, 2: MLP
         img_qkv = self.img_attn.qkv(modulated_norm(img, *img_mod1[:2]))
         txt_qkv = self.txt_attn.qkv(modulated_norm(txt, *txt_mod1[:2]))
         (img_qk, img_v), (txt_qk, txt_v) = self.img_attn.norm(img_qkv), self.txt_attn.norm(txt_qkv)
         # the streams meet here: every token attends to context and image
         joint = attention(torch.cat((txt_qk, img_qk), 3), torch.cat((txt_v, img_v), 2), rope)
         txt_attn, img_attn = joint.split((txt.shape[1], img.shape[1]), dim=1)
+        # x + gate * f(x), for the attention and then for the MLP
         img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_attn))
         txt = torch.addcmul(txt, txt_mod1.gate, self.txt_attn.proj(txt_attn))
         img = torch.addcmul(img, img_mod2.gate, self.img_mlp(modulated_norm(img, *img_mod2[:2])))
@@ -263,6 +259,7 @@ class SingleStreamBlock(nn.Module):
         self, x: Tensor, mod: ModulationOut, rope: tuple[Tensor, Tensor], skip: int = 0
     ) -> Tensor:
         """x [B, L, C] (context first) -> [B, L - skip, C]: all but the first `skip` tokens."""
+        # attention and MLP read one norm, and share their Linears
         qkv, hidden = self.linear1(modulated_norm(x, *mod[:2])).split(self.widths, dim=-1)
         attn = attention(*self.norm(qkv), rope)[:, skip:]
         hidden = F.gelu(hidden[:, skip:], approximate="tanh")
@@ -271,15 +268,12 @@ class SingleStreamBlock(nn.Module):
 
 
 class LastLayer(nn.Module):
-    """Modulated LayerNorm, then Linear to the token's channels.
-
-    Its modulation is stored as [shift; scale]. DiffSynth files (Nexus-Gen's two `.bin`) hold
-    [scale; shift].
-    """
+    """Modulated LayerNorm, then Linear to the token's channels."""
 
     def __init__(self, dim: int, out_channels: int):
         super().__init__()
         self.linear = nn.Linear(dim, out_channels)
+        # [shift; scale] as in the FLUX files; Nexus-Gen's two `.bin` files hold [scale; shift]
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, mod: tuple[Tensor, Tensor]) -> Tensor:
@@ -320,38 +314,32 @@ class MMDiT(nn.Module):
     def forward(
         self,
         img: Tensor,
-        img_ids: Tensor | None,
+        img_ids: Tensor,
         txt: Tensor,
-        txt_ids: Tensor | None,
+        txt_ids: Tensor,
         timesteps: Tensor,
         y: Tensor,
         guidance: Tensor,
-        rope: tuple[Tensor, Tensor] | None = None,
-        mods: Modulations | None = None,
     ) -> Tensor:
         """The velocity noise - data as tokens [B, N, in_channels].
 
-        img [B, N, in_channels]: noisy latents from `patchify`; txt [B, L, context_in_dim];
-        timesteps [B] in [0, 1]; y [B, vec_in_dim]: pooled CLIP vector; guidance [B]: FLUX.1-dev's
-        distilled guidance, 3.5; ids [1 or B, N or L, 3], or None with `rope`; `mods`: replaces
-        timesteps, y and guidance. A batch of one in these three serves the whole batch.
+        img [B, N, in_channels]: noisy latents from `patchify`; txt [B, L, context_in_dim]; ids
+        [1 or B, N or L, 3]; timesteps [B] in [0, 1]; y [B, vec_in_dim]: pooled CLIP vector;
+        guidance [B]: FLUX.1-dev's distilled guidance, 3.5. A batch of one in the last three serves
+        the whole batch.
         """
-        rope = self.rope(img_ids, txt_ids) if rope is None else rope
-        self.check(img, txt, timesteps=timesteps, y=y, guidance=guidance, positions=rope[0])
-        if mods is None:
-            mods = self.modulations(self.condition(timesteps, y, guidance))
-        return self.velocity(img, txt, mods, rope)
+        mods = self.modulations(self.condition(timesteps, y, guidance))
+        return self.velocity(img, txt, mods, self.rope(img_ids, txt_ids))
 
     def rope(self, img_ids: Tensor, txt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Positions of the joint sequence -> cos, sin [1 or B, 1, L + N, D/2], fp32."""
         batch = max(len(img_ids), len(txt_ids))
-        if not {len(img_ids), len(txt_ids)} <= {1, batch}:
-            raise ValueError(f"ids for {len(img_ids)} images, but for {len(txt_ids)} contexts")
         ids = torch.cat([i.float().expand(batch, -1, -1) for i in (txt_ids, img_ids)], dim=1)
         return flux_rope(ids, self.config.axes_dim, self.config.theta)
 
     def condition(self, timesteps: Tensor, y: Tensor, guidance: Tensor) -> Tensor:
         """vec = time + guidance + pooled text: [B, C]."""
+        # the sinusoids are fp32; the embedders compute in the dtype of the weights
         dtype, dim = self.img_in.weight.dtype, self.config.time_embed_dim
         time = self.time_in(timestep_embedding(timesteps, dim).to(dtype))
         strength = self.guidance_in(timestep_embedding(guidance, dim).to(dtype))
@@ -380,17 +368,3 @@ class MMDiT(nn.Module):
             is_last = i == len(self.single_blocks) - 1
             x = block(x, mod, rope, skip=txt.shape[1] if is_last else 0)
         return self.final_layer(x[:, -img.shape[1] :], mods.final)
-
-    def check(self, img: Tensor, txt: Tensor, **others: Tensor) -> None:
-        """ValueError with the sizes when inputs do not fit the network or each other."""
-        c, B = self.config, len(img)
-        got = img.shape[-1], txt.shape[-1], others["y"].shape[-1]
-        want = c.in_channels, c.context_in_dim, c.vec_in_dim
-        if got != want:
-            raise ValueError(f"widths of img, txt, y are {got}, the network takes {want}")
-        sizes = {"txt": len(txt)} | {k: len(v) for k, v in others.items() if len(v) != 1}
-        if any(n != B for n in sizes.values()):
-            raise ValueError(f"batch of img is {B}, but those of the others are {sizes}")
-        tokens, positions = txt.shape[1] + img.shape[1], others["positions"].shape[-2]
-        if positions != tokens:
-            raise ValueError(f"{positions} positions for {tokens} tokens (context + image)")
