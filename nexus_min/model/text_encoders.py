@@ -1,6 +1,6 @@
 """CLIP-L and T5: the text side of FLUX, which Nexus-Gen needs for empty and negative prompts only.
 
-`CLIPTextModel` turns 77 ids into one pooled vector (it joins time and guidance in the modulation),
+`CLIPTextModel` turns 77 ids into one pooled vector (added to time and guidance in the modulation),
 `T5Encoder` turns 512 ids into context tokens. The positive context of Nexus-Gen comes from its own
 projectors; with the default empty prompts both outputs here are constants. No equation of the
 paper. Official classes: `CLIPTextModel` and `T5EncoderModel` of transformers 4.49, as DiffSynth 1.1
@@ -22,14 +22,14 @@ from einops import rearrange
 from tokenizers import Regex, Tokenizer
 from torch import Tensor, nn
 
-from nexus_min.config import CLIPConfig, T5Config
-from nexus_min.model.layers import RMSNorm
+from ..config import CLIPConfig, T5Config
+from .layers import RMSNorm
 
-# ---------------------------------------------------------------------------------------- CLIP-L
+# ---- CLIP-L -------------------------------------------------------------------------------------
 
 
 class CLIPAttention(nn.Module):
-    """Causal multi-head self-attention with biases. [B, L, C] -> [B, L, C]."""
+    """Causal multi-head self-attention with biases: [B, L, C] -> [B, L, C]."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -41,16 +41,14 @@ class CLIPAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(layer(x), "B L (H D) -> B H L D", H=self.num_heads)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        heads = (rearrange(y, "B L (H D) -> B H L D", H=self.num_heads) for y in projected)
+        x = F.scaled_dot_product_attention(*heads, is_causal=True)
         return self.out_proj(rearrange(x, "B H L D -> B L (H D)"))
 
 
 class CLIPMLP(nn.Module):
-    """fc2(quick_gelu(fc1(x))), quick_gelu(y) = y * sigmoid(1.702 y)."""
+    """fc2(quick_gelu(fc1(x))): [B, L, C] -> [B, L, C]."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -59,11 +57,11 @@ class CLIPMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))
+        return self.fc2(x * torch.sigmoid(1.702 * x))  # quick_gelu(x)
 
 
 class CLIPLayer(nn.Module):
-    """Pre-norm transformer block."""
+    """Pre-norm transformer block: [B, L, C] -> [B, L, C]."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -77,61 +75,46 @@ class CLIPLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class CLIPEmbeddings(nn.Module):
-    """Token plus learned position embeddings. ids [B, L] -> [B, L, C]."""
-
-    def __init__(self, config: CLIPConfig):
-        super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-
-
-class CLIPTextTransformer(nn.Module):
-    """Embeddings, layers, final norm: all under the checkpoint's prefix `text_model`."""
-
-    def __init__(self, config: CLIPConfig):
-        super().__init__()
-        self.embeddings = CLIPEmbeddings(config)
-        layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))
-        self.encoder = nn.ModuleDict({"layers": layers})
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-
 class CLIPTextModel(nn.Module):
-    """CLIP-L text model. ids [B, L <= 77] -> pooled [B, C]; no projection after the final norm."""
+    """CLIP-L text model: ids [B, L <= 77] -> pooled [B, C]; no projection after the final norm."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        self.config = config
-        self.text_model = CLIPTextTransformer(config)
+        self.config, dim = config, config.hidden_size
+        # the dicts spell the released names, such as text_model.encoder.layers.0
+        embeddings = {"token_embedding": nn.Embedding(config.vocab_size, dim)}
+        embeddings["position_embedding"] = nn.Embedding(config.max_position_embeddings, dim)
+        layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))
+        self.text_model = nn.ModuleDict(
+            {
+                "embeddings": nn.ModuleDict(embeddings),
+                "encoder": nn.ModuleDict({"layers": layers}),
+                "final_layer_norm": nn.LayerNorm(dim, eps=config.layer_norm_eps),
+            }
+        )
 
     def hidden_states(self, ids: Tensor) -> list[Tensor]:
-        """The embeddings and every layer's output [B, L, C], before the final norm.
-
-        Raises ValueError when ids are not [B, L] with 1 <= L <= `max_position_embeddings`.
-        """
+        """The embeddings and every layer's output [B, L, C], before the final norm."""
         check_ids("CLIP", ids, self.config.max_position_embeddings)
-        states = [self.text_model.embeddings(ids)]
-        for layer in self.text_model.encoder["layers"]:
+        tokens, positions = self.text_model["embeddings"].values()
+        states = [tokens(ids) + positions.weight[: ids.shape[1]]]
+        for layer in self.text_model["encoder"]["layers"]:
             states.append(layer(states[-1]))
         return states
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Final-norm state at the first end-of-text, which is the largest id: [B, C]."""
-        x = self.text_model.final_layer_norm(self.hidden_states(ids)[-1])
+        x = self.text_model["final_layer_norm"](self.hidden_states(ids)[-1])
+        # pooled: the state at the first end-of-text, which is the largest id
         return x[torch.arange(len(x), device=x.device), ids.argmax(dim=-1)]
 
 
-# -------------------------------------------------------------------------------------------- T5
+# ---- T5 -----------------------------------------------------------------------------------------
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int, device=None) -> Tensor:
     """Bucket of (key - query) for every query and key: [L, L] in [0, num_buckets).
 
-    Half of the buckets for each sign; half of those hold one distance each, the others grow
+    Half of the buckets serve each sign; half of those hold one distance each, the others grow
     logarithmically up to `max_distance`. Official `T5Attention._relative_position_bucket`.
     """
     half = num_buckets // 2
@@ -139,40 +122,36 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int, device=No
     position = torch.arange(length, device=device)
     offset = position[None] - position[:, None]
     distance = offset.abs()
-    # clamped to avoid log(0); small distances take the other branch
+    # the clamp avoids log(0); small distances take the other branch
     ratio = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (ratio * (half - exact)).long()).clamp(max=half - 1)
     return half * (offset > 0) + torch.where(distance < exact, distance, far)
 
 
 class T5Attention(nn.Module):
-    """Self-attention, no biases, *not* scaled by 1/sqrt(D); `bias` holds the positions."""
+    """Self-attention, no biases, *not* scaled by 1/sqrt(D): [B, L, C] -> [B, L, C]."""
 
     def __init__(self, config: T5Config, has_bias: bool):
         super().__init__()
-        inner = config.num_heads * config.d_kv
+        inner, num_buckets = config.num_heads * config.d_kv, config.relative_attention_num_buckets
         self.num_heads = config.num_heads
         self.q = nn.Linear(config.d_model, inner, bias=False)
         self.k = nn.Linear(config.d_model, inner, bias=False)
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if has_bias:
-            self.relative_attention_bias = nn.Embedding(
-                config.relative_attention_num_buckets, config.num_heads
-            )
+            self.relative_attention_bias = nn.Embedding(num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """x [B, L, C], bias [1, H, L, L] -> [B, L, C]."""
-        q, k, v = (
-            rearrange(layer(x), "B L (H D) -> B H L D", H=self.num_heads)
-            for layer in (self.q, self.k, self.v)
-        )
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        projected = self.q(x), self.k(x), self.v(x)
+        heads = (rearrange(y, "B L (H D) -> B H L D", H=self.num_heads) for y in projected)
+        # the bias [1, H, L, L] is all that T5 knows of positions
+        x = F.scaled_dot_product_attention(*heads, attn_mask=bias, scale=1.0)
         return self.o(rearrange(x, "B H L D -> B L (H D)"))
 
 
 class T5GatedMLP(nn.Module):
-    """wo(gelu_tanh(wi_0(x)) * wi_1(x))."""
+    """wo(gelu_tanh(wi_0(x)) * wi_1(x)): [B, L, C] -> [B, L, C]."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -184,82 +163,50 @@ class T5GatedMLP(nn.Module):
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 
-class T5SelfAttentionLayer(nn.Module):
-    """x + SelfAttention(norm(x))."""
-
-    def __init__(self, config: T5Config, has_bias: bool):
-        super().__init__()
-        self.SelfAttention = T5Attention(config, has_bias)
-        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return x + self.SelfAttention(self.layer_norm(x), bias)
-
-
-class T5MLPLayer(nn.Module):
-    """x + DenseReluDense(norm(x)); the official name predates the gated GELU inside."""
-
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.DenseReluDense = T5GatedMLP(config)
-        self.layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.DenseReluDense(self.layer_norm(x))
-
-
 class T5Block(nn.Module):
-    """Attention layer, then MLP layer. Only block 0 owns the position bias; all blocks use it."""
+    """Pre-norm attention and MLP; only block 0 owns the position bias, which all blocks use."""
 
     def __init__(self, config: T5Config, has_bias: bool):
         super().__init__()
-        self.layer = nn.ModuleList([T5SelfAttentionLayer(config, has_bias), T5MLPLayer(config)])
+        # the dicts spell the released names: layer.0.SelfAttention, layer.1.DenseReluDense
+        self.layer = nn.ModuleList([nn.ModuleDict(), nn.ModuleDict()])
+        self.layer[0]["SelfAttention"] = T5Attention(config, has_bias)
+        self.layer[0]["layer_norm"] = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.layer[1]["DenseReluDense"] = T5GatedMLP(config)
+        self.layer[1]["layer_norm"] = RMSNorm(config.d_model, config.layer_norm_epsilon)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.layer[1](self.layer[0](x, bias))
-
-
-class T5Stack(nn.Module):
-    """The blocks and the final norm: all under the checkpoint's prefix `encoder`."""
-
-    def __init__(self, config: T5Config):
-        super().__init__()
-        self.block = nn.ModuleList(T5Block(config, i == 0) for i in range(config.num_layers))
-        self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x, bias)
-        return self.final_layer_norm(x)
+        attention, mlp = self.layer
+        x = x + attention["SelfAttention"](attention["layer_norm"](x), bias)
+        return x + mlp["DenseReluDense"](mlp["layer_norm"](x))
 
 
 class T5Encoder(nn.Module):
-    """T5 encoder. ids [B, L] -> context [B, L, d_model]; padding is attended to like any token."""
+    """T5 encoder: ids [B, L] -> context [B, L, d_model]; attention includes the padding."""
 
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = T5Stack(config)
-
-    def position_bias(self, length: int) -> Tensor:
-        """Learned bias of every head for every (query, key): [1, H, L, L]."""
-        c, table = self.config, self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
-        buckets = relative_buckets(
-            length,
-            c.relative_attention_num_buckets,
-            c.relative_attention_max_distance,
-            table.weight.device,
-        )
-        return rearrange(table(buckets), "q k H -> 1 H q k")
+        blocks = nn.ModuleList(T5Block(config, i == 0) for i in range(config.num_layers))
+        norm = RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": norm})
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Raises ValueError when ids are not [B, L] with L >= 1."""
         check_ids("T5", ids)
-        return self.encoder(self.shared(ids), self.position_bias(ids.shape[1]))
+        blocks, norm = self.encoder.values()
+        num_buckets = self.config.relative_attention_num_buckets
+        max_distance = self.config.relative_attention_max_distance
+        buckets = relative_buckets(ids.shape[1], num_buckets, max_distance, ids.device)
+        table = blocks[0].layer[0]["SelfAttention"].relative_attention_bias
+        bias = rearrange(table(buckets), "q k H -> 1 H q k")
+        x = self.shared(ids)
+        for block in blocks:
+            x = block(x, bias)
+        return norm(x)
 
 
-# ------------------------------------------------------------------------------------ tokenizers
+# ---- tokenizers ---------------------------------------------------------------------------------
 
 
 def check_ids(name: str, ids: Tensor, longest: int | None = None) -> None:
@@ -277,18 +224,15 @@ def clip_tokenizer(folder: str | Path, length: int = 77) -> Callable[[str], Tens
     """text -> ids [1, length] from `vocab.json` and `merges.txt` of FLUX.1-dev's `tokenizer/`.
 
     Lower-cased byte-level BPE between start and end of text, padded with the end (49407).
-    The special tokens' spelling inside a prompt is plain text. Raises ValueError on a missing file.
     """
     vocab, merges = (str(existing(folder, name)) for name in ("vocab.json", "merges.txt"))
     bpe = tokenizers.models.BPE.from_file(vocab, merges, end_of_word_suffix="</w>")
-    tokenizer = Tokenizer(bpe)
+    tokenizer = Tokenizer(bpe)  # without special tokens: a prompt that spells one is plain text
     normalizers, pre = tokenizers.normalizers, tokenizers.pre_tokenizers
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     words = pre.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
-    # the words are cut above, so ByteLevel only maps bytes to letters
-    tokenizer.pre_tokenizer = pre.Sequence(
-        [words, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    letters = pre.ByteLevel(add_prefix_space=False, use_regex=False)  # bytes as letters
+    tokenizer.pre_tokenizer = pre.Sequence([words, letters])
     start, end = "<|startoftext|>", "<|endoftext|>"
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{start} $A {end}",
@@ -300,19 +244,19 @@ def clip_tokenizer(folder: str | Path, length: int = 77) -> Callable[[str], Tens
 def t5_tokenizer(folder: str | Path, length: int = 512) -> Callable[[str], Tensor]:
     """text -> ids [1, length] from `tokenizer.json` of FLUX.1-dev's `tokenizer_2/`.
 
-    SentencePiece pieces, one `</s>`, then `<pad>`, neither of which a prompt can spell. Raises
-    ValueError on a missing file.
+    SentencePiece pieces, one `</s>`, then `<pad>`.
     """
     spec = json.loads(existing(folder, "tokenizer.json").read_text("utf-8"))
     special = {token["content"] for token in spec.pop("added_tokens")}
-    vocab = spec["model"]["vocab"]  # holds them as pieces, too; words hold no space, so none is it
-    vocab[:] = [(f" {p}" if p in special else p, score) for p, score in vocab]
+    # A prompt must not spell a special piece. No word contains a space, so a space hides the piece.
+    vocab = spec["model"]["vocab"]
+    vocab[:] = [(f" {piece}" if piece in special else piece, score) for piece, score in vocab]
     tokenizer = Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
     return padded(tokenizer, length, " <pad>")
 
 
 def existing(folder: str | Path, name: str) -> Path:
-    """The path of a tokenizer file; ValueError naming it when it is not there."""
+    """The path of a tokenizer file; ValueError when it is missing."""
     path = Path(folder) / name
     if not path.is_file():
         raise ValueError(f"tokenizer file {path} is missing")
