@@ -1,7 +1,7 @@
 """What every notebook shares: one look of all plots, strips of images, one seed.
 
 Colors are those of Okabe and Ito, which the color-blind tell apart; maps of numbers use viridis
-(one sign) or PuOr (two signs). Plots are kept in the file, so they are small.
+(one sign) or PuOr (two signs). Plots are stored in the file, so they are small.
 """
 
 from __future__ import annotations
@@ -56,20 +56,20 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def strip(pictures, titles=(), columns: int = 8, side: float = 1.1, caption: str = "", rows=()):
+def strip(images, titles=(), columns: int = 8, side: float = 1.1, caption: str = "", rows=()):
     """Images (PIL or arrays [H, W] or [H, W, 3]) with their titles; `rows` names each row."""
-    pictures, titles = list(pictures), [str(t) for t in titles]
-    columns = min(columns, len(pictures))
-    height = -(-len(pictures) // columns)
+    images, titles = list(images), [str(t) for t in titles]
+    columns = min(columns, len(images))
+    height = -(-len(images) // columns)
     lines = 1 + max((t.count("\n") for t in titles), default=-1)
     margin = 0.075 * max(map(len, rows), default=0)
     size = (side * columns + margin, height * (side + 0.17 * lines) + 0.25 * bool(caption))
     figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False)
     for k, ax in enumerate(axes.flat):
         ax.set(xticks=[], yticks=[])
-        ax.spines[:].set(visible=k < len(pictures), color="#CCCCCC")  # images may be white
-        if k < len(pictures):
-            ax.imshow(np.asarray(pictures[k]))
+        ax.spines[:].set(visible=k < len(images), color="#CCCCCC")  # images may be white
+        if k < len(images):
+            ax.imshow(np.asarray(images[k]))
             ax.set_title(titles[k] if k < len(titles) else "", fontsize=8)
     for ax, name in zip(axes[:, 0], rows):
         ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
@@ -91,8 +91,8 @@ def heatmap(
         options = {"cmap": "PuOr", "vmin": -top, "vmax": top} | options
     image = ax.imshow(values, **options)
     if label:
-        place = ax if beside is None else beside
-        ax.figure.colorbar(image, ax=place, label=label, fraction=0.046, pad=0.03)
+        owner = ax if beside is None else beside
+        ax.figure.colorbar(image, ax=owner, label=label, fraction=0.046, pad=0.03)
     middle = (values.max() + values.min()) / 2
     for (row, column), value in np.ndenumerate(values) if numbers else ():
         color = "white" if value < middle else "black"  # of viridis the low end is dark

@@ -9,9 +9,9 @@ counterparts of the paper's 25, 81 and 324. For each count
   (Figure 3: what do they hold?);
 - the AR model, its decoder layers those of the model given, its slots and its vision head new,
   learns to predict them from captions (Figure 4: can they be predicted?), and the small decoder
-  draws what it predicts.
+  renders what it predicts.
 
-Data, number of steps, batch and seed are the same for all three. Embeddings are standardised at
+Data, number of steps, batch and seed are the same for all three. Embeddings are standardized at
 each count, so that an error of 1 is that of predicting the mean. Scores are on held-out scenes.
 Writes figure3.json (settings, curves, scores) and two strips of images beside it.
 """
@@ -59,14 +59,14 @@ class SmallDecoder(nn.Module):
         self.side = latents.shape[-2:]
         _, queries, channels = patchify(latents).shape
         self.query = nn.Parameter(torch.randn(queries, dim) * 0.5)
-        self.place = nn.Parameter(torch.randn(tokens, dim) * 0.5)
+        self.position = nn.Parameter(torch.randn(tokens, dim) * 0.5)
         self.into = nn.Linear(width, dim)
         layer = nn.TransformerDecoderLayer(dim, 4, 3 * dim, 0.0, batch_first=True, norm_first=True)
         self.layers = nn.TransformerDecoder(layer, depth, nn.LayerNorm(dim))
         self.out = nn.Linear(dim, channels)
 
     def forward(self, embeds: Tensor) -> Tensor:
-        memory = self.into(embeds) + self.place
+        memory = self.into(embeds) + self.position
         query = self.query.expand(len(embeds), -1, -1)
         return unpatchify(self.out(self.layers(query, memory)), *self.side)
 
@@ -92,18 +92,18 @@ def unseen_scenes(n: int, detail: float) -> list:
 
 
 @torch.no_grad()
-def embed(visual, pictures: list[np.ndarray], size: int) -> Tensor:
+def embed(visual, images: list[np.ndarray], size: int) -> Tensor:
     """Embeddings [n, N, C] of many images."""
-    parts = [pictures[i : i + 64] for i in range(0, len(pictures), 64)]
+    parts = [images[i : i + 64] for i in range(0, len(images), 64)]
     return torch.cat([embed_views(visual, to_unit(p), size) for p in parts])
 
 
-def texture_kept(drawn: np.ndarray, textured: list) -> float:
+def texture_kept(rendered: np.ndarray, textured: list) -> float:
     """1 - error / error of a plain background, where there is no object: 1 is all, 0 is none."""
     truth = np.stack([render(s) for s in textured]).astype(float)
     plain = np.stack([render(replace(s, texture=None)) for s in textured]).astype(float)
     bare = np.stack([render(replace(s, texture=None, objects=())) for s in textured]) == plain
-    error, most = (drawn - truth) ** 2, (plain - truth) ** 2
+    error, most = (rendered - truth) ** 2, (plain - truth) ** 2
     return float(1 - error[bare].mean() / most[bare].mean())
 
 
@@ -116,15 +116,15 @@ def curve(folder: Path, name: str) -> list[tuple[int, float]]:
 def train(stage: Stage, steps: int, name: str) -> dict:
     """Train a stage; seconds of CPU, and the curve of `name`."""
     start = time.process_time()
-    with tempfile.TemporaryDirectory() as place:
-        fit(stage, Run(Path(place), steps=steps, sample_every=1e9, save_every=1e9))
-        return {"curve": curve(Path(place), name), "cpu_seconds": time.process_time() - start}
+    with tempfile.TemporaryDirectory() as position:
+        fit(stage, Run(Path(position), steps=steps, sample_every=1e9, save_every=1e9))
+        return {"curve": curve(Path(position), name), "cpu_seconds": time.process_time() - start}
 
 
 def reconstruction(model: NexusGen, visual, tokens: int, pool: dict, steps: int, cases: int):
     """Figure 3: the small decoder, trained; its scores and images on held-out scenes."""
     size = UNIT * round(tokens**0.5)
-    embeds, latents = embed(visual, pool["pictures"], size), pool["latents"]
+    embeds, latents = embed(visual, pool["images"], size), pool["latents"]
     decoder = SmallDecoder(tokens, embeds.shape[-1], latents[:1])
 
     def loss(rng, progress):
@@ -132,19 +132,19 @@ def reconstruction(model: NexusGen, visual, tokens: int, pool: dict, steps: int,
         return (decoder(embeds[rows]) - latents[rows]).square().mean(), {}
 
     modules = nn.ModuleDict({"decoder": decoder})
-    apart = ("query", "place", "into", "out.")
-    note = train(Stage("decoder", modules, loss, lr=4e-3, adamw_only=apart), steps, "loss")
+    adamw_only = ("query", "position", "into", "out.")
+    note = train(Stage("decoder", modules, loss, lr=4e-3, adamw_only=adamw_only), steps, "loss")
     draw = drawer(model, decoder)
     plain, textured = unseen_scenes(cases, 0.0), unseen_scenes(cases // 2, 1.0)
-    drawn = draw(embed(visual, [render(s) for s in plain], size))
+    rendered = draw(embed(visual, [render(s) for s in plain], size))
     grainy = draw(embed(visual, [render(s) for s in textured], size))
     truth = np.stack([render(s) for s in plain])
     note |= {
-        "exact": exact(drawn, plain),
-        "psnr": float(-10 * np.log10(np.mean((drawn - truth.astype(float)) ** 2) / 255**2)),
+        "exact": exact(rendered, plain),
+        "psnr": float(-10 * np.log10(np.mean((rendered - truth.astype(float)) ** 2) / 255**2)),
         "texture_kept": texture_kept(grainy, textured),
     }
-    return note, draw, np.concatenate((drawn[:5], grainy[:5]))
+    return note, draw, np.concatenate((rendered[:5], grainy[:5]))
 
 
 def drawer(model: NexusGen, decoder: SmallDecoder):
@@ -157,9 +157,9 @@ def drawer(model: NexusGen, decoder: SmallDecoder):
     return draw
 
 
-def exact(pictures: np.ndarray, wanted: list) -> float:
+def exact(images: np.ndarray, wanted: list) -> float:
     """Share of images that the checker reads as exactly their scene."""
-    pairs = zip(score.read(pictures), wanted, strict=True)
+    pairs = zip(score.read(images), wanted, strict=True)
     return float(np.mean([reading.is_exactly(scene) for reading, scene in pairs]))
 
 
@@ -170,18 +170,18 @@ def prediction(model: NexusGen, config, ar: NexusGenAR, draw, steps: int, cases:
         out = ar_batch_loss(ar, model.tokenizer, config, captions(rng, AR_BATCH, unseen=False))
         return out.loss, {"mse": out.mse}
 
-    modules, apart = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")
-    note = train(Stage("ar", modules, loss, lr=4e-3, adamw_only=apart), steps, "mse")
+    modules, adamw_only = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")
+    note = train(Stage("ar", modules, loss, lr=4e-3, adamw_only=adamw_only), steps, "mse")
     found = captions(np.random.default_rng(6), cases, unseen=True)
     with torch.no_grad():
         batches = [found[i : i + 40] for i in range(0, cases, 40)]
         outs = [ar_batch_loss(ar, model.tokenizer, config, b) for b in batches]
         predicted = torch.cat([predict_after_reply(ar, model.tokenizer, config, b) for b in batches])
-    drawn, wanted = draw(predicted), [ex.scenes[0] for ex in found]
-    counts = [len(reading.scene.objects) for reading in score.read(drawn)]
+    rendered, wanted = draw(predicted), [ex.scenes[0] for ex in found]
+    counts = [len(reading.scene.objects) for reading in score.read(rendered)]
     note |= {
         "mse": float(np.mean([float(o.mse) for o in outs])),
-        "exact": exact(drawn, wanted),
+        "exact": exact(rendered, wanted),
         "too_many": float(
             np.mean([c > len(s.objects) for c, s in zip(counts, wanted, strict=True)])
         ),
@@ -189,7 +189,7 @@ def prediction(model: NexusGen, config, ar: NexusGenAR, draw, steps: int, cases:
             np.mean([c < len(s.objects) for c, s in zip(counts, wanted, strict=True)])
         ),
     }
-    return note, drawn[:10], np.stack([render(s) for s in wanted[:10]])
+    return note, rendered[:10], np.stack([render(s) for s in wanted[:10]])
 
 
 def captions(rng, n: int, unseen: bool) -> list:
@@ -200,14 +200,14 @@ def captions(rng, n: int, unseen: bool) -> list:
 @torch.no_grad()
 def make_pool(model: NexusGen, n: int) -> dict:
     """n training images, half of them textured, and their latents."""
-    pictures = [render(s) for s in scenes(np.random.default_rng(0), n, 0.5)]
-    parts = [pictures[i : i + 64] for i in range(0, n, 64)]
+    images = [render(s) for s in scenes(np.random.default_rng(0), n, 0.5)]
+    parts = [images[i : i + 64] for i in range(0, n, 64)]
     latents = torch.cat([model.autoencoder.encode(to_unit(p) * 2 - 1) for p in parts])
-    return {"pictures": pictures, "latents": latents}
+    return {"images": images, "latents": latents}
 
 
 def moved(rng, objects: tuple) -> tuple:
-    """The same objects at other random places within their cells."""
+    """The same objects at other random positions within their cells."""
     return tuple(jittered(rng, o) for o in objects)
 
 
@@ -236,21 +236,21 @@ def main() -> None:
     settings |= {"batch": BATCH, "ar_batch": AR_BATCH, "seed": 0}
     settings |= {"torch": torch.__version__, "weights": fingerprint(model.ar)}
     result = {"command": "python notebooks/figure3.py", "settings": settings, "tokens": {}}
-    pool = make_pool(model, args.pictures)
+    pool = make_pool(model, args.images)
     shown = unseen_scenes(5, 0.0) + unseen_scenes(5, 1.0)
-    own, told = [np.stack([render(s) for s in shown])], []
+    own, predicted_rows = [np.stack([render(s) for s in shown])], []
     for tokens in COUNTS:
         torch.manual_seed(0)
         config, ar = at_count(model, tokens)
         floor = irreducible(config, ar.visual)
-        seen, draw, drawn = reconstruction(
+        decoder_note, draw, rendered = reconstruction(
             model, ar.visual, tokens, pool, args.decoder_steps, args.cases
         )
-        own.append(drawn)
-        learned, drawn, wanted = prediction(model, config, ar, draw, args.ar_steps, args.cases)
-        told = [*(told or [wanted]), drawn]
-        result["tokens"][tokens] = {"floor": floor, "decoder": seen, "ar": learned}
-        for part, note in (("decoder", seen), ("ar", learned)):
+        own.append(rendered)
+        ar_note, rendered, wanted = prediction(model, config, ar, draw, args.ar_steps, args.cases)
+        predicted_rows = [*(predicted_rows or [wanted]), rendered]
+        result["tokens"][tokens] = {"floor": floor, "decoder": decoder_note, "ar": ar_note}
+        for part, note in (("decoder", decoder_note), ("ar", ar_note)):
             print(
                 tokens, part, {k: round(v, 4) for k, v in note.items() if k != "curve"}, flush=True
             )
@@ -258,7 +258,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "figure3.json").write_text(json.dumps(result, indent=1) + "\n")
     save_grid(args.out / "figure3.png", own, scale=1)
-    save_grid(args.out / "figure4.png", told, scale=1)
+    save_grid(args.out / "figure4.png", predicted_rows, scale=1)
 
 
 if __name__ == "__main__":

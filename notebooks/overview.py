@@ -1,9 +1,9 @@
-"""The README's image: the files that data walks through, and what the tiny model makes of it.
+"""The README's figure: the files that data passes through, and results of the tiny model.
 
     python notebooks/overview.py        writes notebooks/overview.png
 
-Needs notebooks/requirements.txt. Everything at the right is drawn and said by the shipped model; what it
-sees, which it says first, is left out.
+Needs notebooks/requirements.txt. The results at the right are the shipped model's; its chain of thought
+is left out.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from nexus_min.toy.world import Object, Scene, render
 
 OUTPUT = Path(__file__).with_name("overview.png")
 WIDTH, HEIGHT = 2.3, 0.62
-GREY = "#666666"
+GRAY = "#666666"
 BOXES = {  # name: (x, y, text, color)
-    "words": (0.2, 4.6, "prompt, question\ntokenizer.py", GREY),
-    "image": (0.2, 3.3, "image\nimage_processor.py", GREY),
+    "words": (0.2, 4.6, "prompt, question\ntokenizer.py", GRAY),
+    "source": (0.2, 3.3, "image\nimages.py", GRAY),
     "vision": (3.1, 3.3, "vision tower\nvision.py", BLUE),
     "ar": (3.1, 4.6, "autoregressive model\ndecoder.py, autoregressive.py", BLUE),
-    "answer": (6.1, 4.6, "answer\n(text)", GREY),
+    "answer": (6.1, 4.6, "answer\n(text)", GRAY),
     "projector": (3.1, 2.0, "adapter / merger\nprojector.py", ORANGE),
     "mmdit": (3.1, 0.7, "FLUX transformer\nmmdit.py", GREEN),
     "flow": (0.2, 0.7, "noise, Euler steps\nflow.py", GREEN),
-    "text": (0.2, 2.0, "empty prompt\ntext_encoders.py", GREY),
+    "text": (0.2, 2.0, "empty prompt\ntext_encoders.py", GRAY),
     "vae": (6.1, 0.7, "FLUX autoencoder\nautoencoder.py", PINK),
-    "image": (6.1, 2.0, "image", GREY),
+    "result": (6.1, 2.0, "image", GRAY),
 }
 ARROWS = (  # from, to, label, bend
     ("words", "ar", "", 0),
-    ("image", "vision", "", 0),
+    ("source", "vision", "", 0),
     ("vision", "ar", "image embeddings", 0),
     ("ar", "answer", "", 0),
     ("ar", "projector", "", -0.9),
@@ -47,11 +47,11 @@ ARROWS = (  # from, to, label, bend
     ("text", "mmdit", "", 0),
     ("flow", "mmdit", "", 0),
     ("mmdit", "vae", "latents", 0),
-    ("vae", "image", "", 0),
+    ("vae", "result", "", 0),
 )
 
 
-def centre(name: str) -> np.ndarray:
+def center(name: str) -> np.ndarray:
     x, y = BOXES[name][:2]
     return np.array([x + WIDTH / 2, y + HEIGHT / 2])
 
@@ -65,7 +65,7 @@ def draw_flow(ax) -> None:
         ax.text(x + WIDTH / 2, y + HEIGHT * (0.68 if file else 0.5), head, ha="center", va="center")
         ax.text(x + WIDTH / 2, y + 0.18, file, ha="center", va="center", family="monospace", size=7)
     for start, end, label, bend in ARROWS:
-        a, b = centre(start), centre(end)
+        a, b = center(start), center(end)
         step = (b - a) / np.abs(b - a).max()
         gap = np.array([WIDTH / 2 + 0.08, HEIGHT / 2 + 0.08]) * np.abs(step).round()
         a, b = a + step * gap, b - step * gap
@@ -76,8 +76,8 @@ def draw_flow(ax) -> None:
         ax.add_patch(FancyArrowPatch(a, b, **shape))
         middle = (a + b) / 2
         side = [0.1, 0] if abs(step[1]) > abs(step[0]) else [-0.22, 0.17]
-        ax.text(*(middle + side), label, size=7, color=GREY, va="center")
-    ax.text(6.15, 3.42, "prefilled slots:\n81 embeddings in\none causal pass", size=7, color=GREY)
+        ax.text(*(middle + side), label, size=7, color=GRAY, va="center")
+    ax.text(6.15, 3.42, "prefilled slots:\n81 embeddings in\none causal pass", size=7, color=GRAY)
     ax.set(xlim=(0, 8.6), ylim=(0.4, 5.5))
     ax.axis("off")
 
@@ -90,23 +90,23 @@ def results() -> list[tuple[str, list]]:
     source = render(Scene((*objects, Object("triangle", "pink", "large", 7)), "gray"))
     order = "Change the triangle to yellow."
     question = "What color is the triangle?"
-    said = final_answer(model.understand(source, question))
+    answer = final_answer(model.understand(source, question))
     edited = dict(model.edit_steps(source, order))
-    told = fill(f"→ “{edited['text'].split('. ')[1]}.”", 44)
+    change = fill(f"→ “{edited['text'].split('. ')[1]}.”", 44)
     return [
         (f"generate\n“{prompt}”", [model.generate(prompt)]),
-        (f"edit\n“{order}”\n{told}", [source, edited["image"]]),
-        (f"understand\n“{question}” → “{said}”", [source]),
+        (f"edit\n“{order}”\n{change}", [source, edited["image"]]),
+        (f"understand\n“{question}” → “{answer}”", [source]),
     ]
 
 
 def draw_results(figure) -> None:
     """One row a task."""
-    for row, (caption, pictures) in enumerate(results()):
+    for row, (caption, images) in enumerate(results()):
         bottom = (0.7, 0.355, 0.03)[row]
-        for column, picture in enumerate(pictures):
+        for column, image in enumerate(images):
             ax = figure.add_axes([0.745 + 0.125 * column, bottom, 0.1, 0.2188])
-            ax.imshow(np.asarray(picture), interpolation="nearest")
+            ax.imshow(np.asarray(image), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set(visible=True, color="#CCCCCC")
         figure.text(0.745, bottom + 0.225, caption, size=7, va="bottom")

@@ -1,8 +1,8 @@
 """Run notebooks in place: `python notebooks/run.py [NAMES]`, e.g. `05` or `05_image_slots`.
 
-Without a name: all of them except 12, which needs the real weights. Outputs and images are kept;
-what differs from run to run without meaning anything (times, widgets, versions) is taken out, so
-that a diff shows what changed. A cell that fails ends the run; that notebook is left as it was.
+Without a name: all of them except 12, which needs the real weights. Outputs and images are stored. Times,
+widgets and versions are removed, so that a diff shows what changed. A cell that fails ends the run;
+that notebook stays as it was.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def execute(file: Path, timeout: int = 600):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(file, as_version=4)
-    place = {"metadata": {"path": str(HERE)}}
+    resources = {"metadata": {"path": str(HERE)}}
     client = NotebookClient(
-        notebook, timeout=timeout, kernel_name="python3", resources=place, record_timing=False
+        notebook, timeout=timeout, kernel_name="python3", resources=resources, record_timing=False
     )
     return client.execute()
 
@@ -51,23 +51,25 @@ def tidy(notebook) -> None:
 
 
 def joined(outputs: list) -> list:
-    """Outputs in which neighbouring parts of one stream are one."""
-    kept = []
+    """Outputs with neighboring parts of one stream joined."""
+    merged = []
     for output in outputs:
-        if kept and output.output_type == "stream" and output.get("name") == kept[-1].get("name"):
-            kept[-1].text += output.text
+        last = merged[-1] if merged else {}
+        if output.output_type == "stream" and output.get("name") == last.get("name"):
+            last.text += output.text
         else:
-            kept.append(output)
-    return kept
+            merged.append(output)
+    return merged
 
 
 def main(names: list[str]) -> int:
-    """Run them one by one, saying how long each took."""
+    """Run them one by one and print how long each took."""
     try:
         files = select(names)
         import nbformat
     except (ImportError, ValueError) as error:
-        hint = "; pip install -r notebooks/requirements.txt" * isinstance(error, ImportError)
+        is_import = isinstance(error, ImportError)
+        hint = "; pip install -r notebooks/requirements.txt" if is_import else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         return 2
     for file in files:
