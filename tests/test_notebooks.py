@@ -159,6 +159,20 @@ def test_figure_6_can_be_made_again(tmp_path):
     assert made["runs"][0]["curve"][-1]["step"] == 5
 
 
+def test_figure_3_can_be_made_again(tmp_path):
+    command = [sys.executable, FOLDER / "figure3.py", "--images", "16", "--decoder-steps", "1"]
+    command += ["--ar-steps", "1", "--cases", "10", "--out", tmp_path]
+    subprocess.run(command, check=True, capture_output=True)
+    files = FOLDER / "data" / "figure3.json", tmp_path / "figure3.json"
+    stored, made = (json.loads(f.read_text())["tokens"] for f in files)
+    assert stored.keys() == made.keys() == {"4", "16", "64"}
+    for tokens, parts in stored.items():
+        assert parts["decoder"].keys() == made[tokens]["decoder"].keys()
+        assert parts["ar"].keys() == made[tokens]["ar"].keys()
+    for name in ("figure3.png", "figure4.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
 @pytest.mark.parametrize("name", EXECUTED)
 def test_runs_from_top_to_bottom(name):
     missing = [m for m in (*PINNED, "ipykernel") if importlib.util.find_spec(m) is None]
