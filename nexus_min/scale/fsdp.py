@@ -212,8 +212,8 @@ class ShardedState:
             self.write(dump)
         except OSError as error:
             raise FloatingPointError(f"{message}; {error}") from None
-        kept = f"the last checkpoint is kept, the state before the step is in {dump}"
-        raise FloatingPointError(f"{message}; {kept}")
+        status = f"the last checkpoint is kept, the state before the step is in {dump}"
+        raise FloatingPointError(f"{message}; {status}")
 
 
 def fit(

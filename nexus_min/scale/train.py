@@ -77,8 +77,7 @@ def processes() -> Iterator[torch.device]:
 def train(args: Namespace, device: torch.device) -> None:
     """Train the preset's stage on the data, from the model's folder into the run's."""
     overrides = {name: getattr(args, name) for name in ("batch", "steps", "warmup", "lr")}
-    given = {name: value for name, value in overrides.items() if value is not None}
-    preset = replace(PRESETS[args.preset], **given)
+    preset = replace(PRESETS[args.preset], **{k: v for k, v in overrides.items() if v is not None})
     tasks = {t for t, ratio in zip(finetune.TASKS, preset.ratio, strict=True) if ratio}
     lines = [line for line in MessageDataset(args.data) if finetune.task_of(line) in tasks]
     if not lines:
