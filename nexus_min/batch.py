@@ -120,7 +120,8 @@ def sample(model: Any, requests: dict[int, ImageRequest]) -> Iterator[Result]:
     indices = list(requests)
     try:
         with explain_oom(model.advice):
-            events = list(sample_images(model, list(requests.values())))
+            events = sample_images(model, list(requests.values()))
+            images = [value for name, value in events if name == "image"]
     except (ValueError, MemoryError) as error:
         if len(indices) == 1:
             yield Result(indices[0], requests[indices[0]].text, error=one_line(error))
@@ -129,7 +130,6 @@ def sample(model: Any, requests: dict[int, ImageRequest]) -> Iterator[Result]:
             for half in (indices[:middle], indices[middle:]):
                 yield from sample(model, {i: requests[i] for i in half})
         return
-    images = [value for name, value in events if name == "image"]
     for (i, request), image in zip(requests.items(), images, strict=True):
         yield Result(i, request.text, image, request.sampling)
 

@@ -176,7 +176,8 @@ def tokenizer_target(folder: Path) -> Target:
 
 def batch_target(folder: Path) -> Target:
     model, file = make_tiny(), folder / "tasks.jsonl"
-    batches.sample_batch = lambda model, requests: [Image.new("RGB", (1, 1))] * len(requests)
+    drawn = "image", Image.new("RGB", (1, 1))
+    batches.sample_images = lambda model, requests: [drawn] * len(requests)
     Image.linear_gradient("L").save(folder / "a.png")
     quick = {"fast_preamble": True, "num_steps": 2, "seed": 3}
     items = [{"task": "generate", "prompt": "a red 圆", "cfg_scale": 1.5, "height": 64, **quick}]

@@ -79,9 +79,9 @@ def test_a_batch_is_its_items_one_by_one(tiny):
 
 def test_alike_items_are_drawn_together(tiny, monkeypatch):
     sizes = []
-    whole = batches.sample_batch
+    whole = batches.sample_images
     monkeypatch.setattr(
-        batches, "sample_batch", lambda m, d: sizes.append((d[0].decoder, len(d))) or whole(m, d)
+        batches, "sample_images", lambda m, d: sizes.append((d[0].decoder, len(d))) or whole(m, d)
     )
     results_of(tiny, [*mixed(), {"task": "generate", "prompt": "b", **FAST}], batch_size=3)
     want = [("editing", 2), *[("generation", 1)] * 3, ("generation", 3)]
@@ -97,13 +97,16 @@ def bad_items() -> list:
         ({"task": "generate", "prompt": " "}, "the prompt is empty"),
         ({"task": "generate", "prompt": 3}, "prompt must be a text, not int"),
         ({"task": "generate", "prompt": "a", "color": 1}, "color"),
-        ({"task": "generate", "prompt": "a", "seed": -1}, "the seed must be"),
+        ({"task": "generate", "prompt": "a", "seed": -1}, "seed must be"),
         ({"task": "generate", "prompt": "a", "height": "x"}, "height must be a whole number"),
         ({"task": "generate", "prompt": "a", "height": 64.5}, "height must be a whole number"),
         ({"task": "generate", "prompt": "a", "seed": True}, "seed must be a whole number"),
         ({"task": "generate", "prompt": "a", "num_steps": 1.5}, "num_steps must be a whole"),
         ({"task": "generate", "prompt": "a", "cfg_scale": [1]}, "cfg_scale must be a number"),
-        ({"task": "generate", "prompt": "a", "guidance": 1e39}, "guidance must be 0 to 1000"),
+        (
+            {"task": "generate", "prompt": "a", "guidance": 1e39},
+            "guidance must be a number from 0 to 1000",
+        ),
         ({"task": "generate", "prompt": "a", "guidance": float("nan")}, "guidance must be"),
         ({"task": "generate", "prompt": "a", "negative_prompt": 5}, "negative_prompt must be"),
         ({"task": "generate", "prompt": "a", "negative_prompt": "\ud800"}, "not valid Unicode"),
