@@ -280,7 +280,7 @@ LIKE = {
     "steps": ({"num_steps": "99999999"}, "num_steps must be a whole number from 1 to"),
     "dtype": ({"dtype": "int8"}, "invalid choice"),
     "no text": ({"prompt": ""}, "prompt is empty"),
-    "guidance": ({"guidance": "1e39"}, "guidance must be a number from 0 to 1000"),
+    "guidance": ({"guidance": "1e39"}, "guidance must be a number from"),
     "size": ({"prompt": "a", "height": "1e9"}, "invalid int value"),
 }
 
@@ -345,7 +345,7 @@ BAD = {
     "unquoted prompt": (["generate", "red", "circle"], "quotes"),
     "placeholder": (["generate", "a <image>"], "1 <image> placeholders for 0 images"),
     "steps 0": (["generate", "a", "--steps", "0"], "num_steps must be a whole number from 1 to"),
-    "guidance": (["generate", "a", "--guidance", "1e39"], "guidance must be a number from 0 to 1000"),
+    "guidance": (["generate", "a", "--guidance", "1e39"], "guidance must be a number from"),
     "negative bytes": (["generate", "a", "--negative_prompt", "\udc80"], "is not valid Unicode"),
     "steps x": (["generate", "a", "--steps", "x"], "invalid int value: 'x'"),
     "height 0": (["generate", "a", "--height", "0"], "height must be a whole number from 1 to"),
