@@ -17,22 +17,22 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from house import CORE_FILES, HOME, SOURCES, count_lines, text_of
+from house import CORE_FILES, HOME, PACKAGE, SOURCES, count_lines, text_of
 
 README = HOME / "README.md"
-WINGS = {  # files or folders: what they are for
-    "nexus_min/tokenizer.py nexus_min/images.py": "text and images <-> ids and tensors",
-    "nexus_min/model/text_encoders.py": "CLIP and T5, for empty and negative prompts only",
-    "nexus_min/model/packing.py": "the fast training path, equal to the plain one; read it last",
-    "nexus_min/weights*.py weights_loader.py": "the official files <-> the models: load, save, "
+WINGS = {  # files or folders of the package, and scripts: what they are for
+    "tokenizer.py images.py": "text and images <-> ids and tensors",
+    "model/text_encoders.py": "CLIP and T5, for empty and negative prompts only",
+    "model/packing.py": "the fast training path, equal to the plain one; read it last",
+    "weights*.py formats.py ../weights_loader.py": "the official files <-> the models: load, save, "
     "check, convert, download",
-    "nexus_min/offload.py": "memory profiles: resident, staged or stream; fp8",
-    "nexus_min/chat.py nexus_min/batch.py": "conversations and batches, clients of the pipeline",
-    "nexus_min/__main__.py nexus_min/cli.py nexus_min/png.py": "the command line",
-    "nexus_min/train train_tiny.py": "training: the loop, optimizers, data, fine-tuning, LoRA",
-    "nexus_min/scale": "full-scale training on many GPUs, and an estimate of what it takes",
-    "nexus_min/toy": "the toy world of the tiny model: scenes, prompts, stages, scores",
-    "nexus_min/app": "the web page",
+    "offload.py": "memory profiles: resident, staged or stream; fp8",
+    "chat.py batch.py": "conversations and batches, clients of the pipeline",
+    "__main__.py cli.py png.py": "the command line",
+    "train ../train_tiny.py": "training: the loop, optimizers, data, fine-tuning, LoRA",
+    "scale": "full-scale training on many GPUs, and an estimate of what it takes",
+    "toy": "the toy world of the tiny model: scenes, prompts, stages, scores",
+    "app": "the web page",
 }
 
 
@@ -49,22 +49,23 @@ def core() -> str:
 
 def wing_files(names: str) -> list[Path]:
     """The source files of a key of WINGS."""
-    found = []
-    for name in names.split():
-        found += HOME.glob(name if name.endswith(".py") else f"{name}/*.py")
-    return sorted(found)
+    patterns = [name if name.endswith(".py") else f"{name}/*.py" for name in names.split()]
+    return sorted(f.resolve() for pattern in patterns for f in PACKAGE.glob(pattern))
+
+
+def label(name: str) -> str:
+    """`name` in Markdown, as a link where the folder has a README."""
+    readme = PACKAGE / name / "README.md"
+    text = f"`{name.removeprefix('../')}{'' if name.endswith('.py') else '/'}`"
+    return f"[{text}]({readme.relative_to(HOME).as_posix()})" if readme.is_file() else text
 
 
 def wings() -> str:
     """Markdown table of all other source."""
     rows = ["| wing | lines | what it is for |", "|---|---:|---|"]
     for names, about in WINGS.items():
-        if files := wing_files(names):
-            shown = [f.relative_to(HOME).as_posix() for f in files]
-            if any(not name.endswith(".py") for name in names.split()):
-                shown = [n if n.endswith(".py") else f"{n}/" for n in names.split()]
-            labels = ", ".join(f"`{name.removeprefix('nexus_min/')}`" for name in shown)
-            rows.append(f"| {labels} | {count_lines(*files)} | {about} |")
+        labels = ", ".join(label(name) for name in names.split())
+        rows.append(f"| {labels} | {count_lines(*wing_files(names))} | {about} |")
     rows.append(f"| **all source, with the core** | **{count_lines(*SOURCES)}** | |")
     return "\n".join(rows)
 
