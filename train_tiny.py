@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,8 +102,9 @@ def train_generation(folder: RunFolder, run: Run, args: argparse.Namespace) -> d
         teacher = start.ar().visual, decoder.adapter
     pool = toy.reconstruction_pool(visual, vae, config, run, teacher)
     run = run.after(time.perf_counter() - started)
-    settings = (folder.empty_prompt(), pool, vae, config, BATCH["generation"])
-    summary = fit(toy.generation_stage(mmdit, adapter, *settings), run)
+    preview = toy.PreviewSampler(vae, folder.empty_prompt(), config)
+    stage = toy.generation_stage(mmdit, adapter, pool, preview, BATCH["generation"])
+    summary = fit(stage, run)
     folder.save(config, generation=(mmdit, adapter))
     return summary
 
@@ -111,8 +113,8 @@ def train_ar(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict:
     """The AR model learns all three tasks, with the tower frozen (paper, section 4.1)."""
     config, ar, preview = folder.config, folder.ar(), None
     if is_finished(run.folder, "generation"):  # otherwise without images of progress
-        decoder, empty = folder.generation(), folder.empty_prompt()
-        preview = toy.PreviewSampler(folder.vae(), *decoder, empty, config)
+        sampler = toy.PreviewSampler(folder.vae(), folder.empty_prompt(), config)
+        preview = partial(sampler.reconstruct, *folder.generation())
     summary = fit(toy.ar_stage(ar, folder.tokenizer(), config, BATCH["ar"], preview), run)
     folder.save(config, ar=ar)
     return summary
@@ -127,10 +129,11 @@ def train_editing(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict
     run = run.after(time.perf_counter() - started)
     (mmdit, adapter), merger = folder.generation(), weights.make_merger(config)
     merger.layers[0].load_state_dict(ar.model.layers[0].state_dict())
-    adapter.requires_grad_(False)
-    settings = (adapter, folder.empty_prompt(), pool, vae, config, BATCH["editing"])
-    summary = fit(toy.editing_stage(mmdit, merger, *settings), run)
-    folder.save(config, editing=(mmdit, merger))
+    decoder = weights.EditingDecoder(mmdit, merger)
+    preview = toy.PreviewSampler(vae, folder.empty_prompt(), config)
+    teacher = adapter.requires_grad_(False)
+    summary = fit(toy.editing_stage(decoder, teacher, pool, preview, BATCH["editing"]), run)
+    folder.save(config, editing=decoder)
     return summary
 
 

@@ -7,6 +7,7 @@ of a decoder are the package's own; only the data are toy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,12 +22,13 @@ from ..model.autoencoder import AutoEncoder
 from ..model.autoregressive import ARLoss, NexusGenAR, prefill_image_slots
 from ..model.flow import denoise, schedule
 from ..model.mmdit import MMDiT
-from ..model.projector import GenerationAdapter, ImageEmbeddingMerger
+from ..model.projector import GenerationAdapter
 from ..model.vision import QwenViT
 from ..sampling import Context, velocity_field
 from ..tokenizer import IMAGE, QwenTokenizer
 from ..train.data import collate
 from ..train.finetune import (
+    Recipe,
     batch_loss,
     decoder_stage,
     editing_context,
@@ -34,6 +36,7 @@ from ..train.finetune import (
     shifted_times,
 )
 from ..train.stage import Run, Stage, mixed_precision
+from ..weights import EditingDecoder
 from .edits import EDITS
 from .pictures import (
     agreement,
@@ -55,12 +58,13 @@ FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, GEN, EDIT, MULTI_TURN)  # more of what
 PRETRAINED = 0.4  # share of the AR stage before fine-tuning
 # Shares of EDITS for the editing decoder: what must be drawn anew is harder than what only changes.
 EDIT_SHARES = np.array([3, 4, 2, 4, 2, 3, 2]) / 20
-COND_NOISE = 0.3  # up to this much, on true embeddings: predicted ones bring their own errors
-DISTILL_SHARE = 0.04  # of the editing stage; twice that of a generation stage that adapts
-# Of a decoder's training times, half then lie above 0.9. Without the shift, one time in twelve lies
-# above 0.8, where the context decides what is drawn: below, the image shows through the noise, and
-# a decoder learns to read that instead of the context.
+# Half of a decoder's training times exceed 0.9. Without this shift, one in twelve exceeds 0.8,
+# where the context decides the image: below, the image shows through the noise.
 TIMES = partial(shifted_times, shift=9.0)
+# True embeddings get noise; predicted ones bring their own errors.
+GENERATION = Recipe(lr=6e-3, adamw_lr=2e-3, times=TIMES, cond_noise=0.3)
+ADAPTATION = replace(GENERATION, lr=3e-3, distill_share=0.08)  # of a known decoder to a new tower
+EDITING = Recipe(lr=6e-3, adamw_lr=2e-3, times=TIMES, cond_noise=0.0, distill_share=0.04)
 
 
 # ---------------------------------------------------------------- the autoregressive model
@@ -96,11 +100,12 @@ def ar_stage(
     tokenizer: QwenTokenizer,
     config: NexusGenConfig,
     batch: int,
-    preview: PreviewSampler | None = None,
+    preview: Callable[[Tensor], np.ndarray] | None = None,
 ) -> Stage:
     """Multi-task training with the vision tower frozen; scenes grow from one object to four.
 
     Pre-training is followed by fine-tuning on other shares of the tasks, as in the paper.
+    preview: embeddings -> images, for samples of progress.
     """
     ar.visual.requires_grad_(False)
 
@@ -119,7 +124,7 @@ def ar_stage(
                 out = ar_batch_loss(ar, tokenizer, config, unseen)
             metrics[f"unseen_{task}"] = float(out.ce if task == UND else out.mse)
             if task != UND and preview:
-                images = preview.sample(predict_after_reply(ar, tokenizer, config, unseen))
+                images = preview(predict_after_reply(ar, tokenizer, config, unseen))
                 targets = [ex.scenes[-1] for ex in unseen]
                 metrics[f"exact_{task}"] = exactness(images, targets)
                 truth = np.stack([render(s) for s in targets[:10]])
@@ -171,37 +176,33 @@ def empty_prompt(config: NexusGenConfig, length: int = 8) -> dict[str, Tensor]:
 
 
 class PreviewSampler:
-    """Samples batches of images from embeddings with the generation decoder."""
+    """Samples images of progress, with the parts that all decoders share."""
 
-    def __init__(self, vae, mmdit, adapter, empty: dict, config: NexusGenConfig):
-        self.vae, self.mmdit, self.config = vae, mmdit, config
-        self.context = generation_context(adapter, empty, empty_share=0.0)
+    def __init__(self, vae: AutoEncoder, empty: dict[str, Tensor], config: NexusGenConfig):
+        self.vae, self.empty, self.config = vae, empty, config
 
     @torch.no_grad()
-    def sample(self, embeds: Tensor) -> np.ndarray:
-        """[B, N, C] -> uint8 [B, H, W, 3]."""
-        context = self.context(np.random.default_rng(0), {"embeds": embeds})
-        return sample_images(self.mmdit, context, self.vae, self.config)
+    def sample_images(self, mmdit: MMDiT, context: Context) -> np.ndarray:
+        """A batch with the default number of steps: uint8 [B, H, W, 3]."""
+        h = w = self.config.image_size // self.config.autoencoder.downsample
+        shape = (len(context.txt), self.config.autoencoder.z_channels, h, w)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        field = velocity_field(mmdit, context, h, w)
+        *_, last = denoise(field, noise, schedule(self.config.num_steps))
+        return to_uint8(self.vae.decode(last.x))
 
+    @torch.no_grad()
+    def reconstruct(self, mmdit: MMDiT, adapter: GenerationAdapter, embeds: Tensor) -> np.ndarray:
+        """Images of embeddings [B, N, C] by a generation decoder."""
+        context = generation_context(adapter, self.empty, empty_share=0.0)
+        return self.sample_images(mmdit, context(np.random.default_rng(0), {"embeds": embeds}))
 
-@torch.no_grad()
-def sample_images(
-    mmdit: MMDiT, context: Context, vae: AutoEncoder, config: NexusGenConfig
-) -> np.ndarray:
-    """Sample a batch from its context with the default number of steps: uint8 [B, H, W, 3]."""
-    h = w = config.image_size // config.autoencoder.downsample
-    shape = (len(context.txt), config.autoencoder.z_channels, h, w)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    steps = denoise(velocity_field(mmdit, context, h, w), noise, schedule(config.num_steps))
-    return to_uint8(vae.decode(list(steps)[-1].x))
-
-
-@torch.no_grad()
-def save_preview(path: Path, vae: AutoEncoder, latents: Tensor, images: np.ndarray) -> dict:
-    """A grid of the latents' images over the sampled ones; the share that reads the same."""
-    truth = to_uint8(vae.decode(latents))
-    save_grid(path, [truth[:10], images[:10]])
-    return {"exact_seen": agreement(images, truth)}
+    @torch.no_grad()
+    def save(self, path: Path, latents: Tensor, images: np.ndarray) -> dict[str, float]:
+        """A grid of the latents' images over the sampled ones; the share that reads the same."""
+        truth = to_uint8(self.vae.decode(latents))
+        save_grid(path, [truth[:10], images[:10]])
+        return {"exact_seen": agreement(images, truth)}
 
 
 # ---------------------------------------------------------------- what the decoders learn from
@@ -301,83 +302,51 @@ def editing_pool(
 
 
 def generation_stage(
-    mmdit: MMDiT,
-    adapter: GenerationAdapter,
-    empty: dict[str, Tensor],
-    pool: dict[str, Tensor],
-    vae: AutoEncoder,
-    config: NexusGenConfig,
-    batch: int,
+    mmdit: MMDiT, adapter: GenerationAdapter, pool: dict, preview: PreviewSampler, batch: int
 ) -> Stage:
     """Reconstruct an image from its embeddings; one batch in ten gets the empty prompt (for CFG).
 
     An MMDiT that was trained on another tower first learns this one's embeddings through the
     adapter alone, which imitates the old adapter's output.
     """
-    preview = PreviewSampler(vae, mmdit, adapter, empty, config)
+    recipe = ADAPTATION if "teacher_context" in pool else GENERATION
 
     def distill(rows):
         return F.mse_loss(adapter(rows["embeds"]), rows["teacher_context"])
 
     def sample(path):
-        embeds, latents = pool["embeds"][:40].float(), pool["latents"][:40].float()
-        return save_preview(path, vae, latents, preview.sample(embeds))
+        rows = Pool(pool).rows(range(40))
+        return preview.save(
+            path, rows["latents"], preview.reconstruct(mmdit, adapter, rows["embeds"])
+        )
 
-    adapts = "teacher_context" in pool
-    return decoder_stage(
-        "generation",
-        nn.ModuleDict({"mmdit": mmdit, "adapter": adapter}),
-        Pool(pool),
-        batch,
-        generation_context(adapter, empty, empty_share=0.1),
-        TIMES,
-        COND_NOISE,
-        distill,
-        distill_share=2 * DISTILL_SHARE if adapts else 0.0,
-        lr=3e-3 if adapts else 6e-3,
-        adamw_lr=2e-3,
-        sample=sample,
-    )
+    modules = nn.ModuleDict({"mmdit": mmdit, "adapter": adapter})
+    context = generation_context(adapter, preview.empty, recipe.empty_share)
+    stage = decoder_stage("generation", modules, Pool(pool), batch, context, recipe, distill)
+    return replace(stage, sample=sample)
 
 
 def editing_stage(
-    mmdit: MMDiT,
-    merger: ImageEmbeddingMerger,
-    adapter: GenerationAdapter,
-    empty: dict[str, Tensor],
-    pool: dict[str, Tensor],
-    vae: AutoEncoder,
-    config: NexusGenConfig,
-    batch: int,
+    decoder: EditingDecoder, teacher: nn.Module, pool: dict, preview: PreviewSampler, batch: int
 ) -> Stage:
     """Generate the target from its predicted embeddings and the source's at twice the resolution.
 
-    First the merger learns to output what the adapter outputs for the target, which this MMDiT,
-    the generation decoder's, understands; that takes a few seconds.
+    First the merger learns the output of the `teacher`, the generation decoder's adapter, for the
+    target, since the MMDiT understands that; it takes a few seconds.
     """
-    context = editing_context(merger, empty, config)
+    mmdit, merger = decoder
+    context = editing_context(merger, preview.empty, preview.config)
 
     def distill(rows):
         txt = context(None, rows).txt[:, : rows["embeds"].shape[1]]
-        return F.mse_loss(txt, adapter(rows["embeds"]))
+        return F.mse_loss(txt, teacher(rows["embeds"]))
 
     def sample(path):
         rows = Pool(pool).rows(range(40))
         with torch.no_grad():
-            images = sample_images(mmdit, context(None, rows), vae, config)
-        return save_preview(path, vae, rows["latents"], images)
+            images = preview.sample_images(mmdit, context(None, rows))
+        return preview.save(path, rows["latents"], images)
 
-    return decoder_stage(
-        "editing",
-        nn.ModuleDict({"mmdit": mmdit, "merger": merger}),
-        Pool(pool),
-        batch,
-        context,
-        TIMES,
-        0.0,
-        distill,
-        DISTILL_SHARE,
-        lr=6e-3,
-        adamw_lr=2e-3,
-        sample=sample,
-    )
+    modules = nn.ModuleDict({"mmdit": mmdit, "merger": merger})
+    stage = decoder_stage("editing", modules, Pool(pool), batch, context, EDITING, distill)
+    return replace(stage, sample=sample)
