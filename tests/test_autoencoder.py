@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import golden, weights
+from tracer import trace
 
 from nexus_min.config import AutoEncoderConfig, NexusGenConfig
 from nexus_min.model.autoencoder import AutoEncoder
@@ -16,7 +17,7 @@ MANIFESTS = Path(__file__).parent / "manifests"
 
 
 def micro(meta: dict) -> AutoEncoder:
-    """The micro-size VAE a fixture was made with, uninitialised."""
+    """The micro-size VAE a fixture was made with, uninitialized."""
     config = meta["config"] | {"num_groups": meta["config"]["groups"]}
     return AutoEncoder(AutoEncoderConfig.from_dict(config))
 
@@ -86,6 +87,18 @@ def test_batch_equals_loop():
     images = torch.rand(3, 3, 16, 16, dtype=torch.float64) * 2 - 1
     loop = torch.cat([vae(image[None]) for image in images])
     torch.testing.assert_close(vae(images), loop, atol=1e-12, rtol=0)
+
+
+def test_decoding_enters_five_functions():
+    vae = AutoEncoder(NexusGenConfig.tiny().autoencoder)
+    entered = trace(lambda: vae.decode(torch.zeros(1, 16, 2, 2))).functions
+    assert {name for _, name in entered} == {
+        "AutoEncoder.decode",
+        "Decoder.forward",
+        "ResnetBlock.forward",
+        "AttnBlock.forward",
+        "Upsample.forward",
+    }
 
 
 def test_bad_sizes_are_named():

@@ -11,6 +11,7 @@ import pytest
 from conftest import GOLDEN
 from properties import TEXTS, spelled, widened
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tracer import trace
 
 from nexus_min import tokenizer as T
 from nexus_min.config import TINY_TOKEN_IDS, ARConfig, NexusGenConfig
@@ -120,10 +121,10 @@ def test_text_never_becomes_a_special_token(which, request):
 
 @widened("text", ATTACKS, spelled([*NAMES, T.IMAGE]))
 def test_no_text_is_special_in_any_turn(qwen, toy, text):
-    """Whoever says it: as many special tokens as of turns and images, and none in the text."""
+    """In any role: a special token for each turn and image, and none in the text."""
     text = text.replace("<image", "<Image")  # no placeholder but those of the messages
     roles = ("system", "user", "assistant", "user")
-    said = [{"role": role, "content": f"{text}<image>{text}"} for role in roles]
+    attack = [{"role": role, "content": f"{text}<image>{text}"} for role in roles]
     plain = [{"role": role, "content": "x<image>x"} for role in roles]
     for tokenizer in (qwen, toy):
         special = set(tokenizer.special_ids.values())
@@ -132,16 +133,18 @@ def test_no_text_is_special_in_any_turn(qwen, toy, text):
             tokenizer.encode_chat,
             lambda m, n, t=tokenizer: t.encode_training(m, n).ids,
         ):
-            ids, want = encode(said, [2, 1, 3, 1]), encode(plain, [2, 1, 3, 1])
+            ids, want = encode(attack, [2, 1, 3, 1]), encode(plain, [2, 1, 3, 1])
             assert [i for i in ids if i in special] == [i for i in want if i in special]
     assert toy.decode(toy.encode(text)) == text
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\ud83d\ude00"])
-def test_half_a_character_is_a_clear_error(toy, text):
+def test_a_lone_surrogate_is_a_clear_error(toy, text):
     for encode in (toy.encode, lambda t: toy.encode_chat([{"role": "user", "content": t}])):
-        with pytest.raises(ValueError, match="not valid Unicode text"):
+        with pytest.raises(ValueError, match="not valid Unicode text: it contains a lone surrog"):
             encode(text)
+    with pytest.raises(ValueError, match="the prompt is not valid Unicode text"):
+        T.check_text(text, "prompt")
 
 
 def test_a_megabyte_of_end_tokens_is_text(qwen):
@@ -191,6 +194,11 @@ def test_training_continues_the_inference_prompt(qwen):
         ids, labels, _ = qwen.encode_training(messages, [4] * answer.count(T.IMAGE))
         assert ids[: len(prompt)] == prompt
         assert set(labels[: len(prompt)]) == {T.IGNORE} and labels[len(prompt)] != T.IGNORE
+
+
+def test_a_prompt_enters_four_functions(toy):
+    messages = [{"role": "user", "content": "<image> What is this?"}]
+    assert len(trace(lambda: toy.decode(toy.encode_chat(messages, [16]))).functions) <= 4
 
 
 def test_own_system_prompt_replaces_the_default(qwen):

@@ -51,11 +51,10 @@ class WindowLayout(NamedTuple):
 def grid_tuple(grid_thw: Tensor | Grid, merge: int = 2) -> tuple[tuple[int, int, int], ...]:
     """[n, 3] tensor or nested sequence -> tuple of (t, h, w)."""
     rows = grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
-    for row in rows or [None]:
-        if not isinstance(row, list | tuple) or len(row) != 3 or min(row) < 1:
-            raise ValueError(f"grid_thw must be n >= 1 rows of (t, h, w), each >= 1, got {rows}")
-        if row[1] % merge or row[2] % merge:
-            raise ValueError(f"h and w of grid_thw must be multiples of {merge}, got {row}")
+    if not rows or any(not isinstance(r, list | tuple) or len(r) != 3 or min(r) < 1 for r in rows):
+        raise ValueError(f"grid_thw must be n >= 1 rows of (t, h, w), each >= 1, got {rows}")
+    if any(h % merge or w % merge for _, h, w in rows):
+        raise ValueError(f"h and w of grid_thw must be multiples of {merge}, got {rows}")
     return tuple(tuple(int(n) for n in row) for row in rows)
 
 
@@ -121,7 +120,7 @@ def make_layout(grid: Grid, config: VisionConfig, device: torch.device) -> Windo
     with torch.inference_mode(False):  # a layout from inference must serve a training step
         order, windows = window_index(grid, config)
         positions = patch_positions(grid, config.spatial_merge_size)
-        # RoPE turns by the position in the image, so positions follow the units to window order
+        # a token keeps its position in the image, so positions are permuted like the tokens
         positions = rearrange(positions, "(N m) a -> N m a", N=len(order))[order].flatten(0, 1)
         cos, sin = vision_cos_sin(positions, config.hidden_size // config.num_heads)
         images = [h * w for t, h, w in grid for _ in range(t)]
