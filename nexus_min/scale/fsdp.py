@@ -121,8 +121,7 @@ def full_state_dict(module: nn.Module) -> dict[str, Tensor]:
 class ShardedState:
     """Sharded weights, AdamW's moments and the number of steps done.
 
-    A checkpoint is a folder `STAGE.STEP` with one safetensors file a process; any number of
-    processes can read it.
+    A checkpoint is a folder with one safetensors file per process; any number of them can read it.
     """
 
     def __init__(self, stage: Stage, folder: Path, device: torch.device, bf16: bool):
@@ -151,15 +150,9 @@ class ShardedState:
         """All complete checkpoints, oldest first."""
         return sorted(self.folder.glob(f"{self.name}.[0-9]*[0-9]"))
 
-    def save(self) -> None:
-        """Write a checkpoint; delete all but the last two."""
-        self.write(self.folder / f"{self.name}.{self.step:07d}")
-        if dist.get_rank() == 0:
-            for old in self.checkpoints()[:-2]:
-                shutil.rmtree(old)
-
-    def write(self, folder: Path) -> None:
-        """Write the shards of all processes; the folder gets its name when it is complete."""
+    def save(self, tag: str | None = None) -> None:
+        """Write the folder `STAGE.TAG`, by default `STAGE.STEP`; keep the last two STEPs."""
+        folder = self.folder / f"{self.name}.{tag or f'{self.step:07d}'}"
         partial_folder = folder.with_suffix(f"{folder.suffix}.partial")
         self.delete_partial()  # left by a run that was killed, perhaps on more processes
         writer = dcp.HuggingFaceStorageWriter(str(partial_folder), save_distributed=True)
@@ -172,7 +165,9 @@ class ShardedState:
             raise OSError(message) from None
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial_folder, folder)
+            os.replace(partial_folder, folder)  # it is complete
+            for old in self.checkpoints()[:-2]:
+                shutil.rmtree(old)
         dist.barrier()
 
     def delete_partial(self) -> None:
@@ -206,14 +201,13 @@ class ShardedState:
 
     def raise_nonfinite(self, cause: str) -> NoReturn:
         """Dump the state, which as a checkpoint leads to the same step; FloatingPointError."""
-        dump = self.folder / f"{self.name}.nonfinite"
         message = f"stage {self.name}, step {self.step}: not finite ({cause})"
         try:
-            self.write(dump)
+            self.save("nonfinite")
         except OSError as error:
             raise FloatingPointError(f"{message}; {error}") from None
-        status = f"the last checkpoint is kept, the state before the step is in {dump}"
-        raise FloatingPointError(f"{message}; {status}")
+        dump = f"the state before the step is in {self.folder / self.name}.nonfinite"
+        raise FloatingPointError(f"{message}; the last checkpoint is kept, {dump}")
 
 
 def fit(

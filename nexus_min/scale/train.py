@@ -111,18 +111,17 @@ def main(argv: list[str] | None = None) -> int:
         try:
             args = parse_args(argv)
         except ValueError:
-            if rank:
-                return 2
-            raise
+            if rank == 0:
+                raise
+            return 2
         with explain_oom(lambda: OOM_ADVICE), processes() as device:
             train(args, device)
         if rank == 0:
             print(f"trained {args.preset}: {args.out}/model")
 
-    if rank:
-        return exit_status(f"fullscale: process {rank}", command, stopped="")
-    stopped = "stopped; the same command resumes from the last checkpoint"
-    return exit_status("fullscale", command, stopped)
+    program = f"fullscale: process {rank}" if rank else "fullscale"
+    stopped = "" if rank else "stopped; the same command resumes from the last checkpoint"
+    return exit_status(program, command, stopped)
 
 
 if __name__ == "__main__":
