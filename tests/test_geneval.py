@@ -61,17 +61,17 @@ def test_verdicts():
     )
 
 
-def test_pictures_are_read_or_left_to_others():
+def test_images_are_read_or_left_to_others():
     star = line("colors", [{"class": "star", "color": "red", "count": 1}])
-    picture = render(scene(("star", "red", 4)))
-    assert geneval.verdict(picture, star) == {"correct": True, "reason": ""}
+    image = render(scene(("star", "red", 4)))
+    assert geneval.verdict(image, star) == {"correct": True, "reason": ""}
     blue = line("colors", [{"class": "star", "color": "blue", "count": 1}])
-    assert geneval.verdict(picture, blue)["correct"] is False
+    assert geneval.verdict(image, blue)["correct"] is False
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     assert geneval.verdict(noise, star)["correct"] is False
     bench = line("single_object", [{"class": "bench", "count": 1}])
-    assert geneval.verdict(picture, bench)["correct"] is None
-    large = np.repeat(np.repeat(picture, 2, 0), 2, 1)  # as a model of another size draws it
+    assert geneval.verdict(image, bench)["correct"] is None
+    large = np.repeat(np.repeat(image, 2, 0), 2, 1)  # as a model of another size draws it
     assert geneval.verdict(large, star)["correct"] is None
 
 

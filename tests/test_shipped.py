@@ -41,9 +41,9 @@ def test_it_is_small_and_says_how_it_was_made():
     assert len(weights) == 5
     for file in weights:
         with safe_open(file, "pt") as opened:
-            told = opened.metadata()
-        assert told["command"].startswith("python train_tiny.py")
-        assert float(told["minutes"]) > 0 and int(told["seed"]) >= 0
+            metadata = opened.metadata()
+        assert metadata["command"].startswith("python train_tiny.py")
+        assert float(metadata["minutes"]) > 0 and int(metadata["seed"]) >= 0
 
 
 @pytest.mark.parametrize("zh", [False, True])
@@ -63,16 +63,16 @@ def test_it_answers_unseen_questions(model, zh):
 
 
 @pytest.mark.parametrize("zh", [False, True])
-def test_it_edits_unseen_pictures(model, zh):
+def test_it_edits_unseen_images(model, zh):
     """Below the measured scores, as rounding differs between machines."""
     score = evaluate.score_edits(model, "background", zh, 10, 123)[0]
     assert score.right >= 7, score.line()
     kinds = ("recolor", "add", "remove", "move")
     scores = [evaluate.score_edits(model, kind, zh, 10, 123)[0] for kind in kinds]
     assert sum(t.right for t in scores) >= 24, [t.line() for t in scores]
-    told = {kind: t.notes.get("told") for kind, t in zip(kinds, scores, strict=True)}
-    assert told.pop("add") is None  # refers to no object
-    assert all(share > 0.7 for share in told.values()), told
+    right_plans = {kind: t.notes.get("told") for kind, t in zip(kinds, scores, strict=True)}
+    assert right_plans.pop("add") is None  # refers to no object
+    assert all(share > 0.7 for share in right_plans.values()), right_plans
 
 
 def test_chinese(model):
@@ -80,7 +80,7 @@ def test_chinese(model):
     assert [(o.shape, o.color) for o in reading.scene.objects] == [("circle", "red")]
 
 
-def picture(kind: str) -> Image.Image:
+def sample_image(kind: str) -> Image.Image:
     rng = np.random.default_rng(0)
     if kind == "photograph":  # smooth light, grain, no shapes
         x, y = np.meshgrid(np.linspace(0, 3, 900), np.linspace(0, 2, 600))
@@ -96,9 +96,9 @@ def picture(kind: str) -> Image.Image:
 @pytest.mark.parametrize(
     "kind", ["photograph", "tiny", "huge", "wide", "tall", "alpha", "grey", "bits"]
 )
-def test_any_picture_gets_an_answer_and_an_edit(model, tmp_path, kind):
+def test_any_image_gets_an_answer_and_an_edit(model, tmp_path, kind):
     file = tmp_path / "in.png"
-    picture(kind).save(file)
+    sample_image(kind).save(file)
     assert isinstance(model.understand(file, "What color is the background?"), str)
     assert model.edit(file, "Add a small red circle in the center.").size == (64, 64)
 
@@ -106,12 +106,12 @@ def test_any_picture_gets_an_answer_and_an_edit(model, tmp_path, kind):
 @pytest.mark.parametrize(
     "prompt", ["a cat on the moon", "🎨" * 50, "<|im_end|><image_pad>", "\x00"]
 )
-def test_any_prompt_gets_a_picture(model, prompt):
+def test_any_prompt_gets_an_image(model, prompt):
     assert model.generate(prompt).size == (64, 64)
 
 
 def test_the_command_line_warns_outside_the_toy_world(tmp_path):
-    picture("photograph").save(tmp_path / "photo.jpg")
+    sample_image("photograph").save(tmp_path / "photo.jpg")
     done = command("edit", "photo.jpg", "Make the sky purple", "--output", "out.png", cwd=tmp_path)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert "never seen" in done.stderr and (tmp_path / "out.png").exists()

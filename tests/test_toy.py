@@ -35,7 +35,7 @@ LOOKS = list(product(SHAPES, RADIUS, STYLES))
 PAINT = {**COLORS, **BACKGROUNDS}
 
 
-def pictures(scenes: list[Scene]) -> np.ndarray:
+def images_of(scenes: list[Scene]) -> np.ndarray:
     return np.stack([render(s) for s in scenes])
 
 
@@ -89,7 +89,7 @@ def test_scales_agree(scale):
         assert score.read(np.round(small).astype(np.uint8)[None])[0].is_exactly(scene)
 
 
-def test_a_pictures_colors_are_the_palettes():
+def test_the_colors_of_an_image_are_the_palettes():
     for color, background in product(COLORS, BACKGROUNDS):
         image = render(Scene((Object("square", color),), background))
         assert tuple(image[32, 32]) == COLORS[color]
@@ -124,17 +124,17 @@ def test_the_key_forgets_order_jitter_and_texture_only():
 @pytest.mark.parametrize("style", STYLES)
 def test_the_checker_is_exact_on_the_truth(style, textured):
     scenes = cases(style, textured, 200)
-    images = pictures(scenes)
+    images = images_of(scenes)
     rng = np.random.default_rng(7)
-    for seen in (images, noisy(images, rng)):
-        readings = score.read(seen)
+    for batch in (images, noisy(images, rng)):
+        readings = score.read(batch)
         wrong = [s for s, r in zip(scenes, readings, strict=True) if not r.is_exactly(s)]
         assert not wrong
         assert min(r.overlap for r in readings) > score.OVERLAP + 0.05
 
 
 def test_noise_on_a_strong_texture_is_not_an_unknown_object():
-    # seen to fail by chance: in empty gray cells up to 12 pixels look like no known color
+    # failed by chance once: in empty gray cells up to 12 pixels look like no known color
     texture = Texture(angle=1.889, period=11.74, phase=4.868, amplitude=20.0, checks=False)
     one = Object("cross", "yellow", "large", 6, 1.5, 0.0)
     scene = Scene((one,), "gray", texture=texture)
@@ -151,11 +151,11 @@ def test_every_template_is_read_at_every_jitter():
             Scene((Object(shape, color, size, i % 9, dx, dy),), background, style)
             for i, (dx, dy) in enumerate(places)
         ]
-        for scene, reading in zip(scenes, score.read(pictures(scenes)), strict=True):
+        for scene, reading in zip(scenes, score.read(images_of(scenes)), strict=True):
             assert reading.is_exactly(scene) and reading.overlap > 0.9
 
 
-def test_an_empty_picture_has_no_objects():
+def test_an_empty_image_has_no_objects():
     reading = score.read(np.full((1, 64, 64, 3), 250, np.uint8))[0]
     assert reading.known and reading.scene == Scene((), "white", "filled")
 
@@ -205,7 +205,7 @@ def test_other_attributes_are_noticed():
         if rest and first.color != rest[0].color:
             swapped = replace(first, color=rest[0].color), replace(rest[0], color=first.color)
             wrong.append(replace(scene, objects=(*swapped, *rest[1:])))
-        for other, reading in zip(wrong, score.read(pictures(wrong)), strict=True):
+        for other, reading in zip(wrong, score.read(images_of(wrong)), strict=True):
             assert not reading.is_exactly(scene)
             assert reading.is_exactly(other) == (len(other.objects) > 0 or other.style == "filled")
 
@@ -253,14 +253,14 @@ def test_l1_outside_counts_the_untouched_pixels_only():
     source = np.zeros((4, 4, 3), np.uint8)
     target = source.copy()
     target[:2] = 200  # the edit
-    picture = target.copy()
-    assert score.l1_unedited(picture, target, source) == 0
-    picture[:2] = 7  # inside the edit: not counted
-    assert score.l1_unedited(picture, target, source) == 0
-    picture[3, 0] = 51  # one of eight untouched pixels, a fifth of the range
-    assert score.l1_unedited(picture, target, source) == pytest.approx(0.2 / 8)
+    image = target.copy()
+    assert score.l1_unedited(image, target, source) == 0
+    image[:2] = 7  # inside the edit: not counted
+    assert score.l1_unedited(image, target, source) == 0
+    image[3, 0] = 51  # one of eight untouched pixels, a fifth of the range
+    assert score.l1_unedited(image, target, source) == pytest.approx(0.2 / 8)
     with pytest.raises(ValueError, match="nothing is outside"):
-        score.l1_unedited(picture, source + 1, source)
+        score.l1_unedited(image, source + 1, source)
 
 
 # ---- prompts -----------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def changes(scene: Scene, spec: dict) -> list[tuple[str, Scene, bool]]:
 
 
 @pytest.mark.parametrize("kind", CATEGORIES)
-def test_satisfies_accepts_the_right_pictures_and_no_single_change_of_what_is_named(kind):
+def test_satisfies_accepts_the_right_images_and_no_single_change_of_what_is_named(kind):
     for ex in prompts(kind):
         scene, spec = ex.scenes[0], ex.spec
         assert scene.key == canonical_scene(spec).key
@@ -332,9 +332,9 @@ def test_satisfies_knows_positions_and_attribution():
 
 
 @pytest.mark.parametrize("kind", CATEGORIES)
-def test_true_pictures_of_prompts_pass_from_pixels(kind):
+def test_true_images_of_prompts_pass_from_pixels(kind):
     found = prompts(kind, 40)
-    for ex, reading in zip(found, score.read(pictures([e.scenes[0] for e in found])), strict=True):
+    for ex, reading in zip(found, score.read(images_of([e.scenes[0] for e in found])), strict=True):
         assert reading.known and satisfies(reading.scene, ex.spec)
 
 

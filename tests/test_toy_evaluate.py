@@ -193,15 +193,15 @@ def test_an_edit_left_undone_is_wrong(artist, monkeypatch):
 
 
 class Answers:
-    """Knows every answer by heart; `pad` is said around it, `sees` before it."""
+    """Knows every answer by heart; `pad` stands around it, `thought` before it."""
 
-    def __init__(self, cases: list, pad: str = " ", sees: str = "", wrong: bool = False):
+    def __init__(self, cases: list, pad: str = " ", thought: str = "", wrong: bool = False):
         self.known = {(ex.text, render(ex.scenes[0]).tobytes()): ex.answer for ex in cases}
-        self.pad, self.sees, self.wrong = pad, sees, wrong
+        self.pad, self.thought, self.wrong = pad, thought, wrong
 
     def understand(self, image, question: str, max_new_tokens: int) -> str:
         answer = self.known[question, np.asarray(image).tobytes()]
-        return self.pad + self.sees + ("not " + answer if self.wrong else answer) + self.pad
+        return self.pad + self.thought + ("not " + answer if self.wrong else answer) + self.pad
 
 
 @pytest.mark.parametrize("kind", [*QUESTIONS, "describe"])
@@ -212,7 +212,7 @@ def test_question_scores(kind):
     assert score.right == score.n == len(cases) > 1
     assert score_kind(Answers(cases, wrong=True))[0].right == 0
     assert score_kind(Answers(cases, pad=" a red star: "))[0].right == 0  # the last word counts
-    assert score_kind(Answers(cases, sees="a star in the center: "))[0].right == score.n
+    assert score_kind(Answers(cases, thought="a star in the center: "))[0].right == score.n
 
 
 def test_reconstruction_is_of_held_out_scenes(monkeypatch):
@@ -311,9 +311,13 @@ def test_special_ids_are_the_configurations(tokenizer):
 
 def test_a_word_begins_much_as_its_translation_does(tokenizer):
     pairs = translations(tokenizer)
-    said = {tokenizer.decode([k]): tokenizer.decode(v) for k, v in pairs.items()}
-    assert len(said) == len(ZH) + 9 + 5  # and nine cells, five numbers
-    assert said["红色"] == " red" and said["左上角"] == " top left corner" and said["两"] == " two"
+    english_of = {tokenizer.decode([k]): tokenizer.decode(v) for k, v in pairs.items()}
+    assert len(english_of) == len(ZH) + 9 + 5  # and nine cells, five numbers
+    assert (
+        english_of["红色"] == " red"
+        and english_of["左上角"] == " top left corner"
+        and english_of["两"] == " two"
+    )
     words = torch.nn.Embedding(768, 128)
     before = words.weight.detach().clone()
     align_translations(words, pairs)

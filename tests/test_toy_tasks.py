@@ -1,4 +1,4 @@
-"""What is asked in the toy world: nothing held out leaks into training, and every answer is right.
+"""The tasks of the toy world: nothing held out leaks into training, and every answer is right.
 
 Answers, references and edits are derived here a second time, from the words alone, by code that
 shares nothing with what makes them but the names of things.
@@ -192,17 +192,17 @@ def mentions(text: str) -> list[dict]:
     """The objects that a text names, in order, as what it says of them in English."""
     found = []
     for match in NAMED.finditer(text):
-        said = {k.removeprefix("z"): ENGLISH.get(v, v) for k, v in match.groupdict().items() if v}
-        found.append(said)
+        named = {k.removeprefix("z"): ENGLISH.get(v, v) for k, v in match.groupdict().items() if v}
+        found.append(named)
     return found
 
 
-def fitting(scene: Scene, said: dict) -> list[Object]:
-    return [o for o in scene.objects if said.items() <= vars(o).items()]
+def fitting(scene: Scene, named: dict) -> list[Object]:
+    return [o for o in scene.objects if named.items() <= vars(o).items()]
 
 
-def the(scene: Scene, said: dict) -> Object:
-    (one,) = fitting(scene, said)  # fails where a reference is not unique
+def the(scene: Scene, named: dict) -> Object:
+    (one,) = fitting(scene, named)  # fails where a reference is not unique
     return one
 
 
@@ -210,7 +210,7 @@ def english(word: str) -> str:
     return ENGLISH.get(word, word)
 
 
-def centre(obj: Object) -> tuple[float, float]:
+def center(obj: Object) -> tuple[float, float]:
     return CENTERS[obj.cell % 3] + obj.dx, CENTERS[obj.cell // 3] + obj.dy
 
 
@@ -238,24 +238,24 @@ BEYOND = {
 
 def is_right(scene: Scene, kind: str, text: str, answer: str) -> bool:
     """Whether `answer` is the truth about a scene."""
-    said = mentions(text)
+    named = mentions(text)
     if kind == "background":
         return scene.background == english(answer)
     if kind == "count_all":
         return len(scene.objects) == COUNTS[answer]
     if kind == "count":
-        return len(fitting(scene, said[0])) == COUNTS[answer]
+        return len(fitting(scene, named[0])) == COUNTS[answer]
     if kind == "exist":
-        return bool(fitting(scene, said[0])) == YES[answer]
+        return bool(fitting(scene, named[0])) == YES[answer]
     if kind == "shape":
         (color,) = {c for c in COLORS if c in text.split() or ZH[c] in text}
         return the(scene, {"color": color}).shape == english(answer)
     if kind == "color":
-        return the(scene, said[0]).color == english(answer)
+        return the(scene, named[0]).color == english(answer)
     if kind == "where":
-        return the(scene, said[0]).cell == cell_in(answer)
+        return the(scene, named[0]).cell == cell_in(answer)
     assert kind == "relation"
-    one, two = (centre(the(scene, s)) for s in said)
+    one, two = (center(the(scene, s)) for s in named)
     (test,) = [f for words, f in BEYOND.items() if re.search(words, text)]
     return test(one, two) == YES[answer]
 
@@ -280,17 +280,17 @@ def test_stored_answers_are_true(kind, zh):
 @pytest.mark.parametrize("zh", [False, True])
 @pytest.mark.parametrize("kind", ["exist", "relation"])
 def test_yes_and_no_are_both_common(kind, zh):
-    said = [YES[ex.answer] for ex in draw("understand", kind, 200, zh=zh)]
-    assert 0.3 < np.mean(said) < 0.7
+    answers = [YES[ex.answer] for ex in draw("understand", kind, 200, zh=zh)]
+    assert 0.3 < np.mean(answers) < 0.7
 
 
 def read_objects(text: str) -> set:
     """Keys of the objects that a text names with their places."""
     objects = set()
     for part in re.split(", |，", text):
-        for said in mentions(part):
+        for named in mentions(part):
             cell = cell_in(part if part[0] < "\u4e00" else part.split("有")[0])
-            objects.add((said["shape"], said["color"], said["size"], cell))
+            objects.add((named["shape"], named["color"], named["size"], cell))
     return objects
 
 
@@ -351,17 +351,17 @@ def test_an_edit_is_one_change_of_the_object_its_words_name(kind, zh):
         source, target = ex.scenes
         found, gone, new = difference(source, target)
         assert found == kind
-        said = mentions(ex.text)
+        named = mentions(ex.text)
         if kind == "add":
-            assert said == [{"shape": new.shape, "color": new.color, "size": new.size}]
+            assert named == [{"shape": new.shape, "color": new.color, "size": new.size}]
             assert cell_in(ex.text.split("加")[0] if zh else ex.text) == new.cell
         elif gone:
-            assert the(source, said[0]) is gone
+            assert the(source, named[0]) is gone
         if kind == "recolor":
             goal = ex.text.split("变成")[1] if zh else ex.text.split(" to ")[1][:-1]
             assert english(goal) == new.color
         if kind == "replace":
-            assert said[1] == {"shape": new.shape}
+            assert named[1] == {"shape": new.shape}
         if kind == "move":
             goal = ex.text.split("移到")[1] if zh else ex.text.split(" to ")[1]
             assert cell_in(goal) == new.cell
@@ -384,22 +384,22 @@ def test_a_reply_to_an_edit_says_first_what_will_change(kind, zh):
         usual = EDITING_REPLY["zh" if zh else "en"]
         silent += reply == usual
         if reply != usual:
-            sees, told = reply.removesuffix(usual).split("。" if zh else ". ", 1)
-            assert read_caption(sees)[0] == {o.key for o in ex.scenes[0].objects}
-            assert told.strip() == ex.answer
+            description, steps = reply.removesuffix(usual).split("。" if zh else ". ", 1)
+            assert read_caption(description)[0] == {o.key for o in ex.scenes[0].objects}
+            assert steps.strip() == ex.answer
         _, gone, new = difference(*ex.scenes)
         if kind == "add" or not gone:
             assert ex.answer == ""
             continue
         word = GOES.get(kind, (" becomes ", "变成"))[zh]
         before, after = ex.answer.split(word)
-        said = mentions(ex.answer)
-        assert said[0] == {"shape": gone.shape, "color": gone.color, "size": gone.size}
+        named = mentions(ex.answer)
+        assert named[0] == {"shape": gone.shape, "color": gone.color, "size": gone.size}
         assert cell_in(before.split("的")[0] if zh else before) == gone.cell
         if kind == "move":
             assert cell_in(after[:-1]) == new.cell
         elif kind != "remove":
-            assert said[1] == {"shape": new.shape, "color": new.color, "size": new.size}
+            assert named[1] == {"shape": new.shape, "color": new.color, "size": new.size}
     assert silent > 0  # the usual sentence alone is learnt too
 
 
@@ -442,25 +442,25 @@ def test_messages_follow_the_official_format(task):
 NAMED_FIRST = {"color": 1, "shape": 1, "where": 1, "background": 0, "count_all": 0, "relation": 2}
 
 
-def check_reply(scene: Scene, text: str, said: str) -> None:
-    """The answer behind a question of any kind follows from what is thought before it."""
-    *thought, answer = re.split(": |：", said)
-    assert final_answer(said) == answer
-    kind = asked_kind(text)
+def check_reply(scene: Scene, text: str, reply: str) -> None:
+    """The answer to a question of any kind follows from the reasoning before it."""
+    *reasoning, answer = re.split(": |：", reply)
+    assert final_answer(reply) == answer
+    kind = question_kind(text)
     assert is_right(scene, kind, text, answer)
-    parts = re.split(", |，", thought[0]) if thought else []
+    parts = re.split(", |，", reasoning[0]) if reasoning else []
     if kind in ("count", "exist"):
-        (asked,) = mentions(text)
+        (queried,) = mentions(text)
         objects = sorted(scene.objects, key=lambda o: o.cell)
         verdicts = [not re.search(" no$|不是$", part) for part in parts]
-        assert verdicts == [all(getattr(o, k) == v for k, v in asked.items()) for o in objects]
+        assert verdicts == [all(getattr(o, k) == v for k, v in queried.items()) for o in objects]
         for o, part in zip(objects, parts, strict=True):
-            compared = ["shape"] if "color" not in asked else ["color", "shape"]
-            if asked.get("color", o.color) != o.color:
+            compared = ["shape"] if "color" not in queried else ["color", "shape"]
+            if queried.get("color", o.color) != o.color:
                 compared = ["color"]
-            words = [word for name in compared for word in (getattr(o, name), asked[name])]
-            told = re.sub(" (yes|no)$|不?是$", "", part)
-            assert told in (" ".join(words), "".join(ZH[word] for word in words))
+            words = [word for name in compared for word in (getattr(o, name), queried[name])]
+            pair = re.sub(" (yes|no)$|不?是$", "", part)
+            assert pair in (" ".join(words), "".join(ZH[word] for word in words))
         return
     about = parts[: NAMED_FIRST[kind]]
     assert len(about) == NAMED_FIRST[kind]
@@ -476,12 +476,12 @@ def check_reply(scene: Scene, text: str, said: str) -> None:
         assert [p[axis] for p in places] == [first, second]
         words = (("above|上方", "below|下方"), ("left of|左边", "right of|右边"))[axis]
         assert re.fullmatch(words[first > second], true)
-        asked = verdict.removesuffix(answer).strip()
-        assert re.search(f"({asked}) the|的({asked})吗", text)
-        assert (asked == true) == (answer in ("yes", "是"))
+        queried = verdict.removesuffix(answer).strip()
+        assert re.search(f"({queried}) the|的({queried})吗", text)
+        assert (queried == true) == (answer in ("yes", "是"))
 
 
-ASKS = {
+QUESTION_FORMS = {
     "count": "How many (?!obj)|有几个(?!图)",
     "count_all": "How many objects|几个图形",
     "background": "background|背景",
@@ -493,51 +493,51 @@ ASKS = {
 }
 
 
-def asked_kind(text: str) -> str:
+def question_kind(text: str) -> str:
     """The kind of a question, from its words."""
-    (kind,) = [kind for kind, words in ASKS.items() if re.search(words, text)]
+    (kind,) = [kind for kind, words in QUESTION_FORMS.items() if re.search(words, text)]
     return kind
 
 
 @pytest.mark.parametrize("zh", [False, True])
 @pytest.mark.parametrize("kind", QUESTIONS)
-def test_an_answer_comes_behind_what_is_seen_and_what_decides_it(kind, zh):
+def test_an_answer_follows_a_caption_and_a_chain_of_thought(kind, zh):
     for ex in both_sides("understand", f"{kind}+where+relation", zh):
         scene = ex.scenes[0]
         first, *others = (m["content"] for m in ex.messages[1::2])
-        sees, first = first.split("。" if zh else ". ")  # said once
-        assert read_caption(sees)[0] == {o.key for o in scene.objects}
+        description, first = first.split("。" if zh else ". ")  # stated once
+        assert read_caption(description)[0] == {o.key for o in scene.objects}
         assert final_answer(first) == ex.answer
         questions = [m["content"].removeprefix("<image>") for m in ex.messages[::2]]
-        assert asked_kind(questions[0]) == kind
+        assert question_kind(questions[0]) == kind
         assert len(set(questions)) == len(questions)
-        for text, said in zip(questions, (first, *others), strict=True):
-            check_reply(scene, text, said)
+        for text, reply in zip(questions, (first, *others), strict=True):
+            check_reply(scene, text, reply)
 
 
 @pytest.mark.parametrize("zh", [False, True])
-def test_a_conversation_goes_on_about_the_latest_picture(zh):
+def test_a_conversation_continues_about_the_latest_image(zh):
     turns, edits, unseen = [], 0, draw("multi_turn", None, 30, unseen=True, zh=zh)
     for ex in draw("multi_turn", None, 200, zh=zh) + unseen:
-        scenes, seen = list(ex.scenes), ex.kind == "understand"
+        scenes, described = list(ex.scenes), ex.kind == "understand"
         at = 0 if ex.kind == "generate" else 1  # of the first image that is made
         turns.append(len(ex.messages) // 2)
         for user, reply in zip(ex.messages[::2], ex.messages[1::2], strict=True):
-            text, said = user["content"], reply["content"]
+            text, answer = user["content"], reply["content"]
             if user is ex.messages[0]:
                 at += ex.kind != "understand"
                 continue
             assert "<image>" not in text
             scene = scenes[at - 1]
-            if not seen:  # said once of each image, from a second look
-                sees, said = said.split("。" if zh else ". ", 1)
-                assert read_caption(sees)[0] == {o.key for o in scene.objects}
-            seen = True
-            if not said.endswith("<image>"):
-                check_reply(scene, text, said)
+            if not described:  # stated once of each image, from a second look
+                description, answer = answer.split("。" if zh else ". ", 1)
+                assert read_caption(description)[0] == {o.key for o in scene.objects}
+            described = True
+            if not answer.endswith("<image>"):
+                check_reply(scene, text, answer)
                 continue
             difference(scene, scenes[at])  # one change
-            at, seen, edits = at + 1, False, edits + 1
+            at, described, edits = at + 1, False, edits + 1
         assert at == len(scenes)
     assert edits > 50 and turns.count(3) > turns.count(2) > 0
     assert all(any(held_out(s.key) for s in ex.scenes) for ex in unseen)

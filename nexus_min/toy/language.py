@@ -46,17 +46,14 @@ def noun_phrase(shape: str, color: str | None, size: str | None, zh: bool) -> st
 
 
 def plural(phrase: str) -> str:
-    """The plural of an English noun phrase."""
     return phrase + ("es" if phrase.endswith("cross") else "s")
 
 
 def with_article(phrase: str) -> str:
-    """With its indefinite article."""
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
 def in_order(scene: Scene) -> list[Object]:
-    """The objects in reading order of their cells."""
     return sorted(scene.objects, key=lambda o: o.cell)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import product
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -37,14 +38,12 @@ PRETOKEN = (
 def corpus() -> list[str]:
     """Text that holds every word of the toy world, also with a leading space."""
     rng = np.random.default_rng(0)
-    kinds = [("generate", k) for k in (*CATEGORIES, "caption")]
-    kinds += [("understand", k) for k in (*QUESTIONS, "describe")] + [("edit", k) for k in EDITS]
+    kinds = {"generate": (*CATEGORIES, "caption"), "understand": (*QUESTIONS, "describe")}
     texts = [SYSTEM_PROMPT, "system\n", "user\n", "assistant\n"]
-    for task, kind in kinds:
-        for zh in (False, True):
-            for _ in range(150):
-                ex = sample_example(rng, task, kind, zh)
-                texts += [m["content"].replace("<image>", "") for m in ex.messages]
+    for task, names in (kinds | {"edit": EDITS}).items():
+        for kind, zh, _ in product(names, (False, True), range(150)):
+            ex = sample_example(rng, task, kind, zh)
+            texts += [m["content"].replace("<image>", "") for m in ex.messages]
     return texts
 
 

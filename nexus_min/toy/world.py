@@ -66,8 +66,6 @@ class Texture:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image of the toy world."""
-
     objects: tuple[Object, ...]
     background: str = "white"
     style: str = "filled"
@@ -90,7 +88,6 @@ def choice(rng: Rng, items):
 
 
 def random_texture(rng: Rng) -> Texture:
-    """A texture of random angle, period, phase and strength."""
     angle, period, phase = rng.uniform(0, np.pi), rng.uniform(5, 12), rng.uniform(0, 2 * np.pi)
     return Texture(angle, period, phase, rng.uniform(12, 20), rng.random() < 0.5)
 
@@ -101,7 +98,6 @@ def jittered(rng: Rng, obj: Object) -> Object:
 
 
 def random_object(rng: Rng, cell: int) -> Object:
-    """An object with uniformly random shape, color, size and jitter in `cell`."""
     shape, color, size = (choice(rng, x) for x in (SHAPES, tuple(COLORS), tuple(RADIUS)))
     return jittered(rng, Object(shape, color, size, cell))
 
