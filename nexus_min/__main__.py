@@ -345,9 +345,6 @@ def find_device(name: str | None, model: str) -> str:
     raise ValueError(f"this machine, or this build of torch, has no {name}")
 
 
-# ---- output ------------------------------------------------------------------------------------
-
-
 def save_events(args: argparse.Namespace, events, facts: dict, source=None) -> None:
     """Run the events to the image, save it and print its name; a summary goes to stderr."""
     from tqdm import tqdm
@@ -380,9 +377,6 @@ def metadata(args: argparse.Namespace, sampling, options: dict, facts: dict) -> 
     scale = {"scale": options["scale"]} if options.get("scale", 1) > 1 else {}
     known |= {"versions": versions(), **facts, **scale}
     return {"model": args.model, **asdict(sampling), **known}
-
-
-# ---- warnings ----------------------------------------------------------------------------------
 
 
 def warn(message: str) -> None:

@@ -61,7 +61,7 @@ def run(
     """
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, got {batch_size}")
-    requests: dict[int, ImageRequest] = {}
+    alike: dict[Any, list[tuple[int, ImageRequest]]] = {}  # but for seed and embeddings
     with tqdm(total=len(items), unit="item", disable=not progress) as bar:
         for i, item in enumerate(items):
             try:
@@ -69,14 +69,16 @@ def run(
             except ITEM_ERRORS as error:
                 answer = Result(i, error=one_line(error))
             if isinstance(answer, ImageRequest):
-                requests[i] = answer
+                key = answer.decoder, replace(answer.sampling, seed=0)
+                alike.setdefault(key, []).append((i, answer))
             else:
                 bar.update()
                 yield answer if isinstance(answer, Result) else Result(i, answer)
-        for indices in batch_indices(requests, batch_size):
-            for result in sample(model, {i: requests[i] for i in indices}):
-                bar.update()
-                yield result
+        for key in sorted(alike, key=lambda key: key[0]):  # one decoder after the other
+            for start in range(0, len(alike[key]), batch_size):
+                for result in sample(model, alike[key][start : start + batch_size]):
+                    bar.update()
+                    yield result
 
 
 def read(model: Any, item: dict, seed: int, max_pixels: int | None = None) -> str | ImageRequest:
@@ -105,32 +107,22 @@ def map_images(function: Callable, images: Any) -> Any:
     return [function(image) for image in images] if isinstance(images, list) else function(images)
 
 
-def batch_indices(requests: dict[int, ImageRequest], size: int) -> Iterator[list[int]]:
-    """Indices of requests that differ in seed and embeddings alone, at most `size` at a time."""
-    alike: dict[Any, list[int]] = {}
-    for i, request in requests.items():
-        key = request.decoder, replace(request.sampling, seed=0)
-        alike.setdefault(key, []).append(i)
-    for key in sorted(alike, key=lambda key: key[0]):  # one decoder after the other
-        yield from (alike[key][k : k + size] for k in range(0, len(alike[key]), size))
-
-
-def sample(model: Any, requests: dict[int, ImageRequest]) -> Iterator[Result]:
+def sample(model: Any, requests: list[tuple[int, ImageRequest]]) -> Iterator[Result]:
     """Sample one batch; after an error, each half of it, down to the request at fault."""
-    indices = list(requests)
     try:
         with explain_oom(model.advice):
-            events = sample_images(model, list(requests.values()))
+            events = sample_images(model, [request for _, request in requests])
             images = [value for name, value in events if name == "image"]
     except (ValueError, MemoryError) as error:
-        if len(indices) == 1:
-            yield Result(indices[0], requests[indices[0]].text, error=one_line(error))
+        if len(requests) == 1:
+            [(i, request)] = requests
+            yield Result(i, request.text, error=one_line(error))
         else:
-            middle = len(indices) // 2
-            for half in (indices[:middle], indices[middle:]):
-                yield from sample(model, {i: requests[i] for i in half})
+            middle = len(requests) // 2
+            yield from sample(model, requests[:middle])
+            yield from sample(model, requests[middle:])
         return
-    for (i, request), image in zip(requests.items(), images, strict=True):
+    for (i, request), image in zip(requests, images, strict=True):
         yield Result(i, request.text, image, request.sampling)
 
 

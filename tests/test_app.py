@@ -49,13 +49,13 @@ def photo(tmp_path) -> str:
 # ---- what the buttons do -------------------------------------------------------------------------
 
 
-def test_drawing_shows_pictures_on_the_way(handlers):
+def test_drawing_shows_images_on_the_way(handlers):
     seen = list(handlers.generate("a circle", 9, 3, 64, 48))
     assert all(facts.startswith("seed 3, 9 steps, cfg 1, 48 x 64 px; ") for *_, facts in seen[1:])
-    pictures = [image for image, *_ in seen if image is not None]
-    assert len(pictures) == 5 + 1 and len({p.tobytes() for p in pictures}) > 1  # every second step
+    images = [image for image, *_ in seen if image is not None]
+    assert len(images) == 5 + 1 and len({p.tobytes() for p in images}) > 1  # every second step
     want = handlers.model.generate("a circle", num_steps=9, seed=3, width=48, max_new_tokens=2)
-    assert pictures[-1].tobytes() == want.tobytes()
+    assert images[-1].tobytes() == want.tobytes()
 
 
 def test_editing_and_asking(handlers, photo):
@@ -98,7 +98,7 @@ def test_what_is_asked_for_is_capped(handlers, text, form, message):
         list(handlers.generate(text, *form))
 
 
-def test_bad_pictures(handlers, tmp_path):
+def test_bad_images(handlers, tmp_path):
     (tmp_path / "bad.png").write_text("no image")
     for task in (
         lambda: list(handlers.edit(str(tmp_path / "bad.png"), "a", "editing", *FORM)),

@@ -176,7 +176,7 @@ def test_running_out_of_memory_costs_its_item_and_says_what_to_do(tiny, monkeypa
     assert results_of(tiny, items)[0].image
 
 
-def test_a_picture_that_fails_fails_alone(tiny, monkeypatch):
+def test_an_image_that_fails_fails_alone(tiny, monkeypatch):
     decode, most = tiny.decode, 2
 
     def short_of_memory(latents):
@@ -214,7 +214,7 @@ def test_a_batch_size_of_none(tiny):
         {"task": "edit", "image": "a.png", "instruction": "white"},
     ],
 )
-def test_a_picture_too_large_costs_its_item_only(tiny, tmp_path, monkeypatch, asked):
+def test_an_image_too_large_costs_its_item_only(tiny, tmp_path, monkeypatch, asked):
     monkeypatch.chdir(tmp_path)
     photo().save("a.png")  # 50 x 30
     other = {"task": "generate", "prompt": "a", **FAST}

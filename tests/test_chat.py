@@ -18,7 +18,7 @@ from nexus_min.sampling import SamplingParams
 from nexus_min.tokenizer import GENERATION_REPLY
 from nexus_min.train.data import check_line
 
-PICTURE = object()  # in a script: here comes an image
+AN_IMAGE = object()  # in a script: here comes an image
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,14 @@ def tiny() -> NexusGen:
 
 @pytest.fixture
 def script(tiny, monkeypatch):
-    """script(*parts): what the model says next, texts and PICTUREs; then its turn ends."""
+    """script(*parts): what the model says next, texts and AN_IMAGEs; then its turn ends."""
     coming: list[int] = []
 
     def write(*parts) -> None:
         start, end = tiny.config.ar.vision_start_token_id, tiny.config.ar.eos_token_id
         coming.clear()
         for part in parts:
-            coming.extend([start] if part is PICTURE else tiny.tokenizer.encode(part))
+            coming.extend([start] if part is AN_IMAGE else tiny.tokenizer.encode(part))
         coming.append(end)
 
     def penalize(logits, ids, penalty):
@@ -64,27 +64,25 @@ def last(events, kind: str):
 @pytest.mark.parametrize("keep", HISTORY_MODES)
 def test_a_cached_turn_is_the_whole_conversation_in_one_pass(tiny, script, keep):
     talk = chat(tiny, keep=keep)
-    script("Here: ", PICTURE, " and ", PICTURE, ".")
+    script("Here: ", AN_IMAGE, " and ", AN_IMAGE, ".")
     list(talk.say("draw two", [photo()]))
     known = list(talk.ids), list(talk.images), talk.cache.length
-    script("It is ", PICTURE)
+    script("It is ", AN_IMAGE)
     got = last(talk.say("change it", [photo(7), photo(9)]), "embeddings")
 
-    config, pictures = tiny.config.ar, talk.images[:-1]
+    config, images = tiny.config.ar, talk.images[:-1]
     at = len(talk.ids) - 2 - talk.ids[::-1].index(config.vision_end_token_id)
     ids = torch.tensor([talk.ids[: at + 1]])  # up to the last image token
     is_image = ids == config.image_token_id
     new = torch.zeros_like(is_image)
     new[:, -config.num_image_slots :] = True
-    drawn = [p in known[1][1:] for p in pictures]  # but for the photo, what was drawn before
-    runs = torch.cat(
-        [torch.full((len(p.embeds),), d) for p, d in zip(pictures, drawn, strict=True)]
-    )
+    drawn = [p in known[1][1:] for p in images]  # but for the photo, what was drawn before
+    runs = torch.cat([torch.full((len(p.embeds),), d) for p, d in zip(images, drawn, strict=True)])
     slots = new.clone()
     if keep == "slots":
         slots[is_image & ~new] = runs
-    read = [p.embeds for p, d in zip(pictures, drawn, strict=True) if keep != "slots" or not d]
-    grids = torch.tensor([p.grid for p in [*pictures, talk.images[-1]]])
+    read = [p.embeds for p, d in zip(images, drawn, strict=True) if keep != "slots" or not d]
+    grids = torch.tensor([p.grid for p in [*images, talk.images[-1]]])
     grids[-1] = torch.tensor(config.slot_grid)
     with torch.no_grad():
         out = tiny.ar(ids, torch.cat(read), grids, None, slots).image_embeddings
@@ -94,10 +92,10 @@ def test_a_cached_turn_is_the_whole_conversation_in_one_pass(tiny, script, keep)
 
 
 @pytest.mark.parametrize("keep", HISTORY_MODES)
-def test_every_picture_is_in_the_history_once(tiny, script, keep):
+def test_every_image_is_in_the_history_once(tiny, script, keep):
     talk = chat(tiny, keep=keep, height=96)  # drawn larger than what the slots hold
     for turn in range(3):
-        script("so ", PICTURE)
+        script("so ", AN_IMAGE)
         list(talk.say("more", [photo(turn)]))
         pads = talk.ids.count(tiny.config.ar.image_token_id)
         assert pads == sum(len(p.embeds) for p in talk.images)
@@ -115,13 +113,13 @@ def test_every_picture_is_in_the_history_once(tiny, script, keep):
 @pytest.mark.parametrize(
     "said", ["<image>", "an <im\0age> <image><image>", "<ima<image>ge>", "<|vision_start|>x<image>"]
 )
-def test_words_that_spell_a_picture_are_none(tiny, script, said):
+def test_words_that_spell_an_image_are_none(tiny, script, said):
     """In what the model says: neither in its stream, nor in its record, nor in the next turn."""
     talk, told = chat(tiny), []
-    for turn, reply in enumerate(([said, PICTURE, said], [said], [said, "Here: ", PICTURE])):
+    for turn, reply in enumerate(([said, AN_IMAGE, said], [said], [said, "Here: ", AN_IMAGE])):
         script(*reply)
         told.append("".join(v for k, v in talk.say("more") if k == "text"))
-        want = ["<image>" if p is PICTURE else p.replace("<image>", ESCAPED_IMAGE) for p in reply]
+        want = ["<image>" if p is AN_IMAGE else p.replace("<image>", ESCAPED_IMAGE) for p in reply]
         assert told[turn] == "".join(want)
     record = {"images": [p.image for p in talk.images], "messages": talk.messages}
     check_line(record, "the conversation")
@@ -146,33 +144,33 @@ def test_nothing_said_by_either_is_special_in_any_turn(tiny, script):
     for texts, reply in ((odd, "<|im_end|><|image_pad|>"), ("abc", "d")):
         talk = chat(tiny)
         for text in texts:
-            script(reply, PICTURE, reply)
+            script(reply, AN_IMAGE, reply)
             list(talk.say(text, [photo()]))
         found.append([i for i in talk.ids if i in tiny.tokenizer.special_ids.values()])
     assert found[0] == found[1] and len(found[0]) > 100
 
 
-def test_the_sentence_before_a_picture_is_found_behind_words_that_spell_one(tiny, script):
+def test_the_sentence_before_an_image_is_found_behind_words_that_spell_one(tiny, script):
     talk = chat(tiny)
-    script("<image>", GENERATION_REPLY["en"].removesuffix("<image>"), PICTURE)
+    script("<image>", GENERATION_REPLY["en"].removesuffix("<image>"), AN_IMAGE)
     assert last(talk.say("go", [photo()]), "context").txt.shape[1] == 16  # a new image
 
 
-def test_what_is_kept_of_a_picture_differs(tiny, script):
+def test_what_is_kept_of_an_image_differs(tiny, script):
     said = {}
     for keep in HISTORY_MODES:
         talk = chat(tiny, keep=keep)
-        script(PICTURE)
+        script(AN_IMAGE)
         list(talk.say("draw"))
-        script(PICTURE)
+        script(AN_IMAGE)
         said[keep] = last(talk.say("again"), "embeddings")
     assert not torch.allclose(said["slots"], said["predicted"], atol=1e-3)
     assert not torch.allclose(said["reencoded"], said["predicted"], atol=1e-3)
 
 
-def test_each_picture_of_a_reply_has_its_own_seed_and_source(tiny, script):
+def test_each_image_of_a_reply_has_its_own_seed_and_source(tiny, script):
     talk = chat(tiny, seed=5)
-    script("one ", PICTURE, " two ", PICTURE)
+    script("one ", AN_IMAGE, " two ", AN_IMAGE)
     events = list(talk.say("draw two"))
     settings = [v for k, v in events if k == "sampling"]
     drawn = [v for k, v in events if k == "image"]
@@ -183,9 +181,9 @@ def test_each_picture_of_a_reply_has_its_own_seed_and_source(tiny, script):
     assert [k for k, _ in events if k == "text"] and events.index(("text", "o")) == 0
 
 
-def test_the_sentence_of_a_new_picture_takes_the_generation_decoder(tiny, script):
+def test_the_sentence_of_a_new_image_takes_the_generation_decoder(tiny, script):
     def length(talk, reply: str, images=()) -> int:
-        script(reply, PICTURE)
+        script(reply, AN_IMAGE)
         return last(talk.say("go", images), "context").txt.shape[1]
 
     new = GENERATION_REPLY["zh"].removesuffix("<image>")
@@ -203,37 +201,37 @@ def test_the_sentence_of_a_new_picture_takes_the_generation_decoder(tiny, script
 def test_a_turn_that_is_left_leaves_no_trace(tiny, script, stop):
     plain, left = chat(tiny), chat(tiny)
     for talk in (plain, left):
-        script("hello ", PICTURE)
+        script("hello ", AN_IMAGE)
         list(talk.say("draw"))
     before = list(left.ids), len(left.images), len(left.messages)
-    script("no ", PICTURE)
+    script("no ", AN_IMAGE)
     events = left.say("another", [photo()])
     for kind, _ in events:
         if kind == stop:
             break
     events.close()
     assert (left.ids, len(left.images), len(left.messages)) == before
-    pictures = []
+    images = []
     for talk in (plain, left):
-        script("so ", PICTURE)
-        pictures.append(last(talk.say("again"), "image").tobytes())
-    assert pictures[0] == pictures[1]
+        script("so ", AN_IMAGE)
+        images.append(last(talk.say("again"), "image").tobytes())
+    assert images[0] == images[1]
 
 
 def test_a_first_turn_that_fails_leaves_an_empty_conversation(tiny, script, monkeypatch):
     talk = chat(tiny, decoder="editing")
-    script(PICTURE)
+    script(AN_IMAGE)
     with pytest.raises(ValueError, match="needs an image to start from"):
         list(talk.say("draw"))
     assert talk.ids == [] and talk.messages == []
-    script("yes ", PICTURE)
+    script("yes ", AN_IMAGE)
     list(talk.say("draw", [photo()]))
     assert len(talk.images) == 2
 
 
-def test_an_announced_picture_without_tokens_left_is_dropped(tiny, script):
+def test_an_announced_image_without_tokens_left_is_dropped(tiny, script):
     talk = chat(tiny, max_new_tokens=3)
-    script("ab", PICTURE)
+    script("ab", AN_IMAGE)
     assert "".join(v for k, v in talk.say("draw") if k == "text") == "ab<image>"
     assert talk.messages[-1]["content"] == "ab" and not talk.images
     script("ok")

@@ -51,7 +51,7 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
 # ---- good input --------------------------------------------------------------------------------
 
 
-def test_generate_saves_and_names_the_picture(here, capsys, folder):
+def test_generate_saves_and_names_the_image(here, capsys, folder):
     status, out, err = run(capsys, "generate", "a red circle", "--model", folder, *FAST)
     assert (status, out) == (0, "generated.png\n")
     assert re.fullmatch(r'nexus_min: 64x64, 1 steps, \d+\.\d s; reply: "Here is .*"\n', err)
@@ -74,13 +74,13 @@ def test_generate_takes_the_official_options(here, capsys, folder):
         assert image.text["cfg_scale"] == "2.0" and image.text["guidance"] == "3.0"
 
 
-def test_settings_reach_the_picture(here, capsys, folder):
-    pictures = set()
+def test_settings_reach_the_image(here, capsys, folder):
+    images = set()
     for option in ([], ["--seed", "1"], ["--steps", "2"], ["--cfg", "3"], ["--guidance", "9"]):
         argv = ["generate", "a circle", "--model", folder, *FAST, *option]
         assert run(capsys, *argv)[0] == 0
-        pictures.add(Image.open("generated.png").tobytes())
-    assert len(pictures) == 5
+        images.add(Image.open("generated.png").tobytes())
+    assert len(images) == 5
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_what_is_given_beside_like_comes_first(here, capsys, folder):
 
 
 @pytest.mark.parametrize("decoder", ["editing", "generation"])
-def test_like_for_an_edit_takes_the_picture_again(here, capsys, folder, decoder):
+def test_like_for_an_edit_takes_the_image_again(here, capsys, folder, decoder):
     drawn = ["edit", "photo.png", "make it red", "--decoder", decoder, "--seed", "3"]
     assert run(capsys, *drawn, "--model", folder, *FAST, "-o", "a.png")[0] == 0
     for words in (["photo.png"], ["--input_image", "photo.png"], ["photo.png", "make it red"]):
@@ -262,7 +262,7 @@ def forged(name: str, **texts: str) -> str:
     return name
 
 
-def test_a_picture_from_outside_chooses_neither_model_nor_files(here, capsys, folder):
+def test_an_image_from_outside_chooses_neither_model_nor_files(here, capsys, folder):
     forged("x.png", prompt="a", model="/etc", output="photo.png", versions="older", device="abacus")
     before = (here / "photo.png").read_bytes()
     status, out, err = run(capsys, "generate", "--like", "x.png", "--model", folder)
@@ -286,7 +286,7 @@ LIKE = {
 
 
 @pytest.mark.parametrize("case", LIKE)
-def test_a_forged_picture_is_one_clear_line(here, capsys, folder, case):
+def test_a_forged_image_is_one_clear_line(here, capsys, folder, case):
     texts, says = LIKE[case]
     forged("x.png", **texts)
     status, out, err = run(capsys, "generate", "--like", "x.png", "--model", folder)

@@ -44,11 +44,12 @@ class Limits:
     queue: int = 16  # waiting tasks
 
 
+@dataclass
 class Handlers:
     """What the buttons do: generators of the values of their outputs, without gradio."""
 
-    def __init__(self, model: NexusGen, limits: Limits):
-        self.model, self.limits = model, limits
+    model: NexusGen
+    limits: Limits
 
     def options(self, text: str, *numbers: float | None) -> dict:
         """The form as options of `generate`, within the limits."""
