@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import weights
 from .config import NexusGenConfig
+from .model.mmdit import context_ids_generation
 from .offload import (
     PROFILES,
     Offloader,
@@ -29,7 +30,7 @@ from .offload import (
     towers,
 )
 from .sampling import Context
-from .tokenizer import QwenTokenizer
+from .tokenizer import QwenTokenizer, check_text
 from .weights import PARTS, EditingDecoder, GenerationDecoder, TextEncoders
 
 if TYPE_CHECKING:
@@ -156,6 +157,20 @@ class Parts:
         if self.offloader is not None:
             self.offloader.onload(part)
         return part
+
+    def max_prompt_tokens(self) -> int:
+        """All positions but those of a short sentence and an image."""
+        ar = self.config.ar
+        return ar.text.max_position_embeddings - ar.num_image_slots - 64
+
+    def negative_context(self, prompt: str = "") -> Context:
+        """T5's states [1, L, C] of a negative prompt, at position 0, and CLIP's vector of it."""
+        if prompt:
+            check_text(prompt, "negative prompt")
+            return self.encode_text(prompt)
+        empty = self.part_on_device("empty_prompt")
+        txt = empty["context"]
+        return Context(txt, context_ids_generation(txt.shape[1]), empty["pooled"])
 
     @torch.no_grad()
     def encode_text(self, prompt: str) -> Context:

@@ -29,7 +29,6 @@ from .sampling import (
     Context,
     ImageRequest,
     SamplingParams,
-    classifier_free_guidance,
     velocity_field,
 )
 from .tokenizer import (
@@ -183,8 +182,7 @@ class NexusGen(Parts):
         language: "en" or "zh", by default by the characters. fast_preamble: reply with the training
         data's sentence instead of generating one. The other options: see `SamplingParams`.
         """
-        options = self._options(locals())
-        *_, (_, image) = self.generate_steps(prompt, **options)
+        *_, (_, image) = self.generate_steps(**self._options(locals()))
         return image
 
     def generate_steps(self, prompt: str, **options) -> Iterator[Event]:
@@ -218,8 +216,7 @@ class NexusGen(Parts):
         decoder: "editing" preserves what the instruction leaves alone; "generation" makes the image
         anew, for conceptual edits. The other options: see `generate`.
         """
-        options = self._options(locals())
-        *_, (_, edited) = self.edit_steps(image, instruction, **options)
+        *_, (_, edited) = self.edit_steps(**self._options(locals()))
         return edited
 
     def edit_steps(self, image: ImageLike, instruction: str, **options) -> Iterator[Event]:
@@ -232,10 +229,9 @@ class NexusGen(Parts):
 
     @staticmethod
     def _options(arguments: dict[str, Any]) -> dict[str, Any]:
-        """The keyword options among a method's `locals()`."""
-        positional = ("self", "prompt", "image", "instruction", "unknown")
-        options = {k: v for k, v in arguments.items() if k not in positional}
-        return options | arguments["unknown"]  # `SamplingParams.of` lists the valid names
+        """A method's `locals()` as arguments; `SamplingParams.of` lists the valid names."""
+        unknown = arguments.pop("unknown")
+        return {k: v for k, v in arguments.items() if k != "self"} | unknown
 
     # ---- steps 1 and 2: the autoregressive model -----------------------------------------------
 
@@ -258,11 +254,6 @@ class NexusGen(Parts):
             raise ValueError(f"the prompt is {len(ids)} tokens long; the limit is {limit}")
         device = self.part_on_device("ar").lm_head.weight.device
         return ChatInputs(torch.tensor([ids], device=device), embeds, grid)
-
-    def max_prompt_tokens(self) -> int:
-        """All positions but those of a short sentence and an image."""
-        ar = self.config.ar
-        return ar.text.max_position_embeddings - ar.num_image_slots - 64
 
     def generation_inputs(self, prompt: str, language: str | None = None) -> ChatInputs:
         """A description in the template of its language ("en", "zh"; None: by its characters)."""
@@ -344,15 +335,6 @@ class NexusGen(Parts):
         ids = context_ids_editing(grid, ref_grid, height, width).to(txt.device)
         return Context(txt, ids, self.part_on_device("empty_prompt")["pooled"].to(txt.device))
 
-    def negative_context(self, prompt: str = "") -> Context:
-        """T5's states [1, L, C] of a negative prompt, at position 0, and CLIP's vector of it."""
-        if prompt:
-            check_text(prompt, "negative prompt")
-            return self.encode_text(prompt)
-        empty = self.part_on_device("empty_prompt")
-        txt = empty["context"]
-        return Context(txt, context_ids_generation(txt.shape[1]), empty["pooled"])
-
     # ---- steps 4 and 5: latents and pixels -----------------------------------------------------
 
     @torch.no_grad()
@@ -368,7 +350,7 @@ class NexusGen(Parts):
 
         negative: what cfg leads away from, by default the context of `sampling.negative_prompt`.
         """
-        is_guided = sampling.cfg_scale != 1
+        scale, is_guided = sampling.cfg_scale, sampling.cfg_scale != 1
         if is_guided and negative is None:
             negative = self.negative_context(sampling.negative_prompt)
         if self.offloader is not None:
@@ -376,9 +358,9 @@ class NexusGen(Parts):
         sigmas = flow.schedule(sampling.num_steps)
         settings = (*noise.shape[-2:], sampling.guidance, sigmas[:-1].tolist())
         away = velocity_field(mmdit, negative, *settings) if is_guided else None
-        field = velocity_field(mmdit, context, *settings)
+        field = towards = velocity_field(mmdit, context, *settings)
         if is_guided:
-            field = classifier_free_guidance(field, away, sampling.cfg_scale)
+            field = lambda x, t: flow.cfg(away(x, t), towards(x, t), scale)  # noqa: E731
         yield from flow.denoise(field, noise.to(mmdit.img_in.weight.device), sigmas)
 
     @torch.no_grad()

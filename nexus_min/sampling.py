@@ -53,20 +53,15 @@ class Context(NamedTuple):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample an image; None takes the model's default.
+    """How to sample an image; None takes the model's default."""
 
-    height, width: pixels, rounded up to whole image tokens (multiples of 16 at full size).
-    num_steps: Euler steps. cfg_scale: classifier-free guidance away from `negative_prompt`; 1 is
-    off. guidance: FLUX's distilled guidance, an input of the network. seed: of the noise.
-    """
-
-    height: int | None = None
+    height: int | None = None  # pixels, rounded up to whole image tokens (16 pixels at full size)
     width: int | None = None
-    num_steps: int | None = None
-    cfg_scale: float | None = None
-    guidance: float | None = 3.5
+    num_steps: int | None = None  # Euler steps
+    cfg_scale: float | None = None  # classifier-free guidance away from negative_prompt; 1 is off
+    guidance: float | None = 3.5  # FLUX's distilled guidance, an input of the network
     negative_prompt: str | None = ""
-    seed: int | None = 0
+    seed: int | None = 0  # of the noise
 
     @classmethod
     def of(cls, **options) -> SamplingParams:
@@ -161,10 +156,3 @@ def precompute_modulations(
     table = mmdit.modulations(mmdit.condition(t, pooled, guidance))
     # row i of every tensor [N, 1, C] in the nested tuples, kept as [1, 1, C]
     return {time: tree_map(lambda x, i=i: x[i : i + 1], table) for i, time in enumerate(t.tolist())}
-
-
-def classifier_free_guidance(
-    positive: flow.Velocity, negative: flow.Velocity, scale: float
-) -> flow.Velocity:
-    """v_neg + scale (v_pos - v_neg) of two fields."""
-    return lambda x, t: flow.cfg(negative(x, t), positive(x, t), scale)

@@ -338,8 +338,6 @@ def test_wrong_grids_are_named():
         patchify(torch.zeros(1, 16, 7, 8))
     with pytest.raises(ValueError, match="15 tokens cannot fill 6 x 8"):
         unpatchify(torch.zeros(1, 15, 64), 6, 8)
-    with pytest.raises(ValueError, match="axes_dim"):
-        MMDiT(MMDiTConfig(hidden_size=48, num_heads=3, axes_dim=(4, 6, 8)))
 
 
 def test_parameters_learn(tiny):

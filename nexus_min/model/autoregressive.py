@@ -30,7 +30,7 @@ IGNORE = -100  # label of a token that is not learned
 class AROutput(NamedTuple):
     logits: Tensor  # [B, L, vocab]: position i predicts token i + 1
     image_embeddings: Tensor  # [B, L, C]: position i predicts the image embedding at i + 1
-    hidden: Tensor  # [B, L, C], final-normed
+    hidden: Tensor  # [B, L, C]
 
 
 class ARLoss(NamedTuple):
@@ -70,9 +70,8 @@ class NexusGenAR(nn.Module):
             index = torch.arange(slot_mask.shape[1], device=slot_mask.device).expand_as(slot_mask)
             before = torch.where(slot_mask, -1, index).cummax(dim=1).values
             numbers = (index - before - 1)[slot_mask]
-            most = self.config.num_image_slots
-            if numbers.numel() and int(numbers.max()) >= most:
-                size = int(numbers.max()) + 1
+            most, size = self.config.num_image_slots, int(numbers.max()) + 1 if len(numbers) else 0
+            if size > most:
                 raise ValueError(f"an image of {size} slots; the model has {most}")
             x = scatter_rows(x, slot_mask, self.image_prefill_embeds(numbers))
             is_source = is_source & ~slot_mask
@@ -165,10 +164,9 @@ def ar_loss(
 ) -> ARLoss:
     """Equation 3: 3 CE + 1.5 MSE + 1.5 (1 - cos); the 1 is the official code's.
 
-    input_ids [B, L]; labels [B, L]: the token itself where it is learned, else IGNORE; slot_mask
-    [B, L], True at image tokens to generate; image_embeds [n, C]: the vision tower's output for all
-    image tokens in reading order, sources and targets alike. With right padding attention_mask may
-    be None. `packing.packed_ar_loss` computes the same, two to three times as fast.
+    labels [B, L]: the token where it is learned, else IGNORE; slot_mask [B, L]: True at image
+    tokens to generate; image_embeds [n, C]: of all image tokens in reading order, sources and
+    targets alike. Right padding needs no attention_mask. `packing.packed_ar_loss` is faster.
     """
     x, labels, slots, targets = loss_inputs(model, input_ids, labels, image_embeds, slot_mask)
     if position_ids is None:
@@ -188,10 +186,6 @@ def loss_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Decoder inputs [B, L, C], labels and slots [B, L], target embeddings [m, C]."""
     slots = torch.zeros_like(input_ids, dtype=torch.bool) if slot_mask is None else slot_mask.bool()
-    for name, given in (("labels", labels), ("slot_mask", slots)):
-        if given.shape != input_ids.shape:
-            sizes = tuple(given.shape), tuple(input_ids.shape)
-            raise ValueError(f"{name} {sizes[0]} should be as input_ids {sizes[1]}")
     is_image = input_ids == model.config.image_token_id
     if (slots & ~is_image).any() or slots[:, 0].any():
         raise ValueError("slot_mask marks tokens that are no image tokens, or the first of a row")
@@ -207,11 +201,8 @@ def loss_inputs(
 
 
 def loss_terms(logits: Tensor, labels: Tensor, predicted: Tensor, targets: Tensor) -> ARLoss:
-    """logits [n, vocab], labels [n], predicted and target embeddings [m, C], all in fp32.
-
-    CE is one mean over all labels of the batch, MSE and cos over all its slots; a term without any
-    is 0, with a gradient of 0: every process needs one.
-    """
+    """logits [n, vocab], labels [n], predicted and target embeddings [m, C] -> the loss, fp32."""
+    # each term is one mean over the whole batch; without labels or slots it is 0, gradient included
     ce = F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)
     predicted, targets = predicted.float(), targets.float()
     mse = one_minus_cos = predicted.sum()
@@ -255,14 +246,13 @@ def prefill_image_slots(
     """Embeddings [B, N, C] of the image that the prompts announce, in ONE causal pass.
 
     input_ids [B, L] end with vision_start; shorter rows are padded on the left, with
-    attention_mask. image_embeds and image_grid_thw belong to the images *in* the prompts;
-    slot_grid (t, h, w) in patches is the new image's.
+    attention_mask. image_embeds and image_grid_thw belong to the images *in* the prompts.
     """
     positions, deltas = rope_index(input_ids, image_grid_thw, attention_mask, config=model.config)
     x, start = model.embed(input_ids, image_embeds), deltas + input_ids.shape[1]
     prefill, slot_positions = slot_inputs(model, input_ids, start, slot_grid)
     N = prefill.shape[1]
-    # the last slot would predict vision_end, so it is left out
+    # [prompt ... vision_start, slot 0 ... slot N-2]: the last slot would predict vision_end
     hidden = model.model(
         torch.cat((x, prefill[:, :-1].to(x.dtype)), dim=1),
         torch.cat((positions, slot_positions[..., :-1]), dim=2),
@@ -285,7 +275,7 @@ def prefill_image_slots_loop(
     x, start = model.embed(input_ids, image_embeds), deltas + input_ids.shape[1]
     prefill, slot_positions = slot_inputs(model, input_ids, start, slot_grid)
     cache, out = KVCache(), []
-    for k in range(prefill.shape[1]):
+    for k in range(prefill.shape[1]):  # the prompt predicts slot 0, slot k predicts slot k + 1
         mask = extend_mask(attention_mask, k)
         out.append(model.vision_head(model.model(x, positions, mask, cache, num_outputs=1)))
         x, positions = prefill[:, k : k + 1], slot_positions[:, :, k : k + 1]
@@ -324,10 +314,10 @@ def generate(
 ) -> Iterator[tuple[str, int | Tensor]]:
     """Continue one prompt [1, L]; yield ("token", id) and ("image", embeddings [N, C]).
 
-    At every vision_start one pass predicts an image and vision_end is forced; a reply may hold
-    several images. Stops at im_end or endoftext, or after max_new_tokens text tokens. The penalty
-    sees the prompt too. sample: penalized fp32 logits [vocab] -> id. cache: holds the first tokens
-    of the prompt, or none, and is extended, so that a conversation can continue.
+    At every vision_start one pass predicts an image and vision_end is forced. Stops at im_end or
+    endoftext, or after max_new_tokens text tokens. The penalty sees the prompt too. sample:
+    penalized fp32 logits [vocab] -> id. cache: holds the first tokens of the prompt, and is
+    extended, so that a conversation can continue.
     """
     if len(input_ids) != 1:
         raise ValueError(f"generate continues one prompt, not {len(input_ids)}")
@@ -336,12 +326,13 @@ def generate(
     banned = torch.tensor([config.vision_end_token_id, config.image_token_id], device=ids.device)
     positions, deltas = rope_index(ids, image_grid_thw, config=config)
     x, start = model.embed(ids, image_embeds), deltas + ids.shape[1]
-    x, positions = x[:, cache.length :], positions[:, :, cache.length :]
+    x, positions = x[:, cache.length :], positions[:, :, cache.length :]  # the rest is cached
     for _ in range(max_new_tokens):
         num_slots = 0
         if ids[0, -1] == config.vision_start_token_id:
             prefill, slot_positions = slot_inputs(model, ids, start)
             num_slots, start = prefill.shape[1], slot_positions.amax(dim=(0, 2))[:, None] + 1
+            # the image goes through the decoder together with vision_start: [1, 1 + N, C]
             x = torch.cat((x, prefill.to(x.dtype)), dim=1)
             positions = torch.cat((positions, slot_positions), dim=2)
         hidden = model.model(x, positions, None, cache, num_outputs=num_slots + 1)

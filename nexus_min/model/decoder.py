@@ -106,13 +106,14 @@ class Attention(nn.Module):
         query_rows: slice | Tensor = ALL,
     ) -> Tensor:
         """x [B, L, C], cos and sin [B, 1, L, D] -> [B, n, C] for the n `query_rows`."""
+        # k and v of all tokens, q of those that are read on; each [B, H or H_kv, n or L, D]
         q, k, v = (
             rearrange(proj(rows), "B L (H D) -> B H L D", D=self.head_dim)
             for proj, rows in ((self.q_proj, x[:, query_rows]), (self.k_proj, x), (self.v_proj, x))
         )
         q = apply_rope_half(q, cos[:, :, query_rows], sin[:, :, query_rows])
         k = apply_rope_half(k, cos, sin)
-        if cache is not None:
+        if cache is not None:  # k is cached rotated: positions are absolute
             k, v = cache.append(layer, k, v)
         return self.o_proj(rearrange(attention_fn(q, k, v), "B H L D -> B L (H D)"))
 

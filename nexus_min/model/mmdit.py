@@ -6,11 +6,9 @@ their own attend jointly. In the single blocks they are one sequence. The vector
 acts through shift, scale and gate alone.
 
 Official classes: black-forest-labs `Flux`, `DoubleStreamBlock`, `SingleStreamBlock`, `LastLayer`;
-the attributes carry their names.
-
-Conventions: t in [0, 1], t = 1 is noise; only `timestep_embedding` multiplies by 1000. Context
-tokens ("txt") come first in the joint sequence. Positions, t and guidance stay fp32 when the
-weights are bf16. The official run rounds them too, which turns 1000 * 3.5 into 3504.
+the attributes carry their names. Conventions: t in [0, 1], t = 1 is noise. Context tokens ("txt")
+come first in the joint sequence. Positions, t and guidance stay fp32 when the weights are bf16; the
+official run rounds them too, which turns 1000 * 3.5 into 3504.
 """
 
 from __future__ import annotations
@@ -293,11 +291,6 @@ class MMDiT(nn.Module):
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
-        if sum(config.axes_dim) * config.num_heads != config.hidden_size:
-            raise ValueError(
-                f"axes_dim {config.axes_dim} must add up to hidden_size/num_heads = "
-                f"{config.hidden_size}/{config.num_heads}"
-            )
         self.config = config
         dim = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, dim)

@@ -83,18 +83,11 @@ class ImageEmbeddingMerger(nn.Module):
         if ref_embeds is not None and len(ref_embeds) != len(embeds):
             raise ValueError(f"{len(ref_embeds)} references for a batch of {len(embeds)}")
         views = [(embeds, grid), (ref_embeds, ref_grid)][: 1 if ref_embeds is None else 2]
-        for x, (t, h, w) in views:
-            sizes = (h // MERGE) * (w // MERGE), self.config.hidden_size
-            if tuple(x.shape[1:]) != sizes:
-                raise ValueError(
-                    f"embeddings {tuple(x.shape)} on a grid of {(t, h, w)} patches: "
-                    f"should be [B, {sizes[0]}, {sizes[1]}]"
-                )
-        x = torch.cat([x for x, _ in views], dim=1)
+        x = torch.cat([x for x, _ in views], dim=1)  # [B, N + M, C]
         positions = torch.cat([merger_positions(g, x.device) for _, g in views], dim=-1)
         c = self.config
         pair = mrope_cos_sin(positions, c.head_dim, c.rope_theta, c.mrope_section)
         cos, sin = (rearrange(a, "B L D -> B 1 L D").to(x.dtype) for a in pair)
-        for layer in self.layers:
+        for layer in self.layers:  # one; attention is full, so target and source see each other
             x = layer(x, cos, sin)
         return self.projector(x)

@@ -52,10 +52,6 @@ def mrope_cos_sin(
 
     Official `apply_multimodal_rotary_pos_emb`.
     """
-    if 2 * sum(mrope_section) != head_dim:
-        raise ValueError(
-            f"mrope_section {tuple(mrope_section)} must add up to head_dim/2 = {head_dim // 2}"
-        )
     freqs = frequencies(head_dim, theta, position_ids.device)
     angles = position_ids[..., None].float() * freqs  # [3, B, L, D/2]
     # consecutive sections of the D/2 frequencies take their position from t, from h and from w

@@ -215,9 +215,6 @@ class QwenViT(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        if config.hidden_size % (4 * config.num_heads):  # RoPE has two axes and two halves
-            sizes = f"hidden_size {config.hidden_size}, num_heads {config.num_heads}"
-            raise ValueError(f"hidden_size must be a multiple of 4 * num_heads: {sizes}")
         if config.window_size < config.patch_size * config.spatial_merge_size:
             raise ValueError(f"window_size {config.window_size} is less than 2 x 2 patches")
         if not {*config.fullatt_block_indexes} <= {*range(config.depth)}:

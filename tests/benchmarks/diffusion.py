@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nexus_min.config import MMDiTConfig
 from nexus_min.model import flow
 from nexus_min.model.mmdit import MMDiT, context_ids_generation, image_ids, patchify, unpatchify
-from nexus_min.sampling import Context, classifier_free_guidance, velocity_field
+from nexus_min.sampling import Context, velocity_field
 
 from .common import Row, alternate, core_share, difference, dtypes, name_of, require
 
@@ -206,10 +206,12 @@ def sampling(ours: MMDiT, theirs: nn.Module, side: int, steps: int, rounds: int 
 
     def run_ours() -> None:
         settings = (side, side, GUIDANCE, sigmas[:-1].tolist())
-        fields = [
-            velocity_field(ours, conditioning, *settings) for conditioning in (positive, negative)
-        ]
-        *_, end = flow.denoise(classifier_free_guidance(*fields, CFG), noise, sigmas)
+        towards, away = (velocity_field(ours, c, *settings) for c in (positive, negative))
+
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            return flow.cfg(away(x, t), towards(x, t), CFG)
+
+        *_, end = flow.denoise(guided, noise, sigmas)
         found["ours"] = end.x
 
     def run_theirs() -> None:
