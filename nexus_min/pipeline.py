@@ -150,8 +150,6 @@ def sample_images(model: NexusGen, requests: Sequence[ImageRequest]) -> Iterator
 class NexusGen(Parts):
     """All towers of one model, and the tasks they do; `NexusGen.load` reads them from a folder."""
 
-    # ---- the three tasks -----------------------------------------------------------------------
-
     def understand(
         self, image: ImageLike | Sequence[ImageLike], question: str, *, max_new_tokens: int = 1024
     ) -> str:

@@ -6,8 +6,7 @@ paper counts time the other way: its X_1 is our x_0, its velocity points to the 
 
 Official class: `FlowMatchScheduler` of DiffSynth, whose timesteps are 1000 t.
 
-Conventions: t in [0, 1], t = 1 is noise; latents and t stay fp32. A velocity is any function
-(x [B, ...], t [B]) -> [B, ...]: nothing here knows the network.
+Conventions: t in [0, 1], t = 1 is noise; latents and t stay fp32. Nothing here knows the network.
 """
 
 from __future__ import annotations
@@ -18,11 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor], Tensor]
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], t [B]) -> v [B, ...]
 SIGMA_MIN = 0.003 / 1.002  # the official last noise level, before the shift
-
-
-# ---- the path ----------------------------------------------------------------------------------
 
 
 def per_sample(t: Tensor | float, x: Tensor) -> Tensor:
@@ -42,9 +38,6 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     """dx_t/dt = noise - x_0, the same all along the path."""
     return noise - x0
-
-
-# ---- times -------------------------------------------------------------------------------------
 
 
 def time_shift(t: Tensor, shift: float = 3.0) -> Tensor:
@@ -94,9 +87,6 @@ def sample_t(
     raise ValueError(f"kind must be logit_normal, uniform or official, got {kind!r}")
 
 
-# ---- training ----------------------------------------------------------------------------------
-
-
 def rf_loss(
     velocity_fn: Velocity, x0: Tensor, noise: Tensor, t: Tensor, weight: Tensor | None = None
 ) -> Tensor:
@@ -110,9 +100,6 @@ def rf_loss(
     velocity = velocity_fn(interpolate(x0, noise, t), t)
     error = (velocity.float() - velocity_target(x0, noise)).square()
     return error.mean() if weight is None else (error * per_sample(weight, error)).mean()
-
-
-# ---- sampling ----------------------------------------------------------------------------------
 
 
 def euler_step(x: Tensor, velocity: Tensor, t: Tensor | float, t_next: Tensor | float) -> Tensor:
