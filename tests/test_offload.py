@@ -1,4 +1,4 @@
-"""Placement profiles: the same image from every one, and only what must be on the device is."""
+"""Memory profiles: the same image from every one, and only what must be on the device is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny
 
-from nexus_min import offload, pipeline
+from nexus_min import offload, weights
 from nexus_min.config import NexusGenConfig
 from nexus_min.model.mmdit import MMDiT
 from nexus_min.offload import (
@@ -181,19 +181,19 @@ def test_a_copy_that_fails_is_not_taken_for_there(folder, monkeypatch, profile):
 
 
 def test_loading_without_memory_tells_what_all_parts_need(folder, monkeypatch):
-    read = pipeline.read_part
+    read = weights.read_part
 
-    def failing(name, folder, config, place):
-        if name == "editing" and place.get("device") != "meta":
+    def failing(name, folder, config, load_kwargs):
+        if name == "editing" and load_kwargs.get("device") != "meta":
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return read(name, folder, config, place)
+        return read(name, folder, config, load_kwargs)
 
-    monkeypatch.setattr(pipeline, "read_part", failing)
+    monkeypatch.setattr(weights, "read_part", failing)
     with pytest.raises(
         MemoryError, match="CUDA out of memory.; weights alone.*--memory staged"
     ) as e:
         NexusGen.load(folder)
-    parts = {name: read(name, folder, NexusGenConfig.tiny(), {}) for name in pipeline.PARTS}
+    parts = {name: read(name, folder, NexusGenConfig.tiny(), {}) for name in weights.PARTS}
     assert offload.estimate(memory_needed(parts, torch.float32)) in str(e.value)
 
 
