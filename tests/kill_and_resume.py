@@ -1,4 +1,4 @@
-"""Kill training with signal 9 at random moments, give the same command again, compare bit for bit.
+"""Kill training with signal 9 at random moments, resume it, compare bit for bit.
 
     python tests/kill_and_resume.py                          # 20 kills over all stages
     python tests/kill_and_resume.py --rounds 4 --stages vae,ar --steps 4
@@ -7,7 +7,7 @@
 First every stage is trained without interruption. A round then trains one stage from the same
 beginning in a process that is killed once or more (in a step, while it saves, while it prepares or
 ends), and goes on until it is finished. Compared are the bytes of every file of the model and all
-that the checkpoint holds: weights, their average, optimisers, schedule. Batches are tiny, sample
+that the checkpoint holds: weights, their average, optimizers, schedule. Batches are tiny, sample
 grids are left out, and checkpoints are written at every step. Exit status 1 when a bit differs.
 """
 
@@ -29,16 +29,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo  # which optimisers import at their first step: here once for all processes
+import torch._dynamo  # which optimizers import at their first step: here once for all processes
 from PIL import Image
 
 import train_tiny
 from nexus_min.config import NexusGenConfig
-from nexus_min.toy import pictures
-from nexus_min.toy import pretrain as base
+from nexus_min.toy import pictures, pretrain
 from nexus_min.toy import stages as toy
 from nexus_min.toy.tasks import sample_example
-from nexus_min.train import trainer as training
+from nexus_min.train import trainer
+from nexus_min.train.checkpoint import Checkpoint
 
 OWN = {"data": [], "lora": ["--lora", "2"]}  # all stages of `--data`, one command
 NOT_COMPARED = ("elapsed", "metrics")  # the clock, and what was logged
@@ -52,11 +52,11 @@ def shrink() -> None:
     tokenizer = train_tiny.build_tokenizer(NexusGenConfig.tiny())  # seconds: once for all processes
     train_tiny.build_tokenizer = lambda config: tokenizer
     few = pictures.scenes
-    for module in (base, toy):  # images to measure or to embed before and after the steps
+    for module in (pretrain, toy):  # images to measure or to embed before and after the steps
         module.scenes = lambda rng, n, *more, **named: few(rng, min(n, 8), *more, **named)
-    train_tiny.Run = partial(training.Run, save_every=0.0)
+    train_tiny.Run = partial(train_tiny.Run, save_every=0.0)
     train_tiny.bf16_is_faster = lambda: False
-    training.Trainer.sample = lambda *_: None
+    trainer.TrainState.sample = lambda *_: None
 
 
 def write_data(folder: Path) -> None:
@@ -87,8 +87,8 @@ def start(folder: Path, stage: str, steps: int) -> tuple[int, int]:
         return child, steps_out
     try:  # nothing of the parent's shall run here
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        inner = training.Trainer.take_step
-        training.Trainer.take_step = lambda self: os.write(steps_in, b".") and inner(self)
+        make_rng = trainer.make_rng  # every step begins with it
+        trainer.make_rng = lambda *key: os.write(steps_in, b".") and make_rng(*key)
         os._exit(train_tiny.main(command(folder, stage, steps)))
     except BaseException:
         traceback.print_exc()
@@ -137,7 +137,7 @@ def model_files(folder: Path) -> list[Path]:
 def states(folder: Path) -> dict:
     """What the checkpoints hold, by stage."""
     files = [p for p in folder.glob("*.ckpt") if ".previous" not in p.suffixes]
-    return {p.stem: training.Checkpoint(p).load() for p in files}
+    return {p.stem: Checkpoint(p).load() for p in files}
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
@@ -174,11 +174,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=20, help="rounds with at least one kill")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--stages", default=",".join(train_tiny.SHARES))
+    parser.add_argument("--stages", default=",".join(train_tiny.TIME_SHARE))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     wanted, rng = args.stages.split(","), random.Random(args.seed)
-    chain = list(train_tiny.SHARES)
+    chain = list(train_tiny.TIME_SHARE)
     last = max((chain.index(stage) for stage in wanted if stage not in OWN), default=-1)
     shrink()
     with tempfile.TemporaryDirectory() as folder:
