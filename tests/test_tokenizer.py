@@ -87,7 +87,7 @@ def test_parity_plain_text(qwen, text):
         assert not set(got) & set(FIXTURE["special_tokens"].values())
     else:
         assert got == want
-    assert qwen.decode(got) == text.replace("e\u0301", "\u00e9")  # the file normalises to NFC
+    assert qwen.decode(got) == text.replace("e\u0301", "\u00e9")  # the file normalizes to NFC
 
 
 def test_parity_special_ids_and_templates(qwen):
