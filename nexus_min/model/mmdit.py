@@ -91,7 +91,8 @@ def timestep_frequencies(n: int) -> Tensor:
     k = torch.arange(n, dtype=torch.float32, device="cpu")
     freqs = (-math.log(10_000) * k / n).double().exp().float()
     if n == 128:
-        freqs[ULP_HIGHER] = torch.nextafter(freqs[ULP_HIGHER], torch.ones(len(ULP_HIGHER)))
+        high = freqs[ULP_HIGHER]
+        freqs[ULP_HIGHER] = torch.nextafter(high, torch.ones_like(high))
     return freqs
 
 
