@@ -60,23 +60,20 @@ def canonical_scene(spec: dict) -> Scene:
     return Scene(tuple(objects), spec["background"] or "white", spec["style"] or "filled")
 
 
-def _phrase_objects(spec: dict, zh: bool) -> str:
+def phrase_prompt(rng: Rng, spec: dict, zh: bool) -> str:
+    """A random wording of a spec."""
     objects, relation = spec["objects"], spec.get("relation")
     names = [lang.noun_phrase(*o[:3], zh) for o in objects]
     if len(objects) > 1 and len(set(objects)) == 1:
         number = lang.word(lang.NUMBERS[len(objects)], zh)
-        return f"{number}个{names[0]}" if zh else f"{number} {lang.plural(names[0])}"
-    if zh and relation:
-        return f"{names[0]}在{names[1]}的{lang.word(relation, zh)}"
-    if zh:
-        return "和".join(f"一个{name}" for name in names)
-    return f" {relation or 'and'} ".join(lang.with_article(name) for name in names)
-
-
-def phrase_prompt(rng: Rng, spec: dict, zh: bool) -> str:
-    """A random wording of a spec."""
-    text = _phrase_objects(spec, zh)
-    if (cell := spec["objects"][0][3]) is not None:
+        text = f"{number}个{names[0]}" if zh else f"{number} {lang.plural(names[0])}"
+    elif zh and relation:
+        text = f"{names[0]}在{names[1]}的{lang.word(relation, zh)}"
+    elif zh:
+        text = "和".join(f"一个{name}" for name in names)
+    else:
+        text = f" {relation or 'and'} ".join(lang.with_article(name) for name in names)
+    if (cell := objects[0][3]) is not None:
         text += f"，在{lang.cell_name(cell, zh)}" if zh else f" {lang.cell_name(cell)}"
     text += lang.setting(spec["background"], spec["style"], zh)
     return choice(rng, ZH_PREFIXES if zh else PREFIXES) + text

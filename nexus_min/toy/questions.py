@@ -56,7 +56,11 @@ def make_question(rng: Rng, kind: str, scene: Scene, zh: bool) -> QA | None:
         question = "一共有几个图形？" if zh else "How many objects are there?"
         return QA(question, "", lang.word(lang.NUMBERS[len(scene.objects)], zh))
     if kind == "count":
-        return _count(rng, scene, zh)
+        shape = choice(rng, scene.objects).shape if rng.random() < 0.7 else choice(rng, SHAPES)
+        name = lang.word(shape, True) if zh else lang.plural(shape)
+        question = f"有几个{name}？" if zh else f"How many {name} are there?"
+        number = lang.word(lang.NUMBERS[sum(o.shape == shape for o in scene.objects)], zh)
+        return QA(question, _verdicts(scene, shape, None, zh), number)
     if kind == "relation":
         return _relation(rng, scene, zh)
     obj = choice(rng, scene.objects)
@@ -91,14 +95,6 @@ def _verdicts(scene: Scene, shape: str, color: str | None, zh: bool) -> str:
         verdict = yes if words[::2] == words[1::2] else no
         parts.append(space.join(lang.word(w, zh) for w in words) + verdict)
     return comma.join(parts)
-
-
-def _count(rng: Rng, scene: Scene, zh: bool) -> QA:
-    shape = choice(rng, scene.objects).shape if rng.random() < 0.7 else choice(rng, SHAPES)
-    name = lang.word(shape, True) if zh else lang.plural(shape)
-    question = f"有几个{name}？" if zh else f"How many {name} are there?"
-    number = sum(o.shape == shape for o in scene.objects)
-    return QA(question, _verdicts(scene, shape, None, zh), lang.word(lang.NUMBERS[number], zh))
 
 
 def _existence(rng: Rng, scene: Scene, obj: Object, zh: bool) -> QA:

@@ -60,6 +60,7 @@ def _read_one(image: np.ndarray) -> Reading:
     background = list(world.BACKGROUNDS)[commonest]
     base = BACKGROUNDS[commonest]
     lines = COLORS - base  # the directions background -> color [8, 3]
+    looks, masks, energies = _templates()
     objects, styles, worst = [], set(), 1.0
     for cell, (y, x) in enumerate(product(CENTERS, CENTERS)):
         window = image[y - CROP // 2 : y + CROP // 2, x - CROP // 2 : x + CROP // 2]
@@ -73,24 +74,18 @@ def _read_one(image: np.ndarray) -> Reading:
             if (residue > STRANGE**2).sum() > SPECKS:  # something in no known color
                 return Reading(Scene((), background), False, 0.0)
             continue
-        (shape, size, style), overlap = _match(alpha, residue)
+        inner = masks @ alpha
+        overlap = inner / (energies + (alpha**2).sum() - inner)  # Tanimoto
+        core = residue[alpha > 0.5]
+        if len(core) and np.sqrt(core.mean()) > RESIDUE:
+            worst = 0.0  # an unknown color
+        worst = min(worst, float(overlap.max()))
+        shape, size, style = looks[overlap.argmax()]
         objects.append(Object(shape, list(world.COLORS)[color], size, cell))
         styles.add(style)
-        worst = min(worst, overlap)
     style = "unknown" if len(styles) > 1 else styles.pop() if styles else "filled"
     known = worst >= OVERLAP and style != "unknown"
     return Reading(Scene(tuple(objects), background, style), known, worst)
-
-
-def _match(alpha: np.ndarray, residue: np.ndarray) -> tuple[tuple[str, str, str], float]:
-    """The best template for a cell's coverage [P], and its overlap: 0 for an unknown color."""
-    looks, masks, energies = _templates()
-    inner = masks @ alpha
-    overlap = inner / (energies + (alpha**2).sum() - inner)  # Tanimoto
-    best = int(overlap.argmax())
-    core = residue[alpha > 0.5]
-    is_strange = len(core) > 0 and np.sqrt(core.mean()) > RESIDUE
-    return looks[best], 0.0 if is_strange else float(overlap[best])
 
 
 def l1_unedited(image: np.ndarray, target: np.ndarray, source: np.ndarray) -> float:
