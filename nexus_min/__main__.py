@@ -236,9 +236,9 @@ def run_batch(args: argparse.Namespace) -> None:
 
     def save(result: batch.Result, path: Path) -> None:
         item = items[result.index]
-        facts = {"prompt": item.get("prompt")}
+        facts = {"fast_preamble": bool(item.get("fast_preamble")), "prompt": item.get("prompt")}
         if item["task"] == "edit":
-            facts = {"prompt": item["instruction"], "decoder": item.get("decoder", "editing")}
+            facts |= {"prompt": item["instruction"], "decoder": item.get("decoder", "editing")}
         save_image(result.image, path, metadata(args, result.sampling, item, facts))
 
     rows = batch.to_folder(results, folder, save)
@@ -370,13 +370,11 @@ def save_events(args: argparse.Namespace, events, facts: dict, source=None) -> N
 
 def metadata(args: argparse.Namespace, sampling, options: dict, facts: dict) -> dict:
     """All that an image depends on, but its source: settings, options of the reply, versions."""
-    reply = {name: options.get(name) for name in REPLY}
-    reply["fast_preamble"] = bool(reply["fast_preamble"])  # a batch may say 1
-    hardware = {name: getattr(args, name) for name in ("device", "dtype", "fp8")}
-    known = {name: value or "" for name, value in (reply | hardware).items()}
-    scale = {"scale": options["scale"]} if options.get("scale", 1) > 1 else {}
-    known |= {"versions": versions(), **facts, **scale}
-    return {"model": args.model, **asdict(sampling), **known}
+    known = {"model": args.model, **asdict(sampling)}
+    known |= {name: options.get(name) or "" for name in REPLY}
+    known |= {name: getattr(args, name) or "" for name in ("device", "dtype", "fp8")}
+    scale = {"scale": args.scale} if getattr(args, "scale", 1) > 1 else {}  # a batch has none
+    return known | {"versions": versions()} | facts | scale
 
 
 def warn(message: str) -> None:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 MAX_MESSAGE = 600  # characters of an error that are shown
@@ -60,18 +61,12 @@ def write(stream, line: str, end: str = "\n") -> None:
     stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + end)
 
 
-class Status:
-    """The exit status of a command."""
-
-    code = 0
-
-
 @contextmanager
 def report_errors(
     program: str, stopped: str = "stopped", label: str = "error: ", limit: int = MAX_MESSAGE
-) -> Iterator[Status]:
+) -> Iterator[SimpleNamespace]:
     """Within, an error becomes one line on stderr and status 2; Ctrl-C becomes status 130."""
-    status = Status()
+    status = SimpleNamespace(code=0)
     try:
         yield status
         return

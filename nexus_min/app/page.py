@@ -52,7 +52,7 @@ class Handlers:
     limits: Limits
 
     def options(self, text: str, *numbers: float | None) -> dict:
-        """The form as options of `generate`, within the limits."""
+        """The form as `SamplingParams`, within the limits."""
         if len(text or "") > self.limits.text:
             raise ValueError(f"the text is longer than {self.limits.text} characters")
         form = dict(zip(("num_steps", "seed", "height", "width"), numbers, strict=True))
@@ -60,36 +60,35 @@ class Handlers:
             if value is None or not 0 <= value <= getattr(self.limits, name):
                 raise ValueError(f"{name} must be 0 to {getattr(self.limits, name)}, got {value}")
             form[name] = int(value)
-        return form | {"max_new_tokens": self.limits.tokens}
+        return form
 
     def generate(self, prompt: str, *form) -> Iterator[tuple[Any, str, str]]:
         """A prompt -> (image, reply, facts)."""
-        options = self.options(prompt, *form)
+        options = self.options(prompt, *form) | {"max_new_tokens": self.limits.tokens}
         yield from self.watch(self.model.generate_steps(prompt or "", **options))
 
     def edit(self, image, instruction: str, decoder: str, *form) -> Iterator[tuple[Any, str, str]]:
         """An image and an instruction -> (image, reply, facts)."""
         if image is None:
             raise ValueError("upload an image first")
-        options = self.options(instruction, *form) | {"decoder": decoder}
-        events = self.model.edit_steps(load_upload(image), instruction or "", **options)
-        yield from self.watch(events)
+        options = self.options(instruction, *form) | {"max_new_tokens": self.limits.tokens}
+        source, text = load_upload(image), instruction or ""
+        yield from self.watch(self.model.edit_steps(source, text, decoder=decoder, **options))
 
     def understand(self, image, question: str) -> Iterator[str]:
         """An image, or none, and a question -> the answer."""
-        tokens = self.options(question, 0, 0, 0, 0)["max_new_tokens"]
-        source = load_upload(image) if image else None
+        self.options(question, 0, 0, 0, 0)  # checks the length of the text
+        source, tokens = load_upload(image) if image else None, self.limits.tokens
         yield self.model.understand(source, question or "", max_new_tokens=tokens)
 
     def chat(
         self, chat: Chat | None, text: str, image, keep: str, *form
     ) -> Iterator[tuple[Chat, list[dict], Any, str]]:
         """A turn -> (conversation, its messages as shown, the latest image, facts)."""
-        options = self.options(text, *form)
-        max_new_tokens = options.pop("max_new_tokens")
+        sampling = SamplingParams(**self.options(text, *form))
         if chat is None or chat.keep != keep:
-            chat = Chat(self.model, keep, max_new_tokens=max_new_tokens)
-        chat.sampling = SamplingParams(**options)
+            chat = Chat(self.model, keep, max_new_tokens=self.limits.tokens)
+        chat.sampling = sampling
         past = [m | {"content": m["content"].replace(IMAGE, IMAGE_MARK)} for m in chat.messages]
         past.append({"role": "user", "content": (IMAGE_MARK if image else "") + (text or "")})
         latest = chat.images[-1].image if chat.images else None
@@ -140,8 +139,7 @@ def find_gradio() -> Any:
 def check_upload(path: str) -> str:
     """The path of a file that a browser has uploaded; gradio.Error for any other.
 
-    A request may name an address, a device or a file of this machine; gradio itself checks that
-    only for pages that its own `launch` has started.
+    gradio checks that only for pages of its own `launch`.
     """
     gr = find_gradio()
     with suppress(OSError, TypeError, ValueError):  # not a path, a NUL in it, too long a name
@@ -153,9 +151,8 @@ def check_upload(path: str) -> str:
 
 def upload(label: str) -> Any:
     """An image input that takes files of the browser only; `load_image` alone opens them."""
-    style = {"height": 240, "elem_classes": "image", "buttons": []}
-    sources = ["upload", "clipboard"]
-    image = find_gradio().Image(label=label, type="filepath", sources=sources, **style)
+    style = {"height": 240, "elem_classes": "image", "buttons": [], "type": "filepath"}
+    image = find_gradio().Image(label=label, sources=["upload", "clipboard"], **style)
     move = image.async_move_resource_to_block_cache
 
     async def move_upload(path):
@@ -252,10 +249,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def server(model: NexusGen) -> Any:
-    """A `uvicorn.Server` of the page, which `run(sockets=[...])` shows until it is stopped.
-
-    gradio's `launch` gives up on a busy machine: it waits only seconds for its own page.
-    """
+    """A `uvicorn.Server` of the page: gradio's `launch` waits only seconds on a busy machine."""
     gr, limits = find_gradio(), Limits()
     import fastapi  # gradio installs both
     import uvicorn
