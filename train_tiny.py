@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,10 +101,10 @@ def train_generation(folder: RunFolder, run: Run, args: argparse.Namespace) -> d
         teacher = start.ar().visual, decoder.adapter
     pool = toy.reconstruction_pool(visual, vae, config, run, teacher)
     run = run.after(time.perf_counter() - started)
-    preview = toy.PreviewSampler(vae, folder.empty_prompt(), config)
-    stage = toy.generation_stage(mmdit, adapter, pool, preview, BATCH["generation"])
-    summary = fit(stage, run)
-    folder.save(config, generation=(mmdit, adapter))
+    decoder = weights.GenerationDecoder(mmdit, adapter)
+    preview = toy.PreviewSampler(decoder, vae, folder.empty_prompt(), config)
+    summary = fit(toy.generation_stage(preview, pool, BATCH["generation"]), run)
+    folder.save(config, generation=decoder)
     return summary
 
 
@@ -113,8 +112,8 @@ def train_ar(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict:
     """The AR model learns all three tasks, with the tower frozen (paper, section 4.1)."""
     config, ar, preview = folder.config, folder.ar(), None
     if is_finished(run.folder, "generation"):  # otherwise without images of progress
-        sampler = toy.PreviewSampler(folder.vae(), folder.empty_prompt(), config)
-        preview = partial(sampler.reconstruct, *folder.generation())
+        parts = folder.generation(), folder.vae(), folder.empty_prompt()
+        preview = toy.PreviewSampler(*parts, config)
     summary = fit(toy.ar_stage(ar, folder.tokenizer(), config, BATCH["ar"], preview), run)
     folder.save(config, ar=ar)
     return summary
@@ -130,9 +129,9 @@ def train_editing(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict
     (mmdit, adapter), merger = folder.generation(), weights.make_merger(config)
     merger.layers[0].load_state_dict(ar.model.layers[0].state_dict())
     decoder = weights.EditingDecoder(mmdit, merger)
-    preview = toy.PreviewSampler(vae, folder.empty_prompt(), config)
+    preview = toy.PreviewSampler(decoder, vae, folder.empty_prompt(), config)
     teacher = adapter.requires_grad_(False)
-    summary = fit(toy.editing_stage(decoder, teacher, pool, preview, BATCH["editing"]), run)
+    summary = fit(toy.editing_stage(preview, teacher, pool, BATCH["editing"]), run)
     folder.save(config, editing=decoder)
     return summary
 

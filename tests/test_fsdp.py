@@ -64,13 +64,8 @@ def make_stage(name: str):
         lines = [toy_line(sample_example(rng, k)) for k in ("understand", "generate", "edit")]
         given = model.tokenizer, model.config, finetune.TaskMixture(lines), MICRO_BATCH
         return finetune.autoregressive_stage(model.ar, *given)
-    mmdit, projector = getattr(model, name)
-    if name == "generation":
-        return finetune.generation_stage(
-            mmdit, projector, model.empty_prompt, Rows(), MICRO_BATCH, True
-        )
-    given = model.empty_prompt, Rows(), model.config, MICRO_BATCH, True
-    return finetune.editing_stage(mmdit, projector, *given)
+    given = model.empty_prompt, Rows(), model.config, MICRO_BATCH
+    return finetune.decoder_stage(getattr(model, name), *given)
 
 
 def plainly(name: str, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:

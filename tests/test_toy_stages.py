@@ -27,6 +27,7 @@ from nexus_min.toy.pretrain import (
 )
 from nexus_min.toy.tasks import sample_example
 from nexus_min.toy.world import COLORS, RADIUS, SHAPES, Object, Scene, render
+from nexus_min.train import finetune
 from nexus_min.train.stage import mixed_precision
 
 RED_STAR, RED_CIRCLE = Object("star", "red", "small", 2), Object("circle", "red", "large", 7, 1.5)
@@ -109,23 +110,21 @@ def test_loss_of_a_batch_is_the_mean_over_its_tasks():
     torch.testing.assert_close(whole.mse, drawn, atol=1e-5, rtol=1e-5)
 
 
-def test_earlier_pictures_of_a_conversation_are_predicted_or_read(monkeypatch):
+def test_earlier_images_of_a_conversation_are_predicted_or_read(monkeypatch):
     """Half of the time each; the last reply's image is always predicted."""
-    model, found = make_tiny(), []
-    spy = lambda ar, batch: found.append(batch.slot_mask.sum(1).tolist())  # noqa: E731
-    monkeypatch.setattr(stages, "batch_loss", spy)
+    model, slots = make_tiny(), []
+    spy = lambda *args: slots.append(args[-1].sum(1).tolist())  # noqa: E731
+    monkeypatch.setattr(finetune, "packed_ar_loss", spy)
     rng, n = np.random.default_rng(0), model.config.ar.num_image_slots
-    batch = [
-        sample_example(rng, "generate"),
-        *(sample_example(rng, "multi_turn") for _ in range(20)),
-    ]
-    pictures = [[m["content"].count("<image>") for m in ex.messages[1::2]] for ex in batch]
-    assert {len(p) for p in pictures} >= {1, 3} and any(p[-1] and p[0] for p in pictures[1:])
+    kinds = ["generate", *["multi_turn"] * 20]
+    lines = [stages.toy_line(sample_example(rng, kind)) for kind in kinds]
+    counts = [[m["content"].count("<image>") for m in x["messages"][1::2]] for x in lines]
+    assert {len(c) for c in counts} >= {1, 3} and any(c[-1] and c[0] for c in counts[1:])
     for value in (0.8, 0.2):
         coin = SimpleNamespace(random=lambda value=value: value)
-        stages.ar_batch_loss(model.ar, model.tokenizer, model.config, batch, coin)
-    assert found[0] == [n * sum(p) for p in pictures]
-    assert found[1] == [n * p[-1] for p in pictures]
+        finetune.lines_loss(model.ar, model.tokenizer, model.config, lines, coin)
+    assert slots[0] == [n * sum(c) for c in counts]
+    assert slots[1] == [n * c[-1] for c in counts]
 
 
 def test_a_fresh_model_hands_on_what_it_looks_at_and_says_what_is_there():

@@ -25,6 +25,7 @@ from ..model.mmdit import MMDiT
 from ..model.projector import GenerationAdapter, ImageEmbeddingMerger
 from ..train import finetune
 from ..train.stage import Stage
+from ..weights import EditingDecoder, GenerationDecoder
 from .fsdp import BLOCKS, PRESETS, LossModule, Preset, checkpoint_activations, fsdp_units
 
 TEXT_TOKENS, TEXT_LABELS = 100, 50  # of a sample: assumed
@@ -115,11 +116,10 @@ def build_stage(
         empty, samples = {"pooled": torch.empty(1, config.mmdit.vec_in_dim)}, MetaShards(config)
         if name == "generation":
             adapter = GenerationAdapter(config.ar.text.hidden_size, width).to(dtype)
-            inputs = mmdit, adapter, empty, samples, micro_batch, True
-            return LossModule(finetune.generation_stage(*inputs))
-        merger = ImageEmbeddingMerger(config.ar.text, width).to(dtype)
-        inputs = mmdit, merger, empty, samples, config, micro_batch, True
-        return LossModule(finetune.editing_stage(*inputs))
+            decoder = GenerationDecoder(mmdit, adapter)
+        else:
+            decoder = EditingDecoder(mmdit, ImageEmbeddingMerger(config.ar.text, width).to(dtype))
+        return LossModule(finetune.decoder_stage(decoder, empty, samples, config, micro_batch))
 
 
 def trainable_params(root: nn.Module) -> int:

@@ -21,22 +21,20 @@ from ..images import patch_rows
 from ..model.autoencoder import AutoEncoder
 from ..model.autoregressive import ARLoss, NexusGenAR, prefill_image_slots
 from ..model.flow import denoise, schedule
-from ..model.mmdit import MMDiT
 from ..model.projector import GenerationAdapter
 from ..model.vision import QwenViT
-from ..sampling import Context, velocity_field
+from ..sampling import velocity_field
 from ..tokenizer import IMAGE, QwenTokenizer
-from ..train.data import collate
 from ..train.finetune import (
+    Decoder,
     Recipe,
-    batch_loss,
+    autoregressive_stage,
+    decoder_context,
     decoder_stage,
-    editing_context,
-    generation_context,
+    lines_loss,
     shifted_times,
 )
 from ..train.stage import Run, Stage, mixed_precision
-from ..weights import EditingDecoder
 from .edits import EDITS
 from .pictures import (
     agreement,
@@ -75,24 +73,22 @@ def toy_line(ex: Example) -> dict:
     return {"images": [render(s) for s in ex.scenes], "messages": list(ex.messages)}
 
 
-def ar_batch_loss(
-    ar: NexusGenAR,
-    tokenizer: QwenTokenizer,
-    config: NexusGenConfig,
-    batch: list[Example],
-    rng: np.random.Generator | None = None,
-) -> ARLoss:
-    """`packed_ar_loss` of toy examples.
+def ar_batch_loss(ar: NexusGenAR, tokenizer, config, batch: list[Example]) -> ARLoss:
+    """Equation 3 on toy examples."""
+    return lines_loss(ar, tokenizer, config, [toy_line(ex) for ex in batch])
 
-    With `rng`, half of the images that a conversation continues after are not predicted but read,
-    as a `Chat` reads them.
+
+class Curriculum:
+    """Examples of all tasks; scenes grow from one object to four.
+
+    Pre-training is followed by fine-tuning on other shares of the tasks, as in the paper.
     """
-    b = collate([toy_line(ex) for ex in batch], tokenizer, config)
-    for slots, ex in zip(b.slot_mask, batch, strict=True):
-        earlier = [m["content"].count(IMAGE) for m in ex.messages[1:-1:2]]
-        if rng and any(earlier) and rng.random() < 0.5:
-            slots[slots.nonzero()[: sum(earlier) * config.ar.num_image_slots]] = False
-    return batch_loss(ar, b)
+
+    def draw(self, rng: np.random.Generator, n: int, progress: float) -> list[dict]:
+        most = 1 if progress < 0.03 else 2 if progress < 0.1 else 4
+        tasks = MIXTURE if progress < PRETRAINED else FINE_TUNING
+        tasks = [tasks[i % len(tasks)] for i in range(n)]
+        return [toy_line(sample_example(rng, task, most=most)) for task in tasks]
 
 
 def ar_stage(
@@ -100,21 +96,9 @@ def ar_stage(
     tokenizer: QwenTokenizer,
     config: NexusGenConfig,
     batch: int,
-    preview: Callable[[Tensor], np.ndarray] | None = None,
+    preview: PreviewSampler | None = None,
 ) -> Stage:
-    """Multi-task training with the vision tower frozen; scenes grow from one object to four.
-
-    Pre-training is followed by fine-tuning on other shares of the tasks, as in the paper.
-    preview: embeddings -> images, for samples of progress.
-    """
-    ar.visual.requires_grad_(False)
-
-    def loss(rng, progress):
-        most = 1 if progress < 0.03 else 2 if progress < 0.1 else 4
-        mixture = MIXTURE if progress < PRETRAINED else FINE_TUNING
-        examples = [sample_example(rng, mixture[i % len(mixture)], most=most) for i in range(batch)]
-        out = ar_batch_loss(ar, tokenizer, config, examples, rng)
-        return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
+    """Multi-task training with the vision tower frozen."""
 
     def sample(path):
         rng, metrics = np.random.default_rng(4), {}
@@ -124,16 +108,16 @@ def ar_stage(
                 out = ar_batch_loss(ar, tokenizer, config, unseen)
             metrics[f"unseen_{task}"] = float(out.ce if task == UND else out.mse)
             if task != UND and preview:
-                images = preview(predict_after_reply(ar, tokenizer, config, unseen))
+                embeds = predict_after_reply(ar, tokenizer, config, unseen)
+                images = preview.sample_images({"embeds": embeds})
                 targets = [ex.scenes[-1] for ex in unseen]
                 metrics[f"exact_{task}"] = exactness(images, targets)
                 truth = np.stack([render(s) for s in targets[:10]])
                 save_grid(path.with_stem(f"{path.stem}_{task}"), [truth, images[:10]])
         return metrics
 
-    rates = {"lr": 4e-3, "adamw_lr": 3e-3}
-    modules, names = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")
-    return Stage("ar", modules, loss, adamw_only=names, sample=sample, **rates)
+    stage = autoregressive_stage(ar, tokenizer, config, Curriculum(), batch, read_earlier=True)
+    return replace(stage, lr=4e-3, adamw_lr=3e-3, sample=sample)
 
 
 @torch.no_grad()
@@ -176,31 +160,26 @@ def empty_prompt(config: NexusGenConfig, length: int = 8) -> dict[str, Tensor]:
 
 
 class PreviewSampler:
-    """Samples images of progress, with the parts that all decoders share."""
+    """Samples images of progress from a decoder."""
 
-    def __init__(self, vae: AutoEncoder, empty: dict[str, Tensor], config: NexusGenConfig):
-        self.vae, self.empty, self.config = vae, empty, config
+    def __init__(self, decoder: Decoder, vae: AutoEncoder, empty: dict, config: NexusGenConfig):
+        self.decoder, self.vae, self.empty, self.config = decoder, vae, empty, config
 
     @torch.no_grad()
-    def sample_images(self, mmdit: MMDiT, context: Context) -> np.ndarray:
-        """A batch with the default number of steps: uint8 [B, H, W, 3]."""
+    def sample_images(self, rows: dict[str, Tensor]) -> np.ndarray:
+        """Images of the rows of a pool, with the default number of steps: uint8 [B, H, W, 3]."""
+        context = decoder_context(self.decoder, self.empty, self.config, rows)
         h = w = self.config.image_size // self.config.autoencoder.downsample
         shape = (len(context.txt), self.config.autoencoder.z_channels, h, w)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        field = velocity_field(mmdit, context, h, w)
+        field = velocity_field(self.decoder.mmdit, context, h, w)
         *_, last = denoise(field, noise, schedule(self.config.num_steps))
         return to_uint8(self.vae.decode(last.x))
 
     @torch.no_grad()
-    def reconstruct(self, mmdit: MMDiT, adapter: GenerationAdapter, embeds: Tensor) -> np.ndarray:
-        """Images of embeddings [B, N, C] by a generation decoder."""
-        context = generation_context(adapter, self.empty, empty_share=0.0)
-        return self.sample_images(mmdit, context(np.random.default_rng(0), {"embeds": embeds}))
-
-    @torch.no_grad()
-    def save(self, path: Path, latents: Tensor, images: np.ndarray) -> dict[str, float]:
-        """A grid of the latents' images over the sampled ones; the share that reads the same."""
-        truth = to_uint8(self.vae.decode(latents))
+    def save(self, path: Path, rows: dict[str, Tensor]) -> dict[str, float]:
+        """A grid of true images over sampled ones; the share that the checker reads the same."""
+        images, truth = self.sample_images(rows), to_uint8(self.vae.decode(rows["latents"]))
         save_grid(path, [truth[:10], images[:10]])
         return {"exact_seen": agreement(images, truth)}
 
@@ -301,52 +280,38 @@ def editing_pool(
 # ---------------------------------------------------------------- the decoders
 
 
-def generation_stage(
-    mmdit: MMDiT, adapter: GenerationAdapter, pool: dict, preview: PreviewSampler, batch: int
-) -> Stage:
-    """Reconstruct an image from its embeddings; one batch in ten gets the empty prompt (for CFG).
+def generation_stage(preview: PreviewSampler, pool: dict[str, Tensor], batch: int) -> Stage:
+    """The decoder of `preview` reconstructs images; one batch in ten gets the empty prompt (CFG).
 
-    An MMDiT that was trained on another tower first learns this one's embeddings through the
-    adapter alone, which imitates the old adapter's output.
+    If its MMDiT was trained on another tower, the adapter alone learns first: it imitates what the
+    old adapter makes of the old tower's embeddings.
     """
-    recipe = ADAPTATION if "teacher_context" in pool else GENERATION
 
     def distill(rows):
-        return F.mse_loss(adapter(rows["embeds"]), rows["teacher_context"])
+        return F.mse_loss(preview.decoder.adapter(rows["embeds"]), rows["teacher_context"])
 
-    def sample(path):
-        rows = Pool(pool).rows(range(40))
-        return preview.save(
-            path, rows["latents"], preview.reconstruct(mmdit, adapter, rows["embeds"])
-        )
-
-    modules = nn.ModuleDict({"mmdit": mmdit, "adapter": adapter})
-    context = generation_context(adapter, preview.empty, recipe.empty_share)
-    stage = decoder_stage("generation", modules, Pool(pool), batch, context, recipe, distill)
-    return replace(stage, sample=sample)
+    recipe = ADAPTATION if "teacher_context" in pool else GENERATION
+    return toy_decoder_stage(preview, pool, batch, recipe, distill)
 
 
 def editing_stage(
-    decoder: EditingDecoder, teacher: nn.Module, pool: dict, preview: PreviewSampler, batch: int
+    preview: PreviewSampler, teacher: nn.Module, pool: dict[str, Tensor], batch: int
 ) -> Stage:
-    """Generate the target from its predicted embeddings and the source's at twice the resolution.
+    """The decoder of `preview` generates the target of an edit.
 
     First the merger learns the output of the `teacher`, the generation decoder's adapter, for the
     target, since the MMDiT understands that; it takes a few seconds.
     """
-    mmdit, merger = decoder
-    context = editing_context(merger, preview.empty, preview.config)
 
     def distill(rows):
-        txt = context(None, rows).txt[:, : rows["embeds"].shape[1]]
-        return F.mse_loss(txt, teacher(rows["embeds"]))
+        context = decoder_context(preview.decoder, preview.empty, preview.config, rows)
+        return F.mse_loss(context.txt[:, : rows["embeds"].shape[1]], teacher(rows["embeds"]))
 
-    def sample(path):
-        rows = Pool(pool).rows(range(40))
-        with torch.no_grad():
-            images = preview.sample_images(mmdit, context(None, rows))
-        return preview.save(path, rows["latents"], images)
+    return toy_decoder_stage(preview, pool, batch, EDITING, distill)
 
-    modules = nn.ModuleDict({"mmdit": mmdit, "merger": merger})
-    stage = decoder_stage("editing", modules, Pool(pool), batch, context, EDITING, distill)
-    return replace(stage, sample=sample)
+
+def toy_decoder_stage(preview: PreviewSampler, pool: dict, batch: int, recipe, distill) -> Stage:
+    """`finetune.decoder_stage` over a pool, with samples of progress."""
+    inputs = preview.decoder, preview.empty, Pool(pool), preview.config, batch
+    stage = decoder_stage(*inputs, recipe, distill)
+    return replace(stage, sample=lambda path: preview.save(path, Pool(pool).rows(range(40))))

@@ -29,12 +29,12 @@ from ..images import center_crop_view, load_image, reference_view, to_latent_ima
 from ..model.autoencoder import AutoEncoder
 from ..model.autoregressive import ARLoss, NexusGenAR, prefill_image_slots
 from ..model.flow import rf_loss, sample_t, time_shift, training_sigmas, training_weights
-from ..model.mmdit import MMDiT, context_ids_editing, context_ids_generation
+from ..model.mmdit import context_ids_editing, context_ids_generation
 from ..model.packing import packed_ar_loss
-from ..model.projector import GenerationAdapter, ImageEmbeddingMerger
 from ..sampling import Context, velocity_field
-from ..tokenizer import QwenTokenizer
-from .data import Batch, Shards, cache_embeddings, collate, image_roles
+from ..tokenizer import IMAGE, QwenTokenizer
+from ..weights import EditingDecoder, GenerationDecoder
+from .data import Shards, cache_embeddings, collate, image_roles
 from .lora import add_lora, merge_lora
 from .run_folder import RunFolder, barrier, rank_and_size
 from .stage import Run, Stage
@@ -65,8 +65,8 @@ class TaskMixture:
             raise ValueError(f"no line of a kind that the ratio {tuple(ratio)} gives a share")
         self.shares = np.array(shares) / sum(shares)
 
-    def draw(self, rng: np.random.Generator, n: int) -> list[dict]:
-        """n random lines."""
+    def draw(self, rng: np.random.Generator, n: int, progress: float = 0.0) -> list[dict]:
+        """n random lines; the same mixture at any progress of the stage."""
         tasks = [self.lines[TASKS[k]] for k in rng.choice(len(TASKS), n, p=self.shares)]
         return [lines[int(rng.integers(len(lines)))] for lines in tasks]
 
@@ -74,12 +74,21 @@ class TaskMixture:
 # ----------------------------------------------------------------------------- the AR model's stage
 
 
-def batch_loss(ar: NexusGenAR, batch: Batch) -> ARLoss:
-    """`packed_ar_loss` of a batch of lines, with the vision tower frozen; equation 3."""
+def lines_loss(ar: NexusGenAR, tokenizer, config, lines: list[dict], rng=None) -> ARLoss:
+    """Equation 3 on lines, with the vision tower frozen.
+
+    With `rng`, half of the conversations that continue after an image of the assistant read it, as
+    a `Chat` does, instead of predicting it.
+    """
+    batch = collate(lines, tokenizer, config)
+    for slots, line in zip(batch.slot_mask, lines, strict=True):
+        earlier = sum(m["content"].count(IMAGE) for m in line["messages"][1:-1:2])
+        if rng and earlier and rng.random() < 0.5:
+            slots[slots.nonzero()[: earlier * config.ar.num_image_slots]] = False
     weight, embeds = ar.visual.patch_embed.proj.weight, None
     ids, labels, slots = (x.to(weight.device) for x in batch[:3])
     grid = tuple(map(tuple, batch.image_grid_thw.tolist()))
-    if len(grid):
+    if grid:
         with torch.no_grad():
             embeds = ar.visual(batch.pixel_values.to(weight), grid)
     return packed_ar_loss(ar, ids, labels, None, batch.image_grid_thw, embeds, slots)
@@ -92,16 +101,17 @@ def autoregressive_stage(
     mixture: TaskMixture,
     batch: int,
     lora_rank: int = 0,
+    read_earlier: bool = False,
 ) -> Stage:
-    """Multi-task fine-tuning with the vision tower frozen, of all weights or by LoRA."""
+    """Multi-task training with the vision tower frozen, of all weights or by LoRA."""
     ar.visual.requires_grad_(False)
     if lora_rank:
         add_lora(ar.model, lora_rank)
 
     def loss(rng, progress):
-        lines = mixture.draw(rng, batch)
+        lines = mixture.draw(rng, batch, progress)
         stage.lines[:] = [line["where"] for line in lines if "where" in line]
-        out = batch_loss(ar, collate(lines, tokenizer, config))
+        out = lines_loss(ar, tokenizer, config, lines, rng if read_earlier else None)
         return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
 
     modules, names = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")
@@ -112,14 +122,12 @@ def autoregressive_stage(
 # ----------------------------------------------------------------------------- the decoders' stages
 
 
-def shifted_times(
-    n: int, generator: torch.Generator | None = None, shift: float = 3.0
-) -> tuple[Tensor, None]:
+def shifted_times(n: int, generator=None, shift: float = 3.0) -> tuple[Tensor, None]:
     """Logit-normal times [n], shifted to noise as the sampler's are; no weights."""
     return time_shift(sample_t(n, generator), shift), None
 
 
-def official_times(n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def official_times(n: int, generator=None) -> tuple[Tensor, Tensor]:
     """One of the official thousand noise levels for the whole batch: [n], and its weight [n]."""
     sigmas, i = training_sigmas(), torch.randint(1000, (1,), generator=generator).expand(n)
     return sigmas[i], training_weights(sigmas)[i]
@@ -138,23 +146,38 @@ class Recipe:
 
 
 OFFICIAL = Recipe(times=official_times, cond_noise=0.0, empty_share=0.0)
-ContextFn = Callable[[np.random.Generator, dict[str, Tensor]], Context]
+Decoder = GenerationDecoder | EditingDecoder
+
+
+def decoder_context(
+    decoder: Decoder, empty: dict, config: NexusGenConfig, rows: dict, is_empty: bool = False
+) -> Context:
+    """What the MMDiT attends to: adapted embeddings or the empty prompt; or merged embeddings."""
+    if isinstance(decoder, EditingDecoder):
+        side = config.reference_size // config.ar.vision.patch_size
+        grids = config.ar.slot_grid, (1, side, side)
+        txt = decoder.merger(rows["embeds"], grids[0], rows["refs"], grids[1])
+        ids = context_ids_editing(*grids, *rows["latents"].shape[-2:])
+    else:
+        txt = empty["context"] if is_empty else decoder.adapter(rows["embeds"])
+        ids = context_ids_generation(txt.shape[1])
+    return Context(txt, ids, empty["pooled"])
 
 
 def decoder_stage(
-    name: str,
-    modules: nn.ModuleDict,
+    decoder: Decoder,
+    empty: dict[str, Tensor],
     samples: Shards,
+    config: NexusGenConfig,
     batch: int,
-    context: ContextFn,
-    recipe: Recipe = Recipe(),
+    recipe: Recipe = OFFICIAL,
     distill: Callable[[dict[str, Tensor]], Tensor] | None = None,
 ) -> Stage:
-    """Rectified flow of a decoder over `samples`.
+    """Rectified flow of a decoder: images from their embeddings, or edits from predicted ones.
 
-    context: (rng, rows) -> what the MMDiT attends to; distill: rows -> another loss, for the start.
+    samples: `Shards`, or what has its methods; distill: rows -> another loss, for the start.
     """
-    mmdit = modules["mmdit"]
+    name = "editing" if isinstance(decoder, EditingDecoder) else "generation"
 
     def loss(rng, progress):
         picks = rng.integers(len(samples), size=batch)
@@ -165,72 +188,24 @@ def decoder_stage(
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         level = recipe.cond_noise * torch.rand(batch, 1, 1, generator=generator)
         rows["embeds"] = embeds + level * torch.randn(embeds.shape, generator=generator)
-        rows = {key: x.to(mmdit.img_in.weight) for key, x in rows.items()}
+        weight = decoder.mmdit.img_in.weight
+        rows = {key: x.to(weight) for key, x in rows.items()}
         if progress < recipe.distill_share:
             return distill(rows), {}
         noise = torch.randn(x0.shape, generator=generator)
         t, weights = recipe.times(batch, generator)
-        x0, noise, t = (x.to(mmdit.img_in.weight.device) for x in (x0, noise, t))
-        field = velocity_field(mmdit, context(rng, rows), *x0.shape[-2:])
+        x0, noise, t = (x.to(weight.device) for x in (x0, noise, t))
+        is_empty = rng.random() < recipe.empty_share
+        context = decoder_context(decoder, empty, config, rows, is_empty)
+        field = velocity_field(decoder.mmdit, context, *x0.shape[-2:])
         return rf_loss(field, x0, noise, t, weights), {}
 
-    rates = {"lr": recipe.lr, "adamw_lr": recipe.adamw_lr}
+    modules, rates = (
+        nn.ModuleDict(decoder._asdict()),
+        {"lr": recipe.lr, "adamw_lr": recipe.adamw_lr},
+    )
     stage = Stage(name, modules, loss, adamw_only=ADAMW_ONLY, **rates)
     return stage
-
-
-def generation_context(adapter: GenerationAdapter, empty: dict, empty_share: float) -> ContextFn:
-    """The adapted embeddings, or the empty prompt."""
-
-    def context(rng, rows):
-        is_empty = rng.random() < empty_share
-        txt = empty["context"] if is_empty else adapter(rows["embeds"])
-        return Context(txt, context_ids_generation(txt.shape[1]), empty["pooled"])
-
-    return context
-
-
-def editing_context(merger: ImageEmbeddingMerger, empty: dict, config: NexusGenConfig) -> ContextFn:
-    """The target's embeddings merged with the source's, at their positions."""
-    side = config.reference_size // config.ar.vision.patch_size
-    grids = config.ar.slot_grid, (1, side, side)
-
-    def context(rng, rows):
-        txt = merger(rows["embeds"], grids[0], rows["refs"], grids[1])
-        ids = context_ids_editing(*grids, *rows["latents"].shape[-2:])
-        return Context(txt, ids, empty["pooled"])
-
-    return context
-
-
-def generation_stage(
-    mmdit: MMDiT, adapter: GenerationAdapter, empty: dict, samples, batch: int, official=False
-) -> Stage:
-    """Reconstruct an image from its embeddings."""
-    modules, recipe = (
-        nn.ModuleDict({"mmdit": mmdit, "adapter": adapter}),
-        OFFICIAL if official else Recipe(),
-    )
-    context = generation_context(adapter, empty, recipe.empty_share)
-    return decoder_stage("generation", modules, samples, batch, context, recipe)
-
-
-def editing_stage(
-    mmdit: MMDiT,
-    merger: ImageEmbeddingMerger,
-    empty: dict[str, Tensor],
-    samples: Shards,
-    config: NexusGenConfig,
-    batch: int,
-    official: bool = False,
-) -> Stage:
-    """Generate the target image from its predicted embeddings and the source's."""
-    modules, recipe = (
-        nn.ModuleDict({"mmdit": mmdit, "merger": merger}),
-        OFFICIAL if official else Recipe(),
-    )
-    context = editing_context(merger, empty, config)
-    return decoder_stage("editing", modules, samples, batch, context, recipe)
 
 
 # ------------------------------------------------------------------------ what decoders learn from
@@ -313,15 +288,11 @@ def train_decoder(
 ) -> None:
     """Train a decoder of `folder` on what the AR model makes of the lines, and save it."""
     started = time.perf_counter()
-    samples, empty = embed_lines(name, folder, data, run), folder.empty_prompt()
-    if name == "generation":
-        decoder = folder.generation()
-        stage = generation_stage(*decoder, empty, samples, data.batch, data.official)
-    else:
-        decoder = folder.editing()
-        config = folder.config
-        stage = editing_stage(*decoder, empty, samples, config, data.batch, data.official)
-    fit(stage, run.after(time.perf_counter() - started))
+    samples = embed_lines(name, folder, data, run)
+    decoder = folder.generation() if name == "generation" else folder.editing()
+    recipe = OFFICIAL if data.official else Recipe()
+    inputs = decoder, folder.empty_prompt(), samples, folder.config, data.batch
+    fit(decoder_stage(*inputs, recipe), run.after(time.perf_counter() - started))
     folder.save(folder.config, **{name: decoder})
 
 
