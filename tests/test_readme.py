@@ -65,6 +65,14 @@ def test_commands_exist(command):
     assert subprocess.run(run, capture_output=True, cwd=readme.HOME).returncode == 0
 
 
+def test_options_exist():
+    options = {o for text in ALL.values() for o in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
+    folders = ("nexus_min", "tests", "notebooks")
+    files = [f for folder in folders for f in Path(readme.HOME, folder).rglob("*.py")]
+    code = "".join(house.text_of(f) for f in {*files, *house.SOURCES})
+    assert not {o for o in options if f'"{o}"' not in code} - {"--nproc-per-node"}  # torchrun's
+
+
 @pytest.mark.parametrize("name", [*MODULES, *SCRIPTS])
 def test_modules_and_scripts_exist(name):
     path = Path(readme.HOME, name if name.endswith(".py") else name.replace(".", "/"))

@@ -2,11 +2,9 @@
 
     python tests/benchmarks/against.py OLD_TREE [--rounds 3]
 
-Fresh processes of both trees take turns on one thread each. CPU time of the process is measured,
-which other work on the machine hardly changes. A ratio below 1: this checkout is faster.
+Fresh processes of both trees take turns on one thread each. CPU time is measured, which other work
+on the machine hardly changes. A ratio below 1: this checkout is faster. About four minutes.
 """
-
-from __future__ import annotations
 
 import argparse
 import importlib
@@ -22,6 +20,9 @@ from pathlib import Path
 from statistics import median
 
 import torch
+
+from nexus_min.config import ARConfig, MMDiTConfig, TextConfig, VisionConfig
+from nexus_min.pipeline import NexusGen
 
 HERE = Path(__file__).resolve()
 PROMPT = "a red star left of a blue circle"
@@ -44,16 +45,12 @@ def cold() -> Callable:
 
 def image() -> Callable:
     """A prompt through the loaded shipped model."""
-    from nexus_min.pipeline import NexusGen
-
     model = NexusGen.load("tiny")
     return lambda: model.generate(PROMPT, seed=0)
 
 
 def mmdit(**sizes) -> Callable:
-    """One velocity of 256 image tokens and 81 context tokens."""
-    from nexus_min.config import MMDiTConfig
-
+    """One velocity of 256 image tokens and 81 context tokens, random weights like all below."""
     m, config = module("mmdit"), MMDiTConfig(**sizes)
     model = m.MMDiT(config).eval().requires_grad_(False)
     img, txt = torch.randn(1, 256, config.in_channels), torch.randn(1, 81, config.context_in_dim)
@@ -64,8 +61,6 @@ def mmdit(**sizes) -> Callable:
 
 def vision() -> Callable:
     """A windowed and a full block at full width, 336x336 pixels."""
-    from nexus_min.config import VisionConfig
-
     config = VisionConfig(depth=2, fullatt_block_indexes=(1,))
     model = module("vision").QwenViT(config).eval().requires_grad_(False)
     pixels = torch.randn(24 * 24, 3 * 2 * 14 * 14)
@@ -74,8 +69,6 @@ def vision() -> Callable:
 
 def ar_model(width: int, layers: int):
     """A model whose special tokens end the vocabulary."""
-    from nexus_min.config import ARConfig, TextConfig, VisionConfig
-
     text = TextConfig(width, 4 * width, layers, 4, 2, vocab_size=4096, mrope_section=(4, 6, 6))
     tower = VisionConfig(1, 64, 64, 2, out_hidden_size=width, fullatt_block_indexes=(0,))
     special = {"image_token_id": 4095, "vision_start_token_id": 4094, "vision_end_token_id": 4093}
@@ -85,12 +78,8 @@ def ar_model(width: int, layers: int):
 
 def decode() -> Callable:
     """64 tokens, greedily."""
-    model, ids, generate = (
-        ar_model(128, 8),
-        torch.arange(32)[None],
-        module("autoregressive").generate,
-    )
-    return lambda: [*generate(model, ids, max_new_tokens=64)]
+    model, ids = ar_model(128, 8), torch.arange(32)[None]
+    return lambda: [*module("autoregressive").generate(model, ids, max_new_tokens=64)]
 
 
 def train_step() -> Callable:
@@ -131,47 +120,36 @@ def measure() -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     for name, make in WORKS.items():
         torch.manual_seed(0)
-        run, times = make(), []
+        run, times = make(), [cpu_seconds()]
         with torch.set_grad_enabled("training" in name):
             for _ in range(REPEATS + 1):
-                start = cpu_seconds()
                 run()
-                times.append(cpu_seconds() - start)
-        found[name] = times[1:]
+                times.append(cpu_seconds())
+        found[name] = [b - a for a, b in zip(times[1:], times[2:], strict=False)]
     return found
-
-
-def measure_tree(tree: Path) -> dict[str, list[float]]:
-    """All works with the package of `tree`, in a fresh process."""
-    env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE), "--measure"]
-        return json.loads(subprocess.check_output(command, env=env, cwd=folder))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("old_tree", nargs="?", type=Path, metavar="OLD_TREE")
+    parser.add_argument("old_tree", type=Path, metavar="OLD_TREE")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each tree")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        return print(json.dumps(measure()))
-    if args.old_tree is None or not (args.old_tree / "nexus_min").is_dir():
-        parser.error("OLD_TREE must be a checkout, a folder that holds nexus_min/")
-    trees = (args.old_tree.resolve(), HERE.parents[2])
-    found: tuple[dict[str, list[float]], ...] = ({}, {})
-    for _ in range(args.rounds):
-        for tree, times in zip(trees, found, strict=True):
-            for name, seconds in measure_tree(tree).items():
-                times.setdefault(name, []).extend(seconds)
+    found: dict[Path, dict[str, list[float]]] = {args.old_tree.resolve(): {}, HERE.parents[2]: {}}
+    for tree, times in list(found.items()) * args.rounds:
+        env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(HERE), "measure"]
+            answer = subprocess.check_output(command, env=env, cwd=folder)
+        for name, seconds in json.loads(answer).items():
+            times.setdefault(name, []).extend(seconds)
     print("| work, CPU ms | best: old | new | new / old | median: old | new | new / old |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    for name, old in found[0].items():
-        pairs = [(1e3 * of(old), 1e3 * of(found[1][name])) for of in (min, median)]
+    old, new = found.values()
+    for name in old:
+        pairs = [(1e3 * of(old[name]), 1e3 * of(new[name])) for of in (min, median)]
         cells = [f"{a:.1f} | {b:.1f} | {b / a:.3f}" for a, b in pairs]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(measure())) if sys.argv[1:] == ["measure"] else main()
