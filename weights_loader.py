@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from nexus_min.cli import Parser, exit_status
+from nexus_min.cli import Parser, report_errors
 from nexus_min.config import NexusGenConfig
 from nexus_min.formats import (
     FLOATS,
@@ -390,12 +390,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The verb's exit status; 2 after one line on standard error, 130 after Ctrl-C."""
-
-    def run() -> int | None:
+    with report_errors("weights_loader", "stopped; repeat the command to resume") as status:
         args = parse(argv)
-        return args.run(args)
-
-    return exit_status("weights_loader", run, "stopped; repeat the command to resume")
+        status.code = args.run(args) or 0
+    return status.code
 
 
 if __name__ == "__main__":
