@@ -41,7 +41,7 @@ OPTIONS = {  # name: other spellings, type or choices, default, help
     "like": ("", str, None, "repeat this PNG of ours; what is given beside it takes precedence"),
     "max_image_pixels": ("", int, None, "refuse a larger image (default: 50 million)"),
     "decoder": ("", DECODERS, "editing", "editing keeps the rest of the image"),
-    "chat_decoder": ("", ("auto", *DECODERS), "auto", "auto: by the reply's announcement"),
+    "chat_decoder": ("", ("auto", *DECODERS), "auto", "auto edits unless the reply announces anew"),
     "use_generation_decoder": ("", bool, False, "the same as --decoder generation"),
     "keep": ("", HISTORY_MODES, "predicted", "what later turns read of a generated image"),
     "height": ("", int, None, "pixels, rounded up to whole tokens (default: the model's)"),
@@ -81,10 +81,11 @@ def build_parser(with_eval: bool) -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for verb, (run, positionals, names) in COMMANDS.items():
         command = commands.add_parser(verb, help=run.__doc__, description=run.__doc__)
-        command.set_defaults(run=run, positionals=positionals)
-        text = "the same as " + " ".join(f"--{name}" for name in positionals)
-        settings = {"nargs": "*", "metavar": " ".join(positionals).upper()}
-        command.add_argument("words", help=text if positionals else argparse.SUPPRESS, **settings)
+        command.set_defaults(run=run, positionals=positionals, words=[])
+        if positionals:
+            text = "the same as " + " ".join(f"--{name}" for name in positionals)
+            metavar = " ".join(positionals).upper()
+            command.add_argument("words", nargs="*", metavar=metavar, help=text)
         for name in (*positionals, *names, *MODEL):
             aliases, kind, default, text = OPTIONS[name]
             settings = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
