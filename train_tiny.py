@@ -46,13 +46,8 @@ from nexus_min.weights import model_folder
 # The stages in order, with their share of --minutes.
 TIME_SHARE = {"vae": 0.13, "vision": 0.14, "generation": 0.29, "ar": 0.34, "editing": 0.10}
 BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
-DEPENDS_ON = {
-    "vae": (),
-    "vision": (),
-    "generation": ("vae", "vision"),
-    "ar": ("vision",),
-    "editing": ("vae", "vision", "generation", "ar"),
-}
+DEPENDS_ON = {"vae": (), "vision": (), "generation": ("vae", "vision"), "ar": ("vision",)}
+DEPENDS_ON["editing"] = tuple(DEPENDS_ON)
 
 # --------------------------------------------------------------------------------------- the stages
 # Each trains one part of the model, saves it, and returns the summary of `fit`.
@@ -222,8 +217,7 @@ def write_summary(out: Path, summary: dict, command: str) -> None:
     stage = summary["stage"]
     needs = {name: read_summary(out, name)["stamp"] for name in DEPENDS_ON[stage]}
     summary |= {"command": command, "stamp": time.time(), "needs": needs}
-    text = json.dumps(summary, indent=1)
-    weights.replace_file(out / f"{stage}.json", lambda path: path.write_text(text))
+    replace_text(out / f"{stage}.json", json.dumps(summary, indent=1))
 
 
 def check_dependencies(out: Path, stage: str) -> None:
@@ -267,6 +261,10 @@ def prepare(args: argparse.Namespace, folder: RunFolder) -> tuple[str, ...]:
     return stages
 
 
+def replace_text(file: Path, text: str) -> None:
+    weights.replace_file(file, lambda path: path.write_text(text, "utf-8"))
+
+
 def check_writable(folder: Path) -> None:
     """OSError when nothing can be written there."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -277,19 +275,19 @@ def check_writable(folder: Path) -> None:
 def export(folder: RunFolder, args: argparse.Namespace) -> None:
     """Copy the model to `args.ship` in fp16; the metadata of every file say how it was made."""
     done = {name: read_summary(args.out, name) for name in TIME_SHARE}
-    stages = {name: [s["command"], s["steps"], s["seconds"]] for name, s in done.items()}
     facts = {
         "command": "; ".join(dict.fromkeys(s["command"] for s in done.values())),
-        "stages": json.dumps(stages),
+        "stages": json.dumps(
+            {name: [s["command"], s["steps"], s["seconds"]] for name, s in done.items()}
+        ),
         "seed": str(args.seed),
         "minutes": f"{sum(s['seconds'] for s in done.values()) / 60:.1f}",
         "metrics": json.dumps({name: s["metrics"] for name, s in done.items()}),
     }
-    parts = folder.all_parts()
-    weights.save_checkpoint(args.ship, folder.config, **parts, dtype=torch.float16, metadata=facts)
+    options = {"dtype": torch.float16, "metadata": facts}
+    weights.save_checkpoint(args.ship, folder.config, **folder.all_parts(), **options)
     known = json.dumps(sorted({word.strip() for word in words()} - {""}), ensure_ascii=False)
-    file = args.ship / "toy_words.json"
-    weights.replace_file(file, lambda path: path.write_text(known, "utf-8"))
+    replace_text(args.ship / "toy_words.json", known)
 
 
 # ------------------------------------------------------------------------------------ your own data
@@ -313,7 +311,7 @@ def init_run(args: argparse.Namespace, folder: RunFolder) -> None:
     begun.touch()
     source = RunFolder(model_folder(args.model))
     folder.save(source.config, **source.all_parts())
-    weights.replace_file(file, lambda path: path.write_text(json.dumps(facts), "utf-8"))
+    replace_text(file, json.dumps(facts))
     begun.unlink()
 
 

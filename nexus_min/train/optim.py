@@ -47,13 +47,7 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """For parameters [m, n], with AdamW's learning rate."""
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
-    ):
+    def __init__(self, parameters: Iterable, lr: float, momentum=0.95, weight_decay=0.01):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ position in the data nor the state of a random generator.
 
 from __future__ import annotations
 
-import time
+import timeit
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,7 +61,7 @@ class Run:
     bf16: bool = False  # bf16 matrix products in training, over fp32 weights
 
     def after(self, seconds: float) -> Run:
-        """The same run with `seconds` more of its budget spent before the first step."""
+        """The same run with `seconds` more spent before its first step."""
         return replace(self, elapsed_before=self.elapsed_before + seconds)
 
 
@@ -104,7 +104,6 @@ class Schedule:
         self.progress += (1 - self.progress) / (1 + max(0.0, self.left))
 
     def state(self) -> dict:
-        """The values that a checkpoint holds; the budget belongs to the run."""
         return {name: getattr(self, name) for name in ("step", "elapsed", "progress", "left")}
 
     def restore(self, state: dict) -> None:
@@ -131,12 +130,7 @@ def bf16_is_faster() -> bool:
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
-        seconds = []
-        for _ in range(20):
-            start = time.perf_counter()
-            a @ b
-            seconds.append(time.perf_counter() - start)
-        best.append(min(seconds))
+        best.append(min(timeit.repeat(lambda a=a, b=b: a @ b, number=1, repeat=20)))
     torch.set_num_threads(threads)
     return best[0] > 2 * best[1]
 
