@@ -10,10 +10,10 @@ import argparse
 import importlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,14 +37,12 @@ def module(name: str):
         return importlib.import_module(f"nexus_min.{name}")
 
 
-def cold() -> Callable:
-    """The command in a new process: import, load and one image."""
+def cold() -> Callable:  # import, load and one image
     command = ["-m", "nexus_min", "generate", PROMPT, "--output", "cold.png"]
     return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
 
 
 def image() -> Callable:
-    """A prompt through the loaded shipped model."""
     model = NexusGen.load("tiny")
     return lambda: model.generate(PROMPT, seed=0)
 
@@ -109,9 +107,8 @@ WORKS = {
 
 
 def cpu_seconds() -> float:
-    """What this process and its children have worked."""
-    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(x.ru_utime + x.ru_stime for x in used)
+    """CPU time of this process and its children."""
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def measure() -> dict[str, list[float]]:
@@ -134,17 +131,15 @@ def main() -> None:
     parser.add_argument("old_tree", type=Path, metavar="OLD_TREE")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each tree")
     args = parser.parse_args()
-    found: dict[Path, dict[str, list[float]]] = {args.old_tree.resolve(): {}, HERE.parents[2]: {}}
-    for tree, times in list(found.items()) * args.rounds:
+    old, new, command = {}, {}, [sys.executable, str(HERE), "measure"]
+    for tree, times in [(args.old_tree.resolve(), old), (HERE.parents[2], new)] * args.rounds:
         env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(HERE), "measure"]
             answer = subprocess.check_output(command, env=env, cwd=folder)
         for name, seconds in json.loads(answer).items():
             times.setdefault(name, []).extend(seconds)
     print("| work, CPU ms | best: old | new | new / old | median: old | new | new / old |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    old, new = found.values()
     for name in old:
         pairs = [(1e3 * of(old[name]), 1e3 * of(new[name])) for of in (min, median)]
         cells = [f"{a:.1f} | {b:.1f} | {b / a:.3f}" for a, b in pairs]
