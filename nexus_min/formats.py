@@ -7,6 +7,7 @@ Every fault is one ValueError of one line: the file, the keys at fault, and what
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -199,6 +200,19 @@ def read_metadata(file: Path) -> dict[str, str]:
             return handle.metadata() or {}
     except (SafetensorError, OSError):
         return {}
+
+
+def fingerprint(folder: Path, files: list[Path]) -> str | None:
+    """Hash of names, sizes, first and last 64 KiB of files inside `folder`; None without any."""
+    md5 = hashlib.md5()
+    for file in files:
+        size = file.stat().st_size
+        md5.update(f"{file.relative_to(folder)} {size} ".encode())
+        with open(file, "rb") as data:
+            md5.update(data.read(1 << 16))
+            data.seek(max(0, size - (1 << 16)))
+            md5.update(data.read())
+    return md5.hexdigest() if files else None
 
 
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:

@@ -7,10 +7,8 @@ keys, but for the MMDiT inside the two decoder files (DiffSynth's `FluxDiTStateD
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -28,6 +26,7 @@ from .formats import (
     LazyTensor,
     check_tensors,
     find_file,
+    fingerprint,
     join_keys,
     open_weights,
     read_metadata,
@@ -41,6 +40,14 @@ from .model.projector import GenerationAdapter, ImageEmbeddingMerger
 from .model.text_encoders import CLIPTextModel, T5Encoder, clip_tokenizer, t5_tokenizer
 from .sampling import Context
 from .tokenizer import QwenTokenizer, rust_panic_as_error
+from .weights_names import (
+    DIT_PREFIX,
+    MERGER_PREFIX,
+    diffsynth_name,
+    is_swapped,
+    swap_halves,
+    to_diffsynth,
+)
 
 Component = nn.Module | Mapping[str, Tensor]  # a model or its state dict
 logger = logging.getLogger(__name__)
@@ -52,86 +59,8 @@ ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PARTS = ("ar", "generation", "editing", "autoencoder")
 NEW_IN_NEXUS = ("vision_head.weight", "image_prefill_embeds.weight")  # not in the base model
 AS_STORED = "as stored"  # the dtype to give a loader when weights are cast later, as they travel
-MAX_CONTEXT = 512  # tokens of T5
-
-# ------------------------------------------------------------------------------------------ names
-
-# A layer in `nexus_min` (black-forest-labs) -> in the decoder files (DiffSynth); # is a block.
-DIT_TABLE = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_embedder.timestep_embedder.0",
-    "time_in.out_layer": "time_embedder.timestep_embedder.2",
-    "guidance_in.in_layer": "guidance_embedder.timestep_embedder.0",
-    "guidance_in.out_layer": "guidance_embedder.timestep_embedder.2",
-    "vector_in.in_layer": "pooled_text_embedder.0",
-    "vector_in.out_layer": "pooled_text_embedder.2",
-    "double_blocks.#.img_mod.lin": "blocks.#.norm1_a.linear",
-    "double_blocks.#.img_attn.qkv": "blocks.#.attn.a_to_qkv",
-    "double_blocks.#.img_attn.norm.query_norm": "blocks.#.attn.norm_q_a",
-    "double_blocks.#.img_attn.norm.key_norm": "blocks.#.attn.norm_k_a",
-    "double_blocks.#.img_attn.proj": "blocks.#.attn.a_to_out",
-    "double_blocks.#.img_mlp.0": "blocks.#.ff_a.0",
-    "double_blocks.#.img_mlp.2": "blocks.#.ff_a.2",
-    "double_blocks.#.txt_mod.lin": "blocks.#.norm1_b.linear",
-    "double_blocks.#.txt_attn.qkv": "blocks.#.attn.b_to_qkv",
-    "double_blocks.#.txt_attn.norm.query_norm": "blocks.#.attn.norm_q_b",
-    "double_blocks.#.txt_attn.norm.key_norm": "blocks.#.attn.norm_k_b",
-    "double_blocks.#.txt_attn.proj": "blocks.#.attn.b_to_out",
-    "double_blocks.#.txt_mlp.0": "blocks.#.ff_b.0",
-    "double_blocks.#.txt_mlp.2": "blocks.#.ff_b.2",
-    "single_blocks.#.modulation.lin": "single_blocks.#.norm.linear",
-    "single_blocks.#.linear1": "single_blocks.#.to_qkv_mlp",
-    "single_blocks.#.norm.query_norm": "single_blocks.#.norm_q_a",
-    "single_blocks.#.norm.key_norm": "single_blocks.#.norm_k_a",
-    "single_blocks.#.linear2": "single_blocks.#.proj_out",
-    "final_layer.adaLN_modulation.1": "final_norm_out.linear",  # its halves are swapped, too
-    "final_layer.linear": "final_proj_out",
-}
-DIT_PREFIX, MERGER_PREFIX = "pipe.dit.", "embedding_merger."
-
-
-def diffsynth_name(name: str) -> str:
-    """DiffSynth's name of a black-forest-labs parameter. KeyError for any other name."""
-    layer, _, kind = name.rpartition(".")
-    block = re.search(r"blocks\.(\d+)\.", layer)
-    number = block[1] if block else ""
-    pattern = layer.replace(f"blocks.{number}.", "blocks.#.", 1)
-    kind = "weight" if kind == "scale" else kind  # the q/k norms call their weight `scale`
-    return f"{DIT_TABLE[pattern].replace('#', number)}.{kind}"
-
-
-def is_swapped(name: str) -> bool:
-    """Whether DiffSynth stores this black-forest-labs parameter with its halves swapped."""
-    return name.startswith("final_layer.adaLN_modulation.")
-
-
-def swap_halves(tensor: Tensor) -> Tensor:
-    """[scale; shift] <-> [shift; scale] of the final adaptive norm: its own inverse."""
-    return torch.cat(tensor.chunk(2)[::-1])
-
-
-def to_diffsynth(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """MMDiT parameters -> what a decoder file holds under `pipe.dit.`."""
-    return {
-        DIT_PREFIX + diffsynth_name(k): swap_halves(v) if is_swapped(k) else v
-        for k, v in state.items()
-    }
-
-
-def decoder_state(mmdit: Component, projector: Component, prefix: str = "") -> dict[str, Tensor]:
-    """What a decoder file holds: the MMDiT, and its adapter or merger under `prefix`."""
-    own = {prefix + key: tensor for key, tensor in state_of(projector).items()}
-    return to_diffsynth(state_of(mmdit)) | own
-
-
-def state_of(component: Component) -> Mapping[str, Tensor]:
-    return component.state_dict() if isinstance(component, nn.Module) else component
-
 
 # ---------------------------------------------------------------------------------------- loading
-# Every loader takes a file, or a folder that holds it under its official name. `config` None is the
-# official full size. `dtype` None keeps the file's own, AS_STORED each tensor's.
 
 
 class NoInit(TorchFunctionMode):
@@ -150,7 +79,6 @@ def on_meta(make: Callable[[], Any]) -> Any:
         with torch.device("meta"), NoInit():
             return make()
     except (AttributeError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        # another part's configuration; a size that is 0, < 0 or a text
         reason = str(error).split("\n")[0]
         raise ValueError(f"the sizes of the configuration make no model ({reason})") from error
 
@@ -184,15 +112,16 @@ def check_and_assign(
     if dtype is None and len(stored) > 1:
         rare = min(stored, key=stored.get)
         odd = join_keys([key for key, tensor in tensors.items() if tensor.dtype == rare], 3)
-        raise ValueError(
-            f"{source}: mixes {join_keys(stored)} ({rare}: {odd}); choose one with dtype="
-        )
+        message = f"mixes {join_keys(stored)} ({rare}: {odd}); choose one with dtype="
+        raise ValueError(f"{source}: {message}")
     cast = None if dtype == AS_STORED else dtype
     state = {name: tensors[key].read().to(device=device, dtype=cast) for name, key in keys.items()}
     model.load_state_dict(state, strict=True, assign=True)
     return model
 
 
+# Loaders take a file, or a folder that holds it under its official name. `config` None is the full
+# size. `dtype` None keeps the file's own, AS_STORED each tensor's.
 def load(path, stem: str, make, device, dtype, ignore: tuple[str, ...] = (), prefix: str = ""):
     """The model of `make` from one file; keys that start with `ignore` are another model's."""
     file, model = find_file(path, (stem,)), on_meta(make)
@@ -216,15 +145,14 @@ def is_base(tensors: Mapping) -> bool:
 
 def init_missing(file: Path, model: NexusGenAR, dtype: torch.dtype) -> dict[str, LazyTensor]:
     """What the base model lacks: N(0, 0.02^2), Qwen's initializer_range, from a fixed seed."""
-    names = join_keys(NEW_IN_NEXUS)
+    names, shapes = join_keys(NEW_IN_NEXUS), shapes_of(model)
     logger.warning("%s is a base model: %s are drawn from N(0, 0.02^2)", file, names)
     generator = torch.Generator().manual_seed(0)
 
-    def random(shape: tuple[int, ...]) -> Tensor:
-        return (0.02 * torch.randn(shape, generator=generator)).to(dtype)
+    def random(name: str) -> Tensor:
+        return (0.02 * torch.randn(shapes[name], generator=generator)).to(dtype)
 
-    shapes = {name: shapes_of(model)[name] for name in NEW_IN_NEXUS}
-    return {n: LazyTensor(file, s, dtype, partial(random, s)) for n, s in shapes.items()}
+    return {k: LazyTensor(file, shapes[k], dtype, partial(random, k)) for k in NEW_IN_NEXUS}
 
 
 def load_mmdit(path, config=None, *, device="cpu", dtype=None) -> MMDiT:
@@ -282,6 +210,16 @@ def make_merger(config: NexusGenConfig) -> ImageEmbeddingMerger:
     return ImageEmbeddingMerger(config.ar.text, config.mmdit.context_in_dim)
 
 
+def decoder_state(mmdit: Component, projector: Component, prefix: str = "") -> dict[str, Tensor]:
+    """What a decoder file holds: the MMDiT, and its adapter or merger under `prefix`."""
+    own = {prefix + key: tensor for key, tensor in state_of(projector).items()}
+    return to_diffsynth(state_of(mmdit)) | own
+
+
+def state_of(component: Component) -> Mapping[str, Tensor]:
+    return component.state_dict() if isinstance(component, nn.Module) else component
+
+
 CONTENTS = {  # a file without its ending: its tensors, given a config
     AR_FILE: lambda c: NexusGenAR(c.ar).state_dict(),
     GENERATION_FILE: lambda c: decoder_state(MMDiT(c.mmdit), make_adapter(c)),
@@ -309,9 +247,6 @@ def load_config(folder: str | Path) -> NexusGenConfig:
         raise ValueError(f"{file}: not a configuration ({error})") from None
 
 
-# ------------------------------------------------- the empty prompt, for classifier-free guidance
-
-
 def load_empty_prompt(
     folder: str | Path, config: NexusGenConfig, *, device="cpu", dtype=None
 ) -> dict[str, Tensor] | None:
@@ -327,8 +262,8 @@ def load_empty_prompt(
     length = tensors["context"].shape[1:2] if "context" in tensors else ("L",)
     shapes = {"pooled": (1, sizes.vec_in_dim), "context": (1, *length, sizes.context_in_dim)}
     check_tensors(file, "the MMDiT", shapes, tensors)
-    if not 1 <= length[0] <= MAX_CONTEXT:
-        raise ValueError(f"{file}: a context of {length[0]} tokens; T5 gives 1 to {MAX_CONTEXT}")
+    if not 1 <= length[0] <= 512:
+        raise ValueError(f"{file}: a context of {length[0]} tokens; T5 gives 1 to 512")
     return {key: tensor.read().to(device, dtype) for key, tensor in tensors.items()}
 
 
@@ -339,18 +274,10 @@ def save_empty_prompt(folder: str | Path, tensors: Mapping[str, Tensor]) -> None
 
 
 def encoders_fingerprint(folder: Path) -> str | None:
-    """Hash of names, sizes, first and last 64 KiB of CLIP's and T5's files; None without any."""
-    flux_dir, md5 = folder / FLUX_FOLDER, hashlib.md5()
-    paths = (path for name in ENCODER_FOLDERS for path in sorted((flux_dir / name).glob("*")))
-    files = [path for path in paths if path.is_file()]
-    for file in files:
-        size = file.stat().st_size
-        md5.update(f"{file.relative_to(flux_dir)} {size} ".encode())
-        with open(file, "rb") as data:
-            md5.update(data.read(1 << 16))
-            data.seek(max(0, size - (1 << 16)))
-            md5.update(data.read())
-    return md5.hexdigest() if files else None
+    """Which files of CLIP and T5 the folder has; None without any."""
+    flux_dir = folder / FLUX_FOLDER
+    paths = [p for name in ENCODER_FOLDERS for p in sorted((flux_dir / name).glob("*"))]
+    return fingerprint(flux_dir, [path for path in paths if path.is_file()])
 
 
 # ----------------------------------------------------------------------------------------- saving
@@ -381,9 +308,8 @@ def save_checkpoint(
         AUTOENCODER_FILE: autoencoder and state_of(autoencoder),
     }.items():
         if state:
-            check_tensors(
-                "save_checkpoint", f"{path} of the config", file_shapes(path, config), state
-            )
+            expected = file_shapes(path, config)
+            check_tensors("save_checkpoint", f"{path} of the config", expected, state)
             states[folder / f"{path}.safetensors"] = state
     if empty_prompt:
         states[folder / "empty_prompt.safetensors"] = empty_prompt
