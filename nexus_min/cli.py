@@ -41,11 +41,10 @@ class Parser(argparse.ArgumentParser):
 def check_least(args: argparse.Namespace, **least: float) -> None:
     """ValueError when a number is below its least value, or 2^62 and more."""
     for name, low in least.items():
-        value, option = getattr(args, name), f"--{name.replace('_', '-')}"
-        if value is not None and not value >= low:
-            raise ValueError(f"{option} must be at least {low}, not {value}")
-        if value is not None and value >= 2**62:
-            raise ValueError(f"{option} must be below 2^62, not {value}")
+        value = getattr(args, name)
+        if value is not None and not low <= value < 2**62:
+            limit = "below 2^62" if value >= low else f"at least {low}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {limit}, not {value}")
 
 
 def one_line(message: object, limit: int = MAX_MESSAGE) -> str:
