@@ -2,7 +2,7 @@
 
 Loading: open -> rename -> compare names, shapes and dtypes with the model built on `meta`, before
 any tensor is read -> `load_state_dict(strict=True, assign=True)`. Parameter names are the released
-keys, but for the MMDiT inside the two decoder files (DiffSynth's `FluxDiTStateDictConverter`).
+keys, except for the MMDiT inside the two decoder files (`weights_names`).
 """
 
 from __future__ import annotations
