@@ -130,6 +130,15 @@ def test_imports(name):
     assert "nexus_min" in roots and "common" in roots
 
 
+@every_notebook
+def test_files_that_the_text_names_exist(name):
+    home = FOLDER.parent
+    roots = (FOLDER, FOLDER / "data", home, home / "nexus_min", home / "nexus_min/model")
+    text = "\n".join(source(c) for c in cells(name, "markdown"))
+    for file in re.findall(r"`([\w/]+\.(?:py|json))\b`", text):
+        assert any((root / file).is_file() for root in roots), file
+
+
 def script(name: str):
     """A script of the course as a module."""
     spec = importlib.util.spec_from_file_location(f"notebooks_{name}", FOLDER / f"{name}.py")
