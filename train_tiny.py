@@ -11,8 +11,6 @@ embeddings that the AR model *predicts* (4.3). The folder always holds a model i
 layout under `model/`. To resume a stopped run, repeat the command.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -5,8 +5,6 @@
 `nexus_min.weights` reads and writes them from Python; its loaders can be imported from here, too.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import os

@@ -6,8 +6,6 @@ work too. An error is one line on stderr and exit status 2; an image is written 
 all. Heavy modules are imported where a command needs them.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

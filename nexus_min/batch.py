@@ -8,8 +8,6 @@ the one that the item gives alone. An error in one item becomes the result of th
 official scripts take one task a call.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace

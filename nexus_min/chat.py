@@ -13,8 +13,6 @@ that it generated is one of `HISTORY_MODES`:
 Figure 1 of the paper (one model, interleaved turns). The official scripts answer one turn only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,7 +87,7 @@ class Chat:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.model, self.keep, self.decoder = model, keep, decoder
-        self.max_new_tokens, self.sampling = max_new_tokens, SamplingParams(**sampling)
+        self.max_new_tokens, self.sampling = max_new_tokens, SamplingParams.of(**sampling)
         self.sampling.resolve(model.config, 1.0)  # a bad option fails here, not after a reply
         self.clear()
 

@@ -1,7 +1,5 @@
 """What all commands share: a parser, and one line on stderr instead of a traceback."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence

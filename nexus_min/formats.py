@@ -5,8 +5,6 @@ names, shapes and dtypes are known before any data is read. Data stays in the ma
 Every fault is one ValueError of one line: the file, the keys at fault, and what to do.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -9,8 +9,6 @@ autoencoder lie in [-1, 1]. Sizes are (h, w); PIL's own are (w, h). An image fro
 untrusted: `load_image` alone opens files.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -13,8 +13,6 @@ Offloaded weights stay on the host, where the loader mapped their files: there i
 `to_fp8` stores the MMDiT's matrices in 8 bits. Official: DiffSynth's `enable_vram_management`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Image files; a PNG also records how its image was made, for `--like` to repeat it."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ The encoder has no special tokens, so text that spells one becomes ordinary toke
 prompt that contains "<|im_end|>" ends the user's turn.)
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ any tensor is read -> `load_state_dict(strict=True, assign=True)`. Parameter nam
 keys, except for the MMDiT inside the two decoder files (`weights_names`).
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -4,8 +4,6 @@
 all other models have their files' names. Official: DiffSynth's `FluxDiTStateDictConverter`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -5,8 +5,6 @@ task between two steps. Images are uploaded, never fetched from an address. Need
 newer), imported when the page is built. Official counterpart: `app.py` of modelscope/Nexus-Gen.
 """
 
-from __future__ import annotations
-
 import socket
 import time
 from collections.abc import Callable, Iterator

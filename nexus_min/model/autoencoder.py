@@ -6,8 +6,6 @@ frozen: rectified flow runs in its latent space.
 Official class: `AutoEncoder` of black-forest-labs; attributes are the keys of `ae.safetensors`.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn

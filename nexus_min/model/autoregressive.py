@@ -10,8 +10,6 @@ counts every slot of a generated image as one text token, so that later text sit
 far right. Here inference follows training.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 

@@ -8,8 +8,6 @@ and M-RoPE (section 2.1 of Qwen2-VL) rotates q and k. In figure 1a of Nexus-Gen 
 A mask is boolean: True = visible. Right padding needs no mask, causal attention never reaches it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 
@@ -151,6 +149,9 @@ class QwenDecoder(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
+        if 2 * sum(config.mrope_section) != config.head_dim:  # a half turns by t, h and w
+            sections = f"mrope_section {config.mrope_section}"
+            raise ValueError(f"{sections} must add up to head_dim / 2 = {config.head_dim // 2}")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))

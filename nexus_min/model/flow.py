@@ -9,8 +9,6 @@ Official class: `FlowMatchScheduler` of DiffSynth, whose timesteps are 1000 t.
 Conventions: t in [0, 1], t = 1 is noise; latents and t stay fp32. Nothing here knows the network.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 Official classes: `Qwen2RMSNorm`, `Qwen2_5_VLMLP`, `Qwen2MLP` (transformers 4.49).
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

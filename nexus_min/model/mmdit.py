@@ -11,8 +11,6 @@ come first in the joint sequence. Positions, t and guidance stay fp32 when the w
 official run rounds them too, which turns 1000 * 3.5 into 3504.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ the other without padding, drops the tokens after a row's last supervised positi
 causal, so they do not affect it), and lets the top layer compute supervised rows only.
 """
 
-from __future__ import annotations
-
 from itertools import accumulate
 from typing import NamedTuple
 

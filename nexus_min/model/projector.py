@@ -8,8 +8,6 @@ Official classes: the `adapter` of Nexus-Gen's generation decoder, `ImageEmbeddi
 editing decoder.
 """
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn

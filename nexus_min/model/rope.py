@@ -11,8 +11,6 @@ Angles are fp32 whatever the dtype of the activations: rounding them to bf16 cos
 frequencies and angles are fp64, as in black-forest-labs `math.py`.
 """
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange
 from torch import Tensor

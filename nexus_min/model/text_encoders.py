@@ -8,8 +8,6 @@ calls them (no attention mask: padding takes part); attributes are the keys of
 `text_encoder/model.safetensors` and `text_encoder_2/*`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -10,8 +10,6 @@ row, the 4 patches of a unit together. *Window*, of the blocks: units permuted u
 contiguous. Segments (windows, images) of one length form a batch, so no block needs a mask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import groupby

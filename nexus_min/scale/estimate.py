@@ -8,8 +8,6 @@ upper bound. Throughput is MFU * peak / FLOP per token; recomputed activations d
 (P parameters, D tokens) is printed for comparison.
 """
 
-from __future__ import annotations
-
 import sys
 from typing import NamedTuple
 

@@ -10,8 +10,6 @@ are fp32 shards. Frozen weights (the vision tower) are whole on every GPU.
 Official: ms-swift for the AR model, DiffSynth-Studio for the decoders.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -9,8 +9,6 @@ the trained part under its official names. To resume from the last checkpoint, r
 on any number of processes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -4,8 +4,6 @@ Replace the star with a cross.
 -> The small red star on the left becomes a small red cross. Here is the image: <image>
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from .language import CELL_NAMES, cell_name, noun_phrase, reference, with_article, word

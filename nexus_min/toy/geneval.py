@@ -5,8 +5,6 @@ A prompt is a JSON line `{"tag", "include": [{"class", "count", "color", "positi
 checker stands in for GenEval's detector. It leaves other prompts to an outside scorer.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """Initial weights of the tiny models: the little of pre-trained ones that training needs first."""
 
-from __future__ import annotations
-
 import torch
 from einops import rearrange, repeat
 from torch import nn

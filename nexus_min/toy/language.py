@@ -1,7 +1,5 @@
 """Names of objects, cells and scenes of the toy world, in English and Chinese."""
 
-from __future__ import annotations
-
 from .world import Object, Rng, Scene, choice
 
 CELL_NAMES = (

@@ -1,7 +1,5 @@
 """Images of the toy world as tensors and as grids for the eye, and shares of exact ones."""
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

@@ -5,8 +5,6 @@ Qwen weights exist at this size: a head that is thrown away reads every cell of 
 image embeddings.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

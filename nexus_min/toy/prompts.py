@@ -6,8 +6,6 @@ A *spec* holds what a prompt names; None, or an absent key, leaves an attribute 
 each open attribute has one canonical value: large, filled, on white, fixed cells and colors.
 """
 
-from __future__ import annotations
-
 from . import language as lang
 from .world import BACKGROUNDS, CANONICAL_COLOR, COLORS, RADIUS, SHAPES, Object, Rng, Scene, choice
 

@@ -10,8 +10,6 @@ Each step copies or compares words right before it, which a tiny model learns fa
 learns to look the same thing up in an image.
 """
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ one color. An image with a cell that no template explains is not `known`, and ne
 checker reads every true rendering exactly, also under noise (tests/test_toy.py).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 from itertools import product

@@ -4,8 +4,6 @@ The format is the official message-like one (`images`, `messages` with `<image>`
 4.1). One scene in ten is held out by hash: no example for training contains it, in any task.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 
 import numpy as np

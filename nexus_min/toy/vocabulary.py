@@ -4,8 +4,6 @@ Every word of the toy world is one token in any context. The special tokens come
 of the official `tokenizer.json`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from itertools import product

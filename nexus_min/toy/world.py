@@ -6,8 +6,6 @@ source (paper, section 4.3): the jitter within a cell, and a faint texture of so
 cells do not line up with the 4x4 grid of image slots, so no slot owns an object.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cache

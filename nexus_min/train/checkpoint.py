@@ -1,7 +1,5 @@
 """Checkpoints that survive a crash or a full disk, and Ctrl-C that waits for the end of a step."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -8,8 +8,6 @@ shape, within the model's pixel bounds. Paper: section "Dataset Curation".
 Official: `train/ar/template.py` and the example datasets of modelscope/Nexus-Gen.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

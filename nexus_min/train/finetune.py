@@ -10,8 +10,6 @@ It serves any configuration. Learning rates are a fourth of those that train the
 nothing; `scale.train` brings its own loop and the paper's learning rates.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

@@ -5,8 +5,6 @@ equation 3). For one GPU: only A and B have gradients and optimizer state. The o
 has no counterpart; it fine-tunes all weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -8,8 +8,6 @@ computes the same, but always in bf16, which takes a CPU without bf16 units seve
 the model itself (tests/benchmarks/optimizer.py). Here it is fp32, batched over matrices of a shape.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import groupby
 

@@ -4,8 +4,6 @@ Both folders have the official layout. `train_tiny.py` reads and writes the same
 training starts from a release and links what it did not train.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -8,8 +8,6 @@ Losses: `autoregressive.ar_loss` of the AR model (paper section 3.2, lambdas 3, 
 `flow.rf_loss` of both decoders (official `train_generation_decoder` / `train_editing_decoder`).
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator
