@@ -1,4 +1,4 @@
-"""Sizes of every tower, under the field names of the official configuration files.
+"""Sizes of every network ("tower"), under the field names of the official configuration files.
 
 The defaults are `NexusGenConfig.v2()`, the released Nexus-GenV2 + FLUX.1-dev; the toy-world model
 `NexusGenConfig.tiny()` trains on a laptop. No model file knows which one it runs.
@@ -26,7 +26,7 @@ def parse_field(spec: Field, value: object) -> object:
 
 
 class Config:
-    """Base of the dataclasses: nested dicts in and out."""
+    """Base of the dataclasses below: from and to nested dicts (JSON)."""
 
     @classmethod
     def from_dict(cls, d: dict):

@@ -3,9 +3,10 @@
     prompt, image -> AR model -> image embeddings [B, N, C] -> projector -> MMDiT <- noise
                                                                  latents -> autoencoder -> image
 
-The numbered functions come first. The class `NexusGen` below has the options and the small
-helpers; loading and memory are in `parts`. Official modules: `NexusGenGenerationPipeline`,
-`NexusGenEditingPipeline` and the `image_*.py` scripts of modelscope/Nexus-Gen.
+The numbered functions come first; `NexusGen` below has options and helpers. A "decoder" here is a
+projector and an MMDiT. `parts` loads the towers: part(name) is one of them, part_on_device(name)
+the same on the GPU. Official modules: `NexusGenGenerationPipeline`, `NexusGenEditingPipeline` and
+the `image_*.py` scripts of modelscope/Nexus-Gen.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ def plan_generation(
     max_new_tokens: int = 1024,
     **sampling,
 ) -> ImageRequest:
-    """`generate`, first half: what the AR model makes of a prompt. `sample_images` goes on."""
-    model.part("generation")  # what is missing fails now, not after the AR model has replied
+    """First half of `generate`: prompt -> image embeddings. `sample_images` is the second half."""
+    model.part("generation")  # fail now if the decoder is missing, not after the reply
     params = SamplingParams.of(**sampling).resolve(model.config, model.config.cfg_scale)
     language = language_of(prompt, language)
     # 1. The prompt, in the template of its language, becomes ids.
@@ -100,7 +101,7 @@ def plan_edit(
     max_new_tokens: int = 1024,
     **sampling,
 ) -> ImageRequest:
-    """`edit`, first half: what the AR model makes of an image and an instruction."""
+    """First half of `edit`: image and instruction -> image embeddings."""
     if decoder not in ("editing", "generation"):
         raise ValueError(f"decoder must be editing or generation, got {decoder!r}")
     model.part(decoder)
@@ -124,6 +125,7 @@ def sample_images(model: NexusGen, requests: Sequence[ImageRequest]) -> Iterator
     Yields ("sampling", SamplingParams), ("context", Context), ("step", Step)... and an
     ("image", PIL) for each request.
     """
+    # all requests share decoder and params, except for the seeds
     decoder, params = requests[0].decoder, requests[0].sampling
     negative = model.negative_context(params.negative_prompt) if params.cfg_scale != 1 else None
     # 3. The projector turns the embeddings into context tokens of the MMDiT.
@@ -153,7 +155,7 @@ class NexusGen(Parts):
     def understand(
         self, image: ImageLike | Sequence[ImageLike], question: str, *, max_new_tokens: int = 1024
     ) -> str:
-        """Answer a question about an image, or several; None or an empty list asks without any."""
+        """Answer a question about one image, several (a list) or none (None or [])."""
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         images = [i for i in images if i is not None]
         with explain_oom(self.advice):
@@ -227,7 +229,7 @@ class NexusGen(Parts):
 
     @staticmethod
     def _options(arguments: dict[str, Any]) -> dict[str, Any]:
-        """A method's `locals()` as arguments; `SamplingParams.of` lists the valid names."""
+        """A method's `locals()` as options; `SamplingParams.of` rejects unknown ones by name."""
         unknown = arguments.pop("unknown")
         return {k: v for k, v in arguments.items() if k != "self"} | unknown
 
@@ -242,6 +244,7 @@ class NexusGen(Parts):
     def chat_inputs(self, text: str, images: Sequence[ImageLike] = ()) -> ChatInputs:
         """One user message, with `<image>` where each image stands -> what the AR model reads."""
         bounds = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
+        # images of any size -> multiples of 28 px; each embedding stands for 28 x 28 pixels
         views = [bound_image(load_image(image), **bounds) for image in images]
         embeds, grid = self.embed_images(views) if views else (None, None)
         merge = self.config.ar.vision.spatial_merge_size
@@ -285,13 +288,14 @@ class NexusGen(Parts):
     ) -> tuple[str, Tensor]:
         """The reply's text before its image, and the image's embeddings [1, N, C].
 
-        fast: the training data's `sentence` ("Here is the image: <image>") replaces the text. It
-        also does when the reply holds no image.
+        fast: take the training data's `sentence` ("Here is the image: <image>") as the reply. A
+        reply without an image falls back to it as well.
         """
         ids, preamble = [], sentence.removesuffix(IMAGE)
         for kind, value in () if fast else self.reply(inputs, max_new_tokens):
             if kind == "image":
-                return self.tokenizer.decode(ids).removesuffix(IMAGE), value[None]
+                text = self.tokenizer.decode(ids)  # vision_start, the last id, shows as <image>
+                return text.removesuffix(IMAGE), value[None]
             ids.append(value)
         if not fast:
             logger.warning("the reply holds no image; the image follows %r instead", preamble)
@@ -307,7 +311,9 @@ class NexusGen(Parts):
     @torch.no_grad()
     def reference_embeds(self, image: ImageLike) -> Tensor:
         """The source as the editing decoder sees it, at `config.reference_size`: [1, M, C]."""
-        view = reference_view(load_image(image), self.config.reference_size)
+        view = reference_view(
+            load_image(image), self.config.reference_size
+        )  # squeezed, not cropped
         return self.embed_images([view])[0].unsqueeze(0)
 
     # ---- step 3: the context -------------------------------------------------------------------
@@ -355,10 +361,10 @@ class NexusGen(Parts):
             self.offloader.onload(mmdit)
         sigmas = flow.schedule(sampling.num_steps)
         settings = (*noise.shape[-2:], sampling.guidance, sigmas[:-1].tolist())
-        away = velocity_field(mmdit, negative, *settings) if is_guided else None
-        field = towards = velocity_field(mmdit, context, *settings)
+        v_neg = velocity_field(mmdit, negative, *settings) if is_guided else None
+        field = v_pos = velocity_field(mmdit, context, *settings)
         if is_guided:
-            field = lambda x, t: flow.cfg(away(x, t), towards(x, t), scale)  # noqa: E731
+            field = lambda x, t: flow.cfg(v_neg(x, t), v_pos(x, t), scale)  # noqa: E731
         yield from flow.denoise(field, noise.to(mmdit.img_in.weight.device), sigmas)
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """Sampling one image: its parameters, the context of the MMDiT, the MMDiT as a velocity field.
 
-v(x_t, t) = v_neg + cfg (v_pos - v_neg), each from one pass of the MMDiT with a context of its own:
+v(x_t, t) = v_neg + cfg_scale (v_pos - v_neg); each is one pass of the MMDiT with its own context:
 image embeddings for the positive one, T5 states for the negative one. `flow` and `mmdit` do not
 know each other; they meet in this file. Official: `FluxImagePipeline.__call__` of DiffSynth, with
 the defaults of Nexus-Gen's `image_generation.py` and `image_editing.py`.
@@ -32,7 +32,7 @@ RANGES = {  # parameter: kind, least and largest value
     "guidance": (Real, 0, 1000),
     "seed": (Integral, 0, 2**63 - 1),
 }
-TEXT_OPTIONS = ("language", "fast_preamble", "max_new_tokens")  # of the AR model's half
+TEXT_OPTIONS = ("language", "fast_preamble", "max_new_tokens")  # other options, for an error text
 
 
 class ChatInputs(NamedTuple):
@@ -73,7 +73,7 @@ class SamplingParams:
         return cls(**options)
 
     def resolve(self, config: NexusGenConfig, cfg_scale: float) -> SamplingParams:
-        """Fill in the defaults, round the sides up; ValueError names a value out of range."""
+        """Fill in defaults (cfg_scale: its default), round sides up to tokens, check the ranges."""
         largest = MAX_SCALE * config.image_size
         ranges = {"height": (Integral, 1, largest), "width": (Integral, 1, largest), **RANGES}
         defaults = SamplingParams(config.image_size, config.image_size, config.num_steps, cfg_scale)
@@ -126,7 +126,7 @@ def velocity_field(
 ) -> flow.Velocity:
     """The MMDiT as a function of x_t [B, z, height, width] (latent cells) and t [B] alone.
 
-    The modulations of `times` are computed beforehand, all at once.
+    times: those of the sampler; their modulations are computed now, all in one call.
     """
     weight = mmdit.img_in.weight  # its device and dtype are the network's
     ids = image_ids(height, width), context.txt_ids
@@ -136,7 +136,7 @@ def velocity_field(
     cached = precompute_modulations(mmdit, pooled, strength, times)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        mods = cached.get(float(t[0])) if cached else None
+        mods = cached.get(float(t[0])) if cached else None  # a sampler has one t for the batch
         if mods is None:
             mods = mmdit.modulations(mmdit.condition(t, pooled, strength))
         txt = context.txt.to(weight).expand(len(x), -1, -1)
@@ -149,7 +149,7 @@ def velocity_field(
 def precompute_modulations(
     mmdit: MMDiT, pooled: Tensor, guidance: Tensor, times: Sequence[float]
 ) -> dict[float, Modulations]:
-    """Time -> modulations, for one pooled vector [1, V]; none for a batch of vectors."""
+    """{t: modulations} for one pooled vector [1, V]; {} for several, as rows are times already."""
     if not times or len(pooled) > 1:
         return {}
     t = torch.tensor(times, dtype=torch.float32, device=pooled.device)

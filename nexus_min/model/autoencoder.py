@@ -58,7 +58,9 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only
+        return self.conv(
+            F.pad(x, (0, 1, 0, 1))
+        )  # as official: right and bottom only  # right and bottom only
 
 
 class Upsample(nn.Module):

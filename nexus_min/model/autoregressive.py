@@ -5,8 +5,8 @@ inputs are N learned vectors ("slots"), in training and at inference alike. No o
 so one causal pass predicts the whole image. The hidden state at `vision_start` predicts slot 0;
 slot k predicts slot k + 1. The loss is equation 3 of the paper.
 
-Official class: `Qwen2_5_VLForConditionalGeneration` of modelscope/Nexus-Gen. Its generate loop
-counts every slot of a generated image as one text token, so that later text sits 72 positions too
+Official class: `Qwen2_5_VLForConditionalGeneration` of modelscope/Nexus-Gen. In training an image
+of 9 x 9 slots takes 9 positions. The official generate loop counts 81, so later text sits 72 too
 far right. Here inference follows training.
 """
 
@@ -39,7 +39,7 @@ class ARLoss(NamedTuple):
 
 
 class NexusGenAR(nn.Module):
-    """Vision tower, decoder, and two heads on the decoder's final-normed hidden state."""
+    """Vision tower, decoder, and two linear heads (tokens, image embeddings) on its output."""
 
     def __init__(self, config: ARConfig):
         super().__init__()
@@ -68,9 +68,9 @@ class NexusGenAR(nn.Module):
             index = torch.arange(slot_mask.shape[1], device=slot_mask.device).expand_as(slot_mask)
             before = torch.where(slot_mask, -1, index).cummax(dim=1).values
             numbers = (index - before - 1)[slot_mask]
-            most, size = self.config.num_image_slots, int(numbers.max()) + 1 if len(numbers) else 0
-            if size > most:
-                raise ValueError(f"an image of {size} slots; the model has {most}")
+            most = self.config.num_image_slots
+            if (numbers >= most).any():
+                raise ValueError(f"an image of {numbers.max() + 1} slots; the model has {most}")
             x = scatter_rows(x, slot_mask, self.image_prefill_embeds(numbers))
             is_source = is_source & ~slot_mask
         given, needed = 0 if image_embeds is None else len(image_embeds), int(is_source.sum())
@@ -95,7 +95,7 @@ class NexusGenAR(nn.Module):
 
 def scatter_rows(x: Tensor, where: Tensor, rows: Tensor) -> Tensor:
     """x [B, L, C] with rows [n, C] where [B, L] is True, in reading order."""
-    index = where.flatten().nonzero().squeeze(1)  # faster than a mask, above all its gradient
+    index = where.flatten().nonzero().squeeze(1)  # faster than x[where] = rows, mainly backward
     return x.flatten(0, 1).index_copy(0, index, rows.to(x.dtype)).view_as(x)
 
 
@@ -109,7 +109,7 @@ def rope_index(
     *,
     config: ARConfig,
 ) -> tuple[Tensor, Tensor]:
-    """M-RoPE positions [3, B, L] = (t, h, w), and deltas [B, 1] = next free position - L.
+    """M-RoPE positions [3, B, L] = (t, h, w); deltas [B, 1], official: next free position - L.
 
     input_ids [B, L]; image_grid_thw [n, 3] in patches, one row for each image in reading order;
     attention_mask [B, L], 0 at padding, which gets position 1.
@@ -137,7 +137,7 @@ def rope_index(
                     f"the image tokens of row {b} do not fit image_grid_thw {grids}, one (t, h, w) "
                     f"for each image: image {used} should have {t * h * w} tokens"
                 )
-            # an image at p: (p, p + row, p + column); the next token continues at max + 1
+            # image at p: (p, p + row, p + column), same in each frame; next token: max + 1
             found += [(start, start + i, start + j) for i in range(h) for j in range(w)] * t
             start += max(h, w)
         positions[:, b, kept] = torch.tensor(found, dtype=torch.long).view(-1, 3).T
@@ -160,7 +160,7 @@ def ar_loss(
     slot_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> ARLoss:
-    """Equation 3: 3 CE + 1.5 MSE + 1.5 (1 - cos); the 1 is the official code's.
+    """Equation 3: 3 CE + 1.5 MSE + 1.5 (1 - cos); "1 -" follows the official code.
 
     labels [B, L]: the token where it is learned, else IGNORE; slot_mask [B, L]: True at image
     tokens to generate; image_embeds [n, C]: of all image tokens in reading order, sources and
@@ -200,7 +200,7 @@ def loss_inputs(
 
 def loss_terms(logits: Tensor, labels: Tensor, predicted: Tensor, targets: Tensor) -> ARLoss:
     """logits [n, vocab], labels [n], predicted and target embeddings [m, C] -> the loss, fp32."""
-    # each term is one mean over the whole batch; without labels or slots it is 0, gradient included
+    # without labels or slots a term is an empty sum: 0, but with a gradient, so backward() works
     ce = F.cross_entropy(logits.float(), labels, reduction="sum") / max(len(labels), 1)
     predicted, targets = predicted.float(), targets.float()
     mse = one_minus_cos = predicted.sum()
@@ -221,7 +221,7 @@ def slot_inputs(
     start [B, 1]: the next free position; slot_grid: by default the configured square.
     """
     grid, merge = slot_grid or model.config.slot_grid, model.config.vision.spatial_merge_size
-    h, w = grid[1] // merge, grid[2] // merge
+    h, w = grid[1] // merge, grid[2] // merge  # patches -> embeddings
     N, most = h * w, model.config.num_image_slots
     if not 0 < N <= most:
         raise ValueError(f"grid {grid} has {N} slots; the model has {most}")
@@ -230,7 +230,7 @@ def slot_inputs(
     prefill = model.image_prefill_embeds.weight[:N].expand(len(input_ids), -1, -1)
     number = torch.arange(N, device=start.device)
     offsets = torch.stack((torch.zeros_like(number), number // w, number % w))  # (t, h, w)
-    return prefill, start + offsets[:, None]
+    return prefill, start + offsets[:, None]  # [B, 1] + [3, 1, N]
 
 
 def prefill_image_slots(
@@ -241,7 +241,7 @@ def prefill_image_slots(
     attention_mask: Tensor | None = None,
     slot_grid: Grid | None = None,
 ) -> Tensor:
-    """Embeddings [B, N, C] of the image that the prompts announce, in ONE causal pass.
+    """Embeddings [B, N, C] of the images that begin after the prompts, in ONE causal pass.
 
     input_ids [B, L] end with vision_start; shorter rows are padded on the left, with
     attention_mask. image_embeds and image_grid_thw belong to the images *in* the prompts.
@@ -320,7 +320,7 @@ def generate(
     if len(input_ids) != 1:
         raise ValueError(f"generate continues one prompt, not {len(input_ids)}")
     config, cache, ids = model.config, cache or KVCache(), input_ids
-    # vision_end and the slots come from the image pass only
+    # never sampled: the code appends these two itself after an image
     banned = torch.tensor([config.vision_end_token_id, config.image_token_id], device=ids.device)
     positions, deltas = rope_index(ids, image_grid_thw, config=config)
     x, start = model.embed(ids, image_embeds), deltas + ids.shape[1]

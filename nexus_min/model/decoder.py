@@ -23,11 +23,11 @@ from .rope import apply_rope_half, mrope_cos_sin
 # queries [B, H, L, D], keys and values [B, H_kv, S, D] -> [B, H, L, D]
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 full_attention: AttentionFn = partial(F.scaled_dot_product_attention, enable_gqa=True)
-ALL = slice(None)
+ALL = slice(None)  # query_rows of a layer that computes every token
 
 
 class KVCache:
-    """Rotated keys and values of the tokens so far.
+    """Keys (already rotated by RoPE) and values of the tokens so far.
 
     `QwenDecoder.forward` advances `length` after all layers have written.
     """
@@ -52,7 +52,7 @@ class KVCache:
             filled = self._buffers[layer][:, :, :, :past]
             self._buffers[layer] = F.pad(filled, (0, 0, 0, end + self.GROWTH - past))
         buffer = self._buffers[layer]
-        buffer[0, :, :, past:end], buffer[1, :, :, past:end] = k, v
+        buffer[0, :, :, past:end], buffer[1, :, :, past:end] = k, v  # in place: no copy of the past
         return buffer[0, :, :, :end], buffer[1, :, :, :end]
 
     def crop(self, length: int) -> None:
@@ -65,12 +65,12 @@ class KVCache:
 def causal_attention(
     num_queries: int, total: int, padding: Tensor | None = None, device=None
 ) -> AttentionFn:
-    """Attention of the last `num_queries` of `total` tokens over all tokens before them.
+    """Make the attention of the last `num_queries` of `total` tokens over themselves and the past.
 
     padding [B, total] is False or 0 at padded tokens.
     """
     if padding is None and num_queries in (1, total):
-        # one token sees everything; for the whole sequence SDPA has a switch faster than a mask
+        # one query sees everything; for the whole sequence is_causal is faster than a mask
         return partial(full_attention, is_causal=num_queries == total)
     past = total - num_queries
     mask = torch.ones(num_queries, total, dtype=torch.bool, device=device).tril(past)
@@ -79,6 +79,13 @@ def causal_attention(
         own = mask & ~mask.tril(past - 1)
         mask = (mask & padding.bool()[:, None, None]) | own
     return partial(full_attention, attn_mask=mask)  # [B or 1, 1, num_queries, total]
+
+
+def rotation(config: TextConfig, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos, sin [B, 1, L, D]: fp32, then cast to the dtype of the activations."""
+    sections = config.head_dim, config.rope_theta, config.mrope_section
+    cos, sin = (a.unsqueeze(1).to(dtype) for a in mrope_cos_sin(position_ids, *sections))
+    return cos, sin
 
 
 class Attention(nn.Module):
@@ -104,7 +111,7 @@ class Attention(nn.Module):
         query_rows: slice | Tensor = ALL,
     ) -> Tensor:
         """x [B, L, C], cos and sin [B, 1, L, D] -> [B, n, C] for the n `query_rows`."""
-        # k and v of all tokens, q of those that are read on; each [B, H or H_kv, n or L, D]
+        # q [B, H, n, D] of the query rows only; k, v [B, H_kv, L, D] of all tokens
         q, k, v = (
             rearrange(proj(rows), "B L (H D) -> B H L D", D=self.head_dim)
             for proj, rows in ((self.q_proj, x[:, query_rows]), (self.k_proj, x), (self.v_proj, x))
@@ -140,12 +147,12 @@ class DecoderLayer(nn.Module):
         attn = self.self_attn(
             self.input_layernorm(x), cos, sin, attention_fn, cache, layer, query_rows
         )
-        x = x[:, query_rows] + attn
+        x = x[:, query_rows] + attn  # [B, n, C]: from here on, only the query rows
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class QwenDecoder(nn.Module):
-    """Embeddings and their (t, h, w) positions in, final-normed hidden states out."""
+    """Embeddings and (t, h, w) positions -> hidden states after the final RMSNorm."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -169,19 +176,19 @@ class QwenDecoder(nn.Module):
         """inputs_embeds [B, L, C] of L new tokens, position_ids [3, B, L] -> hidden [B, L, C].
 
         attention_mask [B, cached + L]: 0 at padding, needed for left padding only.
-        cache: read and extended. trace: a list that receives the input of each layer.
-        num_outputs: the top layer computes the last rows only, -> [B, num_outputs, C].
+        cache: read and extended. trace: a list that receives the input of each layer, then hidden.
+        num_outputs: compute only the last rows of the top layer, -> [B, num_outputs, C]; 0: all.
         """
         past = cache.length if cache is not None else 0
         x, (B, L, _) = inputs_embeds, inputs_embeds.shape
         total, top = past + L, len(self.layers) - 1
-        # these could broadcast unnoticed
+        # a wrong shape here could broadcast unnoticed
         if position_ids.shape != (3, B, L):
             raise ValueError(f"position_ids {tuple(position_ids.shape)} should be {(3, B, L)}")
         if attention_mask is not None and attention_mask.shape != (B, total):
             shape = tuple(attention_mask.shape)
             raise ValueError(f"attention_mask {shape} should be {(B, total)}: {past} cached + {L}")
-        cos, sin = self.rotation(position_ids, x.dtype)
+        cos, sin = rotation(self.config, position_ids, x.dtype)
         attention_fn = causal_attention(L, total, attention_mask, x.device)
         rows = ALL
         for i, layer in enumerate(self.layers):
@@ -197,10 +204,3 @@ class QwenDecoder(nn.Module):
         if trace is not None:
             trace.append(x)
         return x
-
-    def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos, sin [B, 1, L, D]: fp32, then cast to the dtype of the activations."""
-        c = self.config
-        pair = mrope_cos_sin(position_ids, c.head_dim, c.rope_theta, c.mrope_section)
-        cos, sin = (rearrange(a, "B L D -> B 1 L D").to(dtype) for a in pair)
-        return cos, sin

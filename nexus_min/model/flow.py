@@ -6,7 +6,7 @@ paper counts time the other way: its X_1 is our x_0, its velocity points to the 
 
 Official class: `FlowMatchScheduler` of DiffSynth, whose timesteps are 1000 t.
 
-Conventions: t in [0, 1], t = 1 is noise; latents and t stay fp32. Nothing here knows the network.
+Conventions: t in [0, 1], t = 1 is noise. A noise level ("sigma") is a t. All fp32, no network here.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], t [B]) -> v [B, ...]
-SIGMA_MIN = 0.003 / 1.002  # the official last noise level, before the shift
+SIGMA_MIN = 0.003 / 1.002  # official: the last level above 0, before `time_shift`
 
 
 def per_sample(t: Tensor | float, x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def interpolate(x0: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
 
 
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
-    """dx_t/dt = noise - x_0, the same all along the path."""
+    """v = noise - x_0, constant along the path: [B, ...]."""
     return noise - x0
 
 
@@ -46,7 +46,7 @@ def time_shift(t: Tensor, shift: float = 3.0) -> Tensor:
 def schedule(num_steps: int, shift: float = 3.0, strength: float = 1.0) -> Tensor:
     """Noise levels of `num_steps` Euler steps, then 0: [num_steps + 1], descending, fp32.
 
-    The levels are even before the shift. strength 1 starts from noise, less from a noised image.
+    Levels are evenly spaced, then shifted. strength: the first level before the shift; 1 is noise.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
@@ -61,7 +61,7 @@ def training_sigmas(n: int = 1000, shift: float = 3.0) -> Tensor:
 
 
 def training_weights(sigmas: Tensor) -> Tensor:
-    """Loss weight of each training level [n], mean 1: a bell around t = 1/2, its minimum 0."""
+    """Official loss weights [n] of the training levels: a bell around 1/2, minimum 0, mean 1."""
     bell = torch.exp(-2 * (sigmas - 0.5) ** 2)
     bell = bell - bell.min()
     return bell * (len(sigmas) / bell.sum())
@@ -120,9 +120,9 @@ class Step(NamedTuple):
 
 
 def denoise(velocity_fn: Velocity, noise: Tensor, sigmas: Tensor) -> Iterator[Step]:
-    """From `noise` [B, ...] at sigmas[0] down the levels [N + 1]; yield every (i, t, x_t, x0).
+    """Euler steps from `noise` [B, ...] at level sigmas[0] down to sigmas[-1]; yield each `Step`.
 
-    The last step's x is the sample.
+    sigmas [num_steps + 1], see `schedule`. The last step's x is the sample.
     """
     x = noise.float()
     times = sigmas.tolist()

@@ -1,4 +1,4 @@
-"""The layers that the Qwen towers share: vision tower, decoder, embedding merger.
+"""Layers that the vision tower, the Qwen decoder and the editing projector share.
 
 Official classes: `Qwen2RMSNorm`, `Qwen2_5_VLMLP`, `Qwen2MLP` (transformers 4.49).
 """
@@ -22,7 +22,7 @@ class RMSNorm(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)). The vision tower has biases, the decoder has none."""
+    """down(silu(gate(x)) * up(x)): [..., dim] -> [..., dim]. Only the vision tower has biases."""
 
     def __init__(self, dim: int, hidden: int, bias: bool = False):
         super().__init__()

@@ -3,12 +3,12 @@
 v = MMDiT(x_t, context, t, guidance, y): V_theta of the paper's equation 7, the "diffusion
 transformer" of both decoders in figure 1 (c, d). In the double blocks two streams with weights of
 their own attend jointly. In the single blocks they are one sequence. The vector (t, guidance, y)
-acts through shift, scale and gate alone.
+acts through shift, scale and gate alone; y is CLIP's pooled text vector.
 
 Official classes: black-forest-labs `Flux`, `DoubleStreamBlock`, `SingleStreamBlock`, `LastLayer`;
 the attributes carry their names. Conventions: t in [0, 1], t = 1 is noise. Context tokens ("txt")
-come first in the joint sequence. Positions, t and guidance stay fp32 when the weights are bf16; the
-official run rounds them too, which turns 1000 * 3.5 into 3504.
+come first in the joint sequence. Positions, t and guidance stay fp32 when the weights are bf16. The
+official code rounds them to bf16: a guidance of 1000 * 3.5 = 3500 becomes 3504.
 """
 
 import math
@@ -24,7 +24,7 @@ from .rope import apply_rope_interleaved, flux_rope
 
 PATCH = 2  # latent cells along one side of an image token
 EPS = 1e-6  # of every norm in this file
-ULP_HIGHER = [13, 44]  # frequencies that the official run rounded up, of 128
+ULP_HIGHER = [13, 44]  # of 128 frequencies: see `timestep_frequencies`
 
 
 # ---- tokens and their positions ----------------------------------------------------------------
@@ -54,7 +54,7 @@ def image_ids(height: int, width: int) -> Tensor:
 
 
 def context_ids_generation(n: int) -> Tensor:
-    """Context of the generation decoder and of T5 has no position in the image: zeros [1, n, 3]."""
+    """Zeros [1, n, 3]: neither T5 states nor the generation decoder's context have a position."""
     return torch.zeros(1, n, 3)
 
 
@@ -84,8 +84,8 @@ def context_ids_editing(
 
 def timestep_frequencies(n: int) -> Tensor:
     """10000^(-k/n), k = 0 .. n - 1: [n], fp32, the same bits on every processor."""
-    # Plain fp32 `exp` differs by an ulp between processors. Times 1000 t, that moves latents by up
-    # to 5e-5. Here it is exact and rounded once; the official run has two of 128 an ulp higher.
+    # fp32 `exp` differs by one ulp between processors; times 1000 t, latents move by up to 5e-5.
+    # So: exp in fp64, rounded once; then raise the two that our official reference has higher.
     k = torch.arange(n, dtype=torch.float32, device="cpu")
     freqs = (-math.log(10_000) * k / n).double().exp().float()
     if n == 128:
@@ -97,7 +97,7 @@ def timestep_frequencies(n: int) -> Tensor:
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """t [B] in [0, 1] (or a guidance scale) -> [cos, sin] sinusoid [B, dim] of 1000 t, fp32."""
     freqs = timestep_frequencies(dim // 2).to(t.device)
-    t = 1000 * t.to(torch.promote_types(t.dtype, torch.float32))  # fp64 times stay fp64 until here
+    t = 1000 * t.to(torch.promote_types(t.dtype, torch.float32))  # multiply in fp32 or more
     angles = t.float()[:, None] * freqs
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
@@ -137,7 +137,7 @@ class Modulation(nn.Module):
 
 
 class Modulations(NamedTuple):
-    """Shifts, scales and gates of all blocks: the network depends on (t, guidance, y) only so."""
+    """Shifts, scales and gates of all blocks: all that the network sees of (t, guidance, y)."""
 
     double: list[tuple[list[ModulationOut], list[ModulationOut]]]  # (image, context) of each block
     single: list[ModulationOut]
@@ -229,7 +229,7 @@ class DoubleStreamBlock(nn.Module):
         img_qkv = self.img_attn.qkv(modulated_norm(img, *img_mod1[:2]))
         txt_qkv = self.txt_attn.qkv(modulated_norm(txt, *txt_mod1[:2]))
         (img_qk, img_v), (txt_qk, txt_v) = self.img_attn.norm(img_qkv), self.txt_attn.norm(txt_qkv)
-        # the streams meet here: every token attends to context and image
+        # the streams meet here: concatenate along L, dim 3 of qk [2, B, H, L, D] and dim 2 of v
         joint = attention(torch.cat((txt_qk, img_qk), 3), torch.cat((txt_v, img_v), 2), rope)
         txt_attn, img_attn = joint.split((txt.shape[1], img.shape[1]), dim=1)
         # x + gate * f(x), for the attention and then for the MLP
@@ -270,7 +270,7 @@ class LastLayer(nn.Module):
     def __init__(self, dim: int, out_channels: int):
         super().__init__()
         self.linear = nn.Linear(dim, out_channels)
-        # [shift; scale] as in the FLUX files; Nexus-Gen's two `.bin` files hold [scale; shift]
+        # [shift; scale] as in FLUX files; `weights` swaps the halves of Nexus-Gen's `.bin` files
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, mod: tuple[Tensor, Tensor]) -> Tensor:
@@ -339,7 +339,7 @@ class MMDiT(nn.Module):
 
     def modulations(self, vec: Tensor) -> Modulations:
         """vec [B, C] -> the shifts, scales and gates of every block."""
-        cond = F.silu(vec)
+        cond = F.silu(vec)  # once for all blocks; the final layer has a SiLU of its own
         final = self.final_layer.adaLN_modulation(vec).unsqueeze(1)
         return Modulations(
             [(block.img_mod(cond), block.txt_mod(cond)) for block in self.double_blocks],

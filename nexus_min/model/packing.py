@@ -21,7 +21,7 @@ from .autoregressive import (
     rope_index,
     scatter_rows,
 )
-from .decoder import QwenDecoder, causal_attention
+from .decoder import QwenDecoder, causal_attention, rotation
 
 
 class Packed(NamedTuple):
@@ -50,7 +50,7 @@ def packed_hidden(decoder: QwenDecoder, x: Tensor, position_ids: Tensor, packed:
     if x.shape[:2] != (1, sum(packed.lengths)):
         shape = tuple(x.shape[:2])
         raise ValueError(f"packed rows of {packed.lengths} tokens do not fill {shape}")
-    cos, sin = decoder.rotation(position_ids, x.dtype)
+    cos, sin = rotation(decoder.config, position_ids, x.dtype)
     *lower, top = decoder.layers
     for layer in lower:
         x = layer(x, cos, sin, packed.attention)

@@ -9,15 +9,13 @@ editing decoder.
 """
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import TextConfig
-from .decoder import DecoderLayer
+from .decoder import DecoderLayer, rotation
 from .layers import RMSNorm
-from .rope import mrope_cos_sin
 
-BASE_GRID = 72  # every grid of patches is stretched to 72 x 72 positions
+BASE_GRID = 72  # official constant: embeddings span 72 / MERGE = 36 positions on each side
 MERGE = 2  # patches along one side of an embedding
 Grid = tuple[int, int, int]  # (t, h, w) in patches before merging
 
@@ -42,7 +40,7 @@ class GenerationAdapter(nn.Module):
 def merger_positions(grid: Grid, device=None) -> Tensor:
     """Positions (0, i 72/h, j 72/w) of the embeddings on a grid: [3, 1, N].
 
-    Target and source cover one range in different steps: 18 patches -> steps of 4, 36 -> 2.
+    Target and source cover the same range: 9 embeddings in steps of 4, 18 in steps of 2.
     """
     _, h, w = grid
     rows = torch.arange(h // MERGE, device=device) * (BASE_GRID / h)
@@ -80,12 +78,12 @@ class ImageEmbeddingMerger(nn.Module):
             raise ValueError("ref_embeds and ref_grid go together: give both or neither")
         if ref_embeds is not None and len(ref_embeds) != len(embeds):
             raise ValueError(f"{len(ref_embeds)} references for a batch of {len(embeds)}")
-        views = [(embeds, grid), (ref_embeds, ref_grid)][: 1 if ref_embeds is None else 2]
+        views = [(embeds, grid)]
+        if ref_embeds is not None:
+            views.append((ref_embeds, ref_grid))
         x = torch.cat([x for x, _ in views], dim=1)  # [B, N + M, C]
         positions = torch.cat([merger_positions(g, x.device) for _, g in views], dim=-1)
-        c = self.config
-        pair = mrope_cos_sin(positions, c.head_dim, c.rope_theta, c.mrope_section)
-        cos, sin = (rearrange(a, "B L D -> B 1 L D").to(x.dtype) for a in pair)
+        cos, sin = rotation(self.config, positions, x.dtype)
         for layer in self.layers:  # one; attention is full, so target and source see each other
             x = layer(x, cos, sin)
         return self.projector(x)

@@ -7,8 +7,8 @@ A pair of channels (a, b) at position p and frequency f is rotated by the angle 
 The vision tower rotates by (row, column). The decoder rotates by (t, h, w) in sections: M-RoPE,
 section 2.1 of Qwen2-VL. FLUX rotates by (index, row, column) in consecutive blocks of channels.
 
-Angles are fp32 whatever the dtype of the activations: rounding them to bf16 costs 0.4 %. FLUX's
-frequencies and angles are fp64, as in black-forest-labs `math.py`.
+Angles are fp32 or, for FLUX, fp64 as in black-forest-labs `math.py`: bf16 would be off by a radian
+from position 256 on. Their cos and sin are at most 1, so the decoder may cast those to bf16.
 """
 
 import torch
@@ -52,7 +52,7 @@ def mrope_cos_sin(
     """
     freqs = frequencies(head_dim, theta, position_ids.device)
     angles = position_ids[..., None].float() * freqs  # [3, B, L, D/2]
-    # consecutive sections of the D/2 frequencies take their position from t, from h and from w
+    # the first section of the D/2 frequencies turns by t, the next by h, then w; * 2: both halves
     sections = angles.split(mrope_section, dim=-1)
     angles = torch.cat([section[axis] for axis, section in enumerate(sections)] * 2, dim=-1)
     return angles.cos(), angles.sin()
@@ -85,7 +85,7 @@ def apply_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_real(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same in real numbers, over whole rows: faster than every second channel."""
+    """x cos + (-b, a) sin in real numbers, on full rows: strided halves a, b would be slower."""
     cos, sin = (r.repeat_interleave(2, dim=-1) for r in (cos, sin))
     a, b = rearrange(x, "... (d two) -> two ... d", two=2)
     return torch.addcmul(x * cos, torch.stack((-b, a), dim=-1).flatten(-2), sin)

@@ -1,13 +1,13 @@
 """Vision tower: patches -> image embeddings, the space that both halves of Nexus-Gen share.
 
 Equation: x += attn(RMS(x)); x += mlp(RMS(x)) with 2-D RoPE; then 2x2 neighbors merge into one
-embedding. Nexus-Gen's vision encoder, Qwen2.5-VL report section 2.1.1: most blocks attend within
-windows, a few within the whole image.
+embedding. Most blocks attend within windows, a few within the whole image. This is Nexus-Gen's
+vision encoder, section 2.1.1 of the Qwen2.5-VL report.
 Official class: `Qwen2_5_VisionTransformerPretrainedModel` (transformers 4.49).
 
-Tokens have two orders. *Natural*, of the input rows and the output embeddings: merged units row by
-row, the 4 patches of a unit together. *Window*, of the blocks: units permuted until each window is
-contiguous. Segments (windows, images) of one length form a batch, so no block needs a mask.
+A *unit* is the 2x2 patches that become one embedding; its 4 tokens stay together. The input and
+the output have *natural* order: units row by row. The blocks have *window* order: window by window.
+Attention runs within *segments* (windows or images); those of one length form a batch, no masks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,15 +24,15 @@ from ..config import VisionConfig
 from .layers import RMSNorm, SwiGLU
 from .rope import apply_rope_half, vision_cos_sin
 
-Grid = Sequence[Sequence[int]]  # (t, h, w) of every image, in patches before merging
+Grids = Sequence[Sequence[int]]  # (t, h, w) of every image, in patches before merging
 
 
 class WindowSegments(NamedTuple):
-    """Runs of consecutive tokens that attend to each other only, gathered by their length."""
+    """Windows or images: runs of tokens that attend to each other only, grouped by length."""
 
     lengths: tuple[int, ...]  # the distinct lengths
-    rows: tuple[Tensor | slice, ...]  # tokens of each length; every token if there is one length
-    restore: Tensor | None  # [N] undoes the concatenation of `rows`; None if there is one length
+    rows: tuple[Tensor | slice, ...]  # for each length: indexes of the tokens in such segments
+    restore: Tensor | None  # [N] puts the concatenated `rows` back in order; None for one length
 
 
 class WindowLayout(NamedTuple):
@@ -46,7 +46,7 @@ class WindowLayout(NamedTuple):
     images: WindowSegments
 
 
-def grid_tuple(grid_thw: Tensor | Grid, merge: int = 2) -> tuple[tuple[int, int, int], ...]:
+def grid_tuple(grid_thw: Tensor | Grids, merge: int = 2) -> tuple[tuple[int, int, int], ...]:
     """[n, 3] tensor or nested sequence -> tuple of (t, h, w)."""
     rows = grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
     if not rows or any(not isinstance(r, list | tuple) or len(r) != 3 or min(r) < 1 for r in rows):
@@ -56,8 +56,8 @@ def grid_tuple(grid_thw: Tensor | Grid, merge: int = 2) -> tuple[tuple[int, int,
     return tuple(tuple(int(n) for n in row) for row in rows)
 
 
-def frame_runs(grid: Grid) -> list[tuple[tuple[int, int], int]]:
-    """Runs of equal consecutive frames, each like an image: [((h, w), count), ...]."""
+def frame_runs(grid: Grids) -> list[tuple[tuple[int, int], int]]:
+    """Consecutive frames of one size and their number, to compute each once: [((h, w), count)]."""
     frames = [(h, w) for t, h, w in grid for _ in range(t)]
     return [(size, len(list(run))) for size, run in groupby(frames)]
 
@@ -68,7 +68,7 @@ def grid_coords(h: int, w: int) -> Tensor:
     return torch.stack((rows, columns), dim=-1)
 
 
-def patch_positions(grid: Grid, merge: int = 2) -> Tensor:
+def patch_positions(grid: Grids, merge: int = 2) -> Tensor:
     """(row, column) of all patches in natural order: [N, 2]; official `rot_pos_emb`."""
     positions = []
     for (h, w), count in frame_runs(grid):
@@ -78,7 +78,7 @@ def patch_positions(grid: Grid, merge: int = 2) -> Tensor:
     return torch.cat(positions)
 
 
-def window_index(grid_thw: Tensor | Grid, config: VisionConfig) -> tuple[Tensor, tuple[int, ...]]:
+def window_index(grid_thw: Tensor | Grids, config: VisionConfig) -> tuple[Tensor, tuple[int, ...]]:
     """Window order of merged units: (index [N/4], number of patches in each window).
 
     `units[index]` puts natural order into window order. Official `get_window_index`.
@@ -89,7 +89,7 @@ def window_index(grid_thw: Tensor | Grid, config: VisionConfig) -> tuple[Tensor,
     for (h, w), count in frame_runs(grid_tuple(grid_thw, merge)):
         h, w = h // merge, w // merge  # patches -> units
         row, column = (grid_coords(h, w) // side).unbind(-1)  # the window of each unit
-        # a stable sort by window keeps the units of a window in natural order
+        # row * w + column numbers the windows row by row; a stable sort keeps each in natural order
         order = (row * w + column).flatten().argsort(stable=True)
         starts = start + h * w * torch.arange(count)
         index.append((starts[:, None] + order).flatten())
@@ -113,7 +113,7 @@ def make_segments(lengths: Sequence[int], device: torch.device) -> WindowSegment
 
 
 @lru_cache(maxsize=16)  # a training loop over one image size computes its layout once
-def make_layout(grid: Grid, config: VisionConfig, device: torch.device) -> WindowLayout:
+def make_layout(grid: Grids, config: VisionConfig, device: torch.device) -> WindowLayout:
     """Window order, RoPE and segments of the grids: a pure function of its arguments."""
     with torch.inference_mode(False):  # a layout from inference must serve a training step
         order, windows = window_index(grid, config)
@@ -222,7 +222,7 @@ class QwenViT(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
 
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor | Grid) -> Tensor:
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor | Grids) -> Tensor:
         """pixel_values [N, 3*2*14*14] (normalized), grid_thw [n, 3] -> [N/4, out_hidden_size].
 
         Images are concatenated, N = sum(t*h*w). A tuple `grid_thw` is a constant to torch.compile.
@@ -231,11 +231,9 @@ class QwenViT(nn.Module):
             embeddings = x
         return embeddings
 
-    def hidden_states(self, pixel_values: Tensor, grid_thw: Tensor | Grid) -> dict[str, Tensor]:
-        """Every intermediate of `forward` by name, see `stages`."""
-        return dict(self.stages(pixel_values, grid_thw))
-
-    def stages(self, pixel_values: Tensor, grid_thw: Tensor | Grid) -> Iterator[tuple[str, Tensor]]:
+    def stages(
+        self, pixel_values: Tensor, grid_thw: Tensor | Grids
+    ) -> Iterator[tuple[str, Tensor]]:
         """The forward pass as (name, tensor) pairs; the last pair holds the embeddings."""
         layout = self.layout(pixel_values, grid_thw)
         x = self.patch_embed(pixel_values)
@@ -250,7 +248,7 @@ class QwenViT(nn.Module):
         yield "merger", x  # [N/4, out] in window order
         yield "merged", x.index_select(0, layout.restore)  # [N/4, out] in natural order
 
-    def layout(self, pixel_values: Tensor, grid_thw: Tensor | Grid) -> WindowLayout:
+    def layout(self, pixel_values: Tensor, grid_thw: Tensor | Grids) -> WindowLayout:
         """Window order, RoPE and segments of the grids, after a check of the number of rows."""
         grid = grid_tuple(grid_thw, self.config.spatial_merge_size)
         shape = (sum(t * h * w for t, h, w in grid), self.patch_embed.proj.weight[0].numel())
