@@ -231,6 +231,10 @@ class QwenViT(nn.Module):
             embeddings = x
         return embeddings
 
+    def hidden_states(self, pixel_values: Tensor, grid_thw: Tensor | Grids) -> dict[str, Tensor]:
+        """Every intermediate of `forward` by name, see `stages`."""
+        return dict(self.stages(pixel_values, grid_thw))
+
     def stages(
         self, pixel_values: Tensor, grid_thw: Tensor | Grids
     ) -> Iterator[tuple[str, Tensor]]:
