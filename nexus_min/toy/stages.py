@@ -55,7 +55,7 @@ MIXTURE = (UND, GEN, GEN, EDIT)  # 1:2:1, pre-training
 FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, GEN, EDIT, MULTI_TURN)  # more of what takes longest
 PRETRAINED = 0.4  # share of the AR stage before fine-tuning
 # Shares of EDITS for the editing decoder: what must be drawn anew is harder than what only changes.
-EDIT_SHARES = np.array([3, 4, 2, 4, 2, 3, 2]) / 20
+DECODER_EDIT_SHARES = np.array([3, 4, 2, 4, 2, 3, 2]) / 20
 # Half of a decoder's training times exceed 0.9. Without this shift, one in twelve exceeds 0.8,
 # where the context decides the image: below, the image shows through the noise.
 TIMES = partial(shifted_times, shift=9.0)
@@ -253,7 +253,7 @@ def reconstruction_pool(
 
 def sample_edit(rng: np.random.Generator) -> Example:
     """An edit for the editing decoder: often what is hard to draw, half of them outlines."""
-    kind, style = str(rng.choice(EDITS, p=EDIT_SHARES)), str(rng.choice(STYLES))
+    kind, style = str(rng.choice(EDITS, p=DECODER_EDIT_SHARES)), str(rng.choice(STYLES))
     while (ex := sample_example(rng, "edit", kind)).scenes[1].style != style:
         pass
     return ex
