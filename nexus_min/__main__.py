@@ -2,8 +2,7 @@
 
 One function a verb, and each option once, in `OPTIONS`, under its name in Python and in batches.
 The spellings of the official `image_understanding.py`, `image_generation.py` and `image_editing.py`
-work too. An error is one line on stderr and exit status 2; an image is written whole or not at
-all. Heavy modules are imported where a command needs them.
+work too. Heavy modules are imported where a command needs them.
 """
 
 import argparse
@@ -18,12 +17,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from .cli import Parser, exit_status, one_line, write
+from .cli import Parser, check_least, one_line, report_errors, write
 from .png import MAX_SCALE, check_output, check_writable, read_metadata, save_image, versions
 
 PROGRAM = "nexus_min"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-DTYPES |= {name: name for name in DTYPES.values()}
 WORD = r"[a-z\u00c0-\u024f]+|[^\W\d_a-z\u00c0-\u024f]+"  # Latin letters, or other letters
 OPTION = r"--|-[^\d\s]\S*$"  # a word that looks like an option: not "-3", not "- make it red"
 
@@ -60,7 +58,7 @@ OPTIONS = {  # name: other spellings, type or choices, default, help
     "port": ("", int, 7860, "port to listen on"),
     "model": ("", str, "tiny", "a model's folder, or tiny"),
     "device": ("", str, None, "default: cuda, mps or cpu, the first available; cpu for tiny"),
-    "dtype": ("", tuple(DTYPES), None, "default: fp32 on the CPU, else bf16"),
+    "dtype": ("", (*DTYPES, *DTYPES.values()), None, "default: fp32 on the CPU, else bf16"),
     "memory": ("", PROFILES, None, "on the GPU: all, a part, some blocks (default: auto)"),
     "fp8": ("", bool, False, "store the decoders in 8 bits"),
 }
@@ -69,8 +67,7 @@ SAMPLING = ("height", "width", "num_steps", "cfg_scale", "guidance", "negative_p
 REPLY = ("language", "fast_preamble", "max_new_tokens")
 # What --like takes from a PNG: not the model or the output, which a foreign file must not choose.
 PNG_OPTIONS = (*SAMPLING, "language", "max_new_tokens", "dtype", "scale")
-OUTPUTS = {"generate": "generated.png", "edit": "edited.png", "chat": "chat.png"}
-OUTPUTS |= {"batch": "results"}
+OUTPUTS = dict(generate="generated.png", edit="edited.png", chat="chat.png", batch="results")
 
 
 def build_parser(with_eval: bool) -> Parser:
@@ -107,13 +104,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args, rest = parser.parse_known_args(argv)
     if any(re.match(OPTION, word) for word in rest):
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    assign_positionals(args, args.words + rest)
-    return args
-
-
-def assign_positionals(args: argparse.Namespace, words: list[str]) -> None:
-    """Give the words to those of `args.positionals` that no option has set; all must be set."""
-    free = [name for name in args.positionals if getattr(args, name) is None]
+    words, free = args.words + rest, [n for n in args.positionals if getattr(args, n) is None]
     if len(words) > len(free):
         extra = " ".join(words[len(free) :])
         raise ValueError(f"what to do with {extra!r}? put quotes around a text of several words")
@@ -121,6 +112,7 @@ def assign_positionals(args: argparse.Namespace, words: list[str]) -> None:
         setattr(args, name, word)
     if missing := free[len(words) :]:
         raise ValueError(f"{args.command} needs {' and '.join('--' + name for name in missing)}")
+    return args
 
 
 def args_from_png(args: argparse.Namespace, num_rest: int) -> list[str]:
@@ -146,9 +138,9 @@ def run_understand(args: argparse.Namespace) -> None:
     """Answer a question about an image."""
     image = open_image(args.image, args)
     model = load_model(args, ["ar"])
-    answer = model.understand(image, args.question, max_new_tokens=args.max_new_tokens)
+    reply = model.understand(image, args.question, max_new_tokens=args.max_new_tokens)
     warn_oov(args.model, args.question, image)
-    show(answer)
+    write(sys.stdout, reply)
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -165,8 +157,7 @@ def run_edit(args: argparse.Namespace) -> None:
     image = open_image(args.image, args)
     decoder = "generation" if args.use_generation_decoder else args.decoder
     model = load_model(args, ["ar", decoder, "autoencoder"])
-    options = {"decoder": decoder, **sampling_kwargs(args)}
-    events = model.edit_steps(image, args.instruction, **options)
+    events = model.edit_steps(image, args.instruction, decoder=decoder, **sampling_kwargs(args))
     save_events(args, events, {"prompt": args.instruction, "decoder": decoder}, image)
 
 
@@ -178,7 +169,7 @@ def run_chat(args: argparse.Namespace) -> None:
     chat = Chat(load_model(args), args.keep, args.decoder, **sampling_kwargs(args))
     images, numbers, is_terminal = [], itertools.count(1), sys.stdin.isatty()
     if is_terminal:
-        show(HELP)
+        write(sys.stdout, HELP)
     for line in filter(None, map(str.strip, sys.stdin)):
         if line == "/quit":
             return
@@ -197,15 +188,12 @@ def answer(args: argparse.Namespace, chat, line: str, images: list, numbers: Ite
 
     command, _, rest = line.partition(" ")
     if command == "/image":
-        images.append(open_image(rest.strip(), args))
-        return
+        return images.append(open_image(rest.strip(), args))
     if line == "/help":
-        show(HELP)
-        return
+        return write(sys.stdout, HELP)
     if line == "/new":
         chat.clear()
-        images.clear()
-        return
+        return images.clear()
     if command == "/draw":
         check_text(rest, "prompt")
         line = GENERATION_PROMPT[language_of(rest)].format(rest.strip())
@@ -214,13 +202,13 @@ def answer(args: argparse.Namespace, chat, line: str, images: list, numbers: Ite
     names, path, attached, images[:] = [], Path(args.output), images[:], []
     for kind, value in chat.say(line, attached):
         if kind == "text":
-            show(value, end="")
+            write(sys.stdout, value, end="")
         elif kind == "sampling":
             sampling = value
         elif kind == "image":
             names.append(path.with_stem(f"{path.stem}-{next(numbers)}"))
             save_image(value, names[-1], metadata(args, sampling, vars(args), {"message": line}))
-    show("".join(f"\n{name}" for name in names))
+    write(sys.stdout, "".join(f"\n{name}" for name in names))
 
 
 def run_batch(args: argparse.Namespace) -> None:
@@ -230,8 +218,8 @@ def run_batch(args: argparse.Namespace) -> None:
     items, folder = batch.read_items(Path(args.file)), Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder / "results.jsonl")
-    options = {"batch_size": args.batch_size, "seed": args.seed, "progress": sys.stderr.isatty()}
-    results = batch.run(load_model(args), items, **options, max_pixels=args.max_image_pixels)
+    options = args.batch_size, args.seed, sys.stderr.isatty(), args.max_image_pixels
+    results = batch.run(load_model(args), items, *options)
 
     def save(result: batch.Result, path: Path) -> None:
         item = items[result.index]
@@ -241,7 +229,7 @@ def run_batch(args: argparse.Namespace) -> None:
         save_image(result.image, path, metadata(args, result.sampling, item, facts))
 
     rows = batch.to_folder(results, folder, save)
-    show(str(folder / "results.jsonl"))
+    write(sys.stdout, str(folder / "results.jsonl"))
     if failed := [row for row in rows if "error" in row]:
         first = f"item {failed[0]['index']}: {failed[0]['error']}"
         raise ValueError(f"{len(failed)} of {len(items)} items failed; {first}")
@@ -257,7 +245,7 @@ def run_app(args: argparse.Namespace) -> None:
         warn(f"anyone who reaches {args.host} can use this page")
     model = load_model(args)
     host = f"[{args.host}]" if ":" in args.host else args.host
-    show(f"http://{host}:{args.port}")
+    write(sys.stdout, f"http://{host}:{args.port}")
     page.server(model).run(sockets=[sock])
 
 
@@ -265,8 +253,7 @@ def run_eval(args: argparse.Namespace) -> None:
     """Score a model on the toy world."""
     from .toy.evaluate import main as evaluate
 
-    if args.seed < 0:
-        raise ValueError(f"the seed must be 0 or more, got {args.seed}")
+    check_least(args, seed=0)
     for path in filter(None, (args.json, args.write_prompts)):
         check_writable(path)
     if args.save and args.save.exists() and not args.save.is_dir():
@@ -275,26 +262,17 @@ def run_eval(args: argparse.Namespace) -> None:
 
 
 IMAGE_OUTPUT = (*SAMPLING, "max_new_tokens", "output", "scale")
+ONE_IMAGE = ("like", "language", "fast_preamble", *IMAGE_OUTPUT)
+EDITING = ("max_image_pixels", "decoder", "use_generation_decoder")
 COMMANDS = {  # what runs, its words, its options but for those of the model
     "understand": (run_understand, ("image", "question"), ("max_image_pixels", "max_new_tokens")),
-    "generate": (run_generate, ("prompt",), ("like", "language", "fast_preamble", *IMAGE_OUTPUT)),
-    "edit": (
-        run_edit,
-        ("image", "instruction"),
-        ("max_image_pixels", "decoder", "use_generation_decoder", "like", "language")
-        + ("fast_preamble", *IMAGE_OUTPUT),
-    ),
+    "generate": (run_generate, ("prompt",), ONE_IMAGE),
+    "edit": (run_edit, ("image", "instruction"), (*EDITING, *ONE_IMAGE)),
     "chat": (run_chat, (), ("keep", "chat_decoder", "max_image_pixels", *IMAGE_OUTPUT)),
     "batch": (run_batch, ("file",), ("output", "batch_size", "seed", "max_image_pixels")),
     "app": (run_app, (), ("host", "port")),
     "eval": (run_eval, (), ("seed",)),
 }
-
-
-def show(text: str, end: str = "\n") -> None:
-    """Write to stdout at once."""
-    write(sys.stdout, text, end)
-    sys.stdout.flush()
 
 
 def sampling_kwargs(args: argparse.Namespace) -> dict:
@@ -318,7 +296,7 @@ def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
     from .weights import PARTS
 
     parts, args.device = parts or PARTS, find_device(args.device, args.model)
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    dtype = getattr(torch, DTYPES.get(args.dtype, args.dtype)) if args.dtype else None
     model = NexusGen.load(args.model, args.device, dtype, parts, args.memory or "auto", args.fp8)
     profile, reason = "resident", ""
     if model.offloader is not None:
@@ -364,7 +342,7 @@ def save_events(args: argparse.Namespace, events, facts: dict, source=None) -> N
     reply = json.dumps(result["text"], ensure_ascii=False)
     summary = f"{image.width}x{image.height}, {sampling.num_steps} steps, {seconds:.1f} s"
     write(sys.stderr, one_line(f"{PROGRAM}: {summary}; reply: {reply}"))
-    show(args.output)
+    write(sys.stdout, args.output)
 
 
 def metadata(args: argparse.Namespace, sampling, options: dict, facts: dict) -> dict:
@@ -415,15 +393,13 @@ def unknown_words(text: str, known: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point."""
-
-    def command() -> None:
+    """Run a command; exit with 2 after one line about an error, with 130 after Ctrl-C."""
+    with report_errors(PROGRAM) as status:
         args = parse(sys.argv[1:] if argv is None else argv)
         logging.basicConfig(format=f"{PROGRAM}: warning: %(message)s")
         args.run(args)
-
-    if status := exit_status(PROGRAM, command):
-        raise SystemExit(status)
+    if status.code:
+        raise SystemExit(status.code)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ official scripts take one task a call.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +25,7 @@ from .pipeline import plan_edit, plan_generation, sample_images
 from .sampling import ImageRequest, SamplingParams
 from .weights import replace_file
 
-TASKS = {
-    "understand": ("image", "question"),
-    "generate": ("prompt",),
-    "edit": ("image", "instruction"),
-}
+TASKS = dict(understand=["image", "question"], generate=["prompt"], edit=["image", "instruction"])
 ITEM_ERRORS = (ValueError, TypeError, OSError, MemoryError)  # an item may hold any JSON
 UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}  # lone surrogates, as JSON spells them
 
@@ -86,18 +83,19 @@ def read(model: Any, item: dict, seed: int, max_pixels: int | None = None) -> st
     task, options = item["task"], {k: v for k, v in item.items() if k not in ("task", "id")}
     if missing := [name for name in TASKS[task] if name not in options]:
         raise ValueError(f"the task {task} needs {' and '.join(missing)}")
-    arguments = {name: options.pop(name) for name in TASKS[task]}
-    for name, value in arguments.items():
-        if name == "image":
-            arguments[name] = map_images(lambda image: load_image(image, max_pixels), value)
-        elif not isinstance(value, str):
-            raise ValueError(f"{name} must be a text, not {type(value).__name__}")
+    if "image" in TASKS[task]:
+        load = partial(load_image, max_pixels=max_pixels)
+        options["image"] = map_images(load, options["image"])
+    if not isinstance(text := options[TASKS[task][-1]], str):
+        raise ValueError(f"{TASKS[task][-1]} must be a text, not {type(text).__name__}")
     if task == "understand":
+        if wrong := options.keys() - {*TASKS[task], "max_new_tokens", "seed"}:
+            raise TypeError(f"unknown option {', '.join(wrong)}; the option is max_new_tokens")
         options.pop("seed", None)
-        return model.understand(**arguments, **options)
+        return model.understand(**options)
     plan = plan_generation if task == "generate" else plan_edit
     with explain_oom(model.advice):
-        return plan(model, **arguments, **{"seed": seed} | options)
+        return plan(model, **{"seed": seed} | options)
 
 
 def map_images(function: Callable, images: Any) -> Any:
@@ -112,13 +110,12 @@ def sample(model: Any, requests: list[tuple[int, ImageRequest]]) -> Iterator[Res
             events = sample_images(model, [request for _, request in requests])
             images = [value for name, value in events if name == "image"]
     except (ValueError, MemoryError) as error:
-        if len(requests) == 1:
-            [(i, request)] = requests
-            yield Result(i, request.text, error=one_line(error))
-        else:
-            middle = len(requests) // 2
+        if middle := len(requests) // 2:
             yield from sample(model, requests[:middle])
             yield from sample(model, requests[middle:])
+        else:
+            [(i, request)] = requests
+            yield Result(i, request.text, error=one_line(error))
         return
     for (i, request), image in zip(requests, images, strict=True):
         yield Result(i, request.text, image, request.sampling)

@@ -24,27 +24,20 @@ from torch import Tensor
 from .images import bound_image, load_image
 from .model.decoder import KVCache
 from .offload import explain_oom
-from .pipeline import sample_images
+from .pipeline import Event, sample_images
 from .sampling import ChatInputs, ImageRequest, SamplingParams
-from .tokenizer import (
-    GENERATION_REPLY,
-    IMAGE,
-    VISION_START,
-    QwenTokenizer,
-    check_text,
-)
+from .tokenizer import GENERATION_REPLY, IMAGE, VISION_START, QwenTokenizer, check_text
 
 HISTORY_MODES = ("slots", "predicted", "reencoded")
 ESCAPED_IMAGE = IMAGE.replace(">", " >")  # a literal `<image>` in the model's text
 DECODERS = ("auto", "generation", "editing")
+ANNOUNCEMENTS = tuple(text.removesuffix(IMAGE).strip() for text in GENERATION_REPLY.values())
 HELP = """\
 /image FILE   attach an image to the next message; repeat it for several images
 /draw TEXT    request an image with the prompt of the training data
 /new          start a new conversation
 /quit         leave, as the end of the input does\
 """
-
-Event = tuple[str, Any]
 
 
 @dataclass
@@ -58,9 +51,9 @@ class ChatImage:
 
 def reply_text(tokenizer: QwenTokenizer, ids: Sequence[int]) -> str:
     """The model's text, `<image>` only where an image starts: a literal `<image>` is escaped."""
-    start, runs = tokenizer.special_ids[VISION_START], [[]]
+    runs = [[]]
     for i in ids:
-        if i == start:
+        if i == tokenizer.special_ids[VISION_START]:
             runs.append([])
         else:
             runs[-1].append(i)
@@ -87,7 +80,8 @@ class Chat:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.model, self.keep, self.decoder = model, keep, decoder
-        self.max_new_tokens, self.sampling = max_new_tokens, SamplingParams.of(**sampling)
+        self.max_new_tokens = max_new_tokens
+        self.sampling = SamplingParams.of("keep", "decoder", "max_new_tokens", **sampling)
         self.sampling.resolve(model.config, 1.0)  # a bad option fails here, not after a reply
         self.clear()
 
@@ -121,18 +115,16 @@ class Chat:
             self.ids = self._splice(prompt, tokens, new)
             self.images, self.num_images = history + new, self.num_images + len(new)
             self.num_cached = self.cache.length
-            turns = {"user": text, "assistant": reply}
-            self.messages += [{"role": role, "content": turns[role]} for role in turns]
+            turns = ("user", text), ("assistant", reply)
+            self.messages += [{"role": role, "content": content} for role, content in turns]
 
     def _encode_turn(self, text: str, images: list[ChatImage]) -> list[int]:
         """Ids of the user's turn and of the start of the reply."""
         message, counts = {"role": "user", "content": text}, [len(i.embeds) for i in images]
         tokenizer, limit = self.model.part("tokenizer"), self.model.max_prompt_tokens()
         ids = tokenizer.encode_chat([message], counts, continued=bool(self.ids))
-        if (length := len(self.ids) + len(ids)) > limit:
-            raise ValueError(
-                f"the conversation is {length} tokens long; the limit is {limit}: start a new one"
-            )
+        if (n := len(self.ids) + len(ids)) > limit:
+            raise ValueError(f"the conversation has {n} tokens, more than {limit}: start a new one")
         return ids
 
     def _reply(self, prompt: list[int], images: list[ChatImage]) -> Iterator[Event]:
@@ -162,11 +154,10 @@ class Chat:
     ) -> Iterator[Event]:
         """Sample the reply's images one after the other; return them."""
         images = [i.image for i in history]
-        announcements = tuple(s.removesuffix(IMAGE).strip() for s in GENERATION_REPLY.values())
         for sentence, image_embeds in zip(reply.split(IMAGE), embeds, strict=False):
             decoder, reference, cfg_scale = self.decoder, None, self.model.config.cfg_scale
             if decoder == "auto":
-                is_new = not images or sentence.strip().endswith(announcements)
+                is_new = not images or sentence.strip().endswith(ANNOUNCEMENTS)
                 decoder = "generation" if is_new else "editing"
             if decoder == "editing":
                 if not images:

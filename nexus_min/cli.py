@@ -15,9 +15,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps the description's lines; ends each help text with the default, where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        has_default = action.default not in (None, "", [], argparse.SUPPRESS)
-        has_default &= action.default is not False  # unlike 0
-        return super()._get_help_string(action) if has_default else action.help
+        if action.default is False or action.default in (None, "", [], argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,9 +53,10 @@ def one_line(message: object, limit: int = MAX_MESSAGE) -> str:
 
 
 def write(stream, line: str, end: str = "\n") -> None:
-    """Write a line in the stream's encoding, escaping what that cannot hold."""
+    """Write a line at once in the stream's encoding, escaping what that cannot hold."""
     encoding = stream.encoding or "utf-8"
     stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + end)
+    stream.flush()
 
 
 @contextmanager
@@ -63,25 +64,21 @@ def report_errors(
     program: str, stopped: str = "stopped", label: str = "error: ", limit: int = MAX_MESSAGE
 ) -> Iterator[SimpleNamespace]:
     """Within, an error becomes one line on stderr and status 2; Ctrl-C becomes status 130."""
-    status = SimpleNamespace(code=0)
+    status, line = SimpleNamespace(code=0), ""
     try:
         yield status
-        return
     except ERRORS as error:
-        message = one_line(error, limit)
+        status.code, line = 2, label + one_line(error, limit)
     except (RuntimeError, MemoryError) as error:
         from .offload import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
-        message = f"out of memory: {one_line(error)}"
+        status.code, line = 2, f"{label}out of memory: {one_line(error)}"
     except KeyboardInterrupt:
-        if stopped:
-            write(sys.stderr, f"{program}: {stopped}")
-        status.code = 130
-        return
-    write(sys.stderr, f"{program}: {label}{message}")
-    status.code = 2
+        status.code, line = 130, stopped
+    if line:
+        write(sys.stderr, f"{program}: {line}")
 
 
 def exit_status(program: str, command: Callable[[], int | None], stopped: str = "stopped") -> int:

@@ -26,6 +26,7 @@ from .model.mmdit import MMDiT, context_ids_editing, context_ids_generation
 from .offload import explain_oom
 from .parts import Parts
 from .sampling import (
+    TEXT_OPTIONS,
     ChatInputs,
     Context,
     ImageRequest,
@@ -78,7 +79,8 @@ def plan_generation(
 ) -> ImageRequest:
     """First half of `generate`: prompt -> image embeddings. `sample_images` is the second half."""
     model.part("generation")  # fail now if the decoder is missing, not after the reply
-    params = SamplingParams.of(**sampling).resolve(model.config, model.config.cfg_scale)
+    params = SamplingParams.of(*TEXT_OPTIONS, **sampling)
+    params = params.resolve(model.config, model.config.cfg_scale)
     language = language_of(prompt, language)
     # 1. The prompt, in the template of its language, becomes ids.
     inputs = model.generation_inputs(prompt, language)
@@ -106,7 +108,8 @@ def plan_edit(
         raise ValueError(f"decoder must be editing or generation, got {decoder!r}")
     model.part(decoder)
     cfg_scale = 1.0 if decoder == "editing" else model.config.cfg_scale
-    params = SamplingParams.of(**sampling).resolve(model.config, cfg_scale)
+    params = SamplingParams.of("decoder", *TEXT_OPTIONS, **sampling)
+    params = params.resolve(model.config, cfg_scale)
     sentence = EDITING_REPLY[language_of(instruction, language)]
     # 1. The vision tower embeds the source image; the instruction becomes ids.
     source = load_image(image)

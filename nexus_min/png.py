@@ -10,7 +10,7 @@ MAX_SCALE = 16
 
 
 def check_output(output: str, scale: int = 1) -> None:
-    """ValueError when no image can be written to `output`; called before the work is done."""
+    """ValueError when no image can be written to `output`."""
     if not 1 <= scale <= MAX_SCALE:
         raise ValueError(f"--scale must be 1 to {MAX_SCALE}, got {scale}")
     if Path(output).suffix.lower() not in FORMATS:

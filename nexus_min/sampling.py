@@ -32,7 +32,7 @@ RANGES = {  # parameter: kind, least and largest value
     "guidance": (Real, 0, 1000),
     "seed": (Integral, 0, 2**63 - 1),
 }
-TEXT_OPTIONS = ("language", "fast_preamble", "max_new_tokens")  # other options, for an error text
+TEXT_OPTIONS = ("language", "fast_preamble", "max_new_tokens")  # what `generate` takes besides
 
 
 class ChatInputs(NamedTuple):
@@ -64,11 +64,11 @@ class SamplingParams:
     seed: int | None = 0  # of the noise
 
     @classmethod
-    def of(cls, **options) -> SamplingParams:
-        """From keyword options; a TypeError for a wrong name lists the valid ones."""
+    def of(cls, *others: str, **options) -> SamplingParams:
+        """From keyword options; a TypeError for a wrong name lists the fields and `others`."""
         valid = [field.name for field in fields(cls)]
         if wrong := [name for name in options if name not in valid]:
-            names = ", ".join([*valid, *TEXT_OPTIONS])
+            names = ", ".join([*valid, *others])
             raise TypeError(f"unknown option {', '.join(wrong)}; the options are {names}")
         return cls(**options)
 

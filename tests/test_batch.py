@@ -17,6 +17,7 @@ from nexus_min.chat import Chat
 from nexus_min.pipeline import NexusGen
 
 FAST = {"fast_preamble": True, "num_steps": 2}
+VALID = "the options are height, width, num_steps, cfg_scale, guidance, negative_prompt, seed"
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,9 @@ def bad_items() -> list:
         ({"task": "edit", "prompt": "a"}, "the task edit needs image and instruction"),
         ({"task": "generate", "prompt": " "}, "the prompt is empty"),
         ({"task": "generate", "prompt": 3}, "prompt must be a text, not int"),
-        ({"task": "generate", "prompt": "a", "color": 1}, "color"),
+        ({"task": "generate", "prompt": "a", "color": 1}, f"unknown option color; {VALID}, lang"),
+        ({"task": "edit", "image": photo(), "instruction": "a", "x": 1}, f"option x; {VALID}, dec"),
+        ({"task": "understand", "image": photo(), "question": "a", "x": 1}, "is max_new_tokens"),
         ({"task": "generate", "prompt": "a", "seed": -1}, "seed must be"),
         ({"task": "generate", "prompt": "a", "height": "x"}, "height must be a whole number"),
         ({"task": "generate", "prompt": "a", "height": 64.5}, "height must be a whole number"),

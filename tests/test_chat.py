@@ -246,7 +246,7 @@ def test_an_announced_image_without_tokens_left_is_dropped(tiny, script):
         ("a \udcff", (), "not valid Unicode"),
         ("<image> a", (), "1 <image> placeholders for 0 images"),
         ("a", ("missing.png",), "cannot read image 'missing.png': no such file"),
-        ("a" * 3000, (), "tokens long; the limit is"),
+        ("a" * 3000, (), "the conversation has .* more than 1968: start a new one"),
     ],
 )
 def test_bad_turns(tiny, text, images, message):
@@ -268,6 +268,14 @@ def test_bad_turns(tiny, text, images, message):
 def test_bad_options_are_found_at_once(tiny, options, message):
     with pytest.raises(ValueError, match=message):
         chat(tiny, **options)
+
+
+def test_a_wrong_option_names_the_valid_ones(tiny):
+    valid = "height, width, num_steps, cfg_scale, guidance, negative_prompt, seed"
+    with pytest.raises(TypeError) as error:
+        chat(tiny, language="en")
+    message = "unknown option language; the options are "
+    assert str(error.value) == f"{message}{valid}, keep, decoder, max_new_tokens"
 
 
 # ---- text ----------------------------------------------------------------------------------------

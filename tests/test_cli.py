@@ -337,7 +337,7 @@ BAD = {
     "unknown short option": (["generate", "-v"], "unknown arguments: -v"),
     "eval without cases": (["eval", "--cases", "0"], "--cases must be at least 1"),
     "eval without a model": (["eval", "--model", "no_model"], "no model folder 'no_model'"),
-    "eval seed": (["eval", "--seed", "-1"], "the seed must be 0 or more"),
+    "eval seed": (["eval", "--seed", "-1"], "--seed must be at least 0, not -1"),
     "eval json": (["eval", "--json", "no/such/a.json"], "cannot write 'no/such/a.json'"),
     "eval grids": (["eval", "--save", "photo.png"], "cannot write grids to 'photo.png'"),
     "scale 0": (["generate", "a", "--scale", "0"], "--scale must be 1 to 16, got 0"),
