@@ -34,6 +34,7 @@ from nexus_min.formats import (
     save_tensors,
 )
 from nexus_min.model.text_encoders import clip_tokenizer, t5_tokenizer
+from nexus_min.parts import tokenizer_of
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.weights import (
     AR_FOLDER,
@@ -52,7 +53,6 @@ from nexus_min.weights import (
     load_t5,
     save_checkpoint,
     shapes_of,
-    tokenizer_of,
 )
 
 __all__ = [

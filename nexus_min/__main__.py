@@ -292,8 +292,8 @@ def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
     import torch
 
     from .offload import choose, memory_needed
+    from .parts import PARTS
     from .pipeline import NexusGen
-    from .weights import PARTS
 
     parts, args.device = parts or PARTS, find_device(args.device, args.model)
     dtype = getattr(torch, DTYPES.get(args.dtype, args.dtype)) if args.dtype else None

@@ -4,40 +4,46 @@
 release, like the shipped tiny model's, has them all.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import weights
 from .config import NexusGenConfig
+from .formats import find_file
+from .model.autoencoder import AutoEncoder
+from .model.autoregressive import NexusGenAR
 from .model.mmdit import context_ids_generation
-from .offload import (
-    PROFILES,
-    Offloader,
-    Target,
-    advice,
-    explain_oom,
-    memory_needed,
-    to_fp8,
-    towers,
-)
+from .model.text_encoders import CLIPTextModel, T5Encoder, clip_tokenizer, t5_tokenizer
+from .offload import PROFILES, Offloader, Target, advice, explain_oom, memory_needed, to_fp8, towers
 from .sampling import Context
-from .tokenizer import QwenTokenizer, check_text
-from .weights import PARTS, EditingDecoder, GenerationDecoder, TextEncoders
-
-if TYPE_CHECKING:
-    from .model.autoencoder import AutoEncoder
-    from .model.autoregressive import NexusGenAR
+from .tokenizer import QwenTokenizer, check_text, rust_panic_as_error
+from .weights import (
+    AR_FOLDER,
+    AS_STORED,
+    FLUX_FOLDER,
+    EditingDecoder,
+    GenerationDecoder,
+    load_ar,
+    load_autoencoder,
+    load_clip,
+    load_config,
+    load_embedding_merger,
+    load_empty_prompt,
+    load_generation_adapter,
+    load_mmdit,
+    load_t5,
+    model_folder,
+    save_empty_prompt,
+)
 
 logger = logging.getLogger(__name__)
+PARTS = ("ar", "generation", "editing", "autoencoder")
 
 PART_NAMES = {
     "ar": "autoregressive model",
@@ -46,6 +52,68 @@ PART_NAMES = {
     "text_encoders": "text encoders (CLIP and T5), which a negative prompt needs",
     "empty_prompt": "constants of the empty prompt",
 }
+
+
+class TextEncoders(NamedTuple):
+    """CLIP and T5 with their tokenizers (text -> ids): for a negative prompt that is not empty."""
+
+    clip: CLIPTextModel
+    t5: T5Encoder
+    clip_tokenizer: Callable[[str], Tensor] | None = None
+    t5_tokenizer: Callable[[str], Tensor] | None = None
+
+    @torch.no_grad()
+    def context(self, text: str) -> Context:
+        """T5's states [1, 512, C] at position 0, and CLIP's vector; padding takes part."""
+        device = self.t5.shared.weight.device
+        txt = self.t5(self.t5_tokenizer(text).to(device))
+        pooled = self.clip(self.clip_tokenizer(text).to(device))
+        return Context(txt, context_ids_generation(txt.shape[1]), pooled)
+
+
+def read_part(name: str, folder: Path, config: NexusGenConfig, load_kwargs: dict) -> Any:
+    """One of `PARTS` from its official file."""
+    ar_dir, options = folder / AR_FOLDER, {"config": config, **load_kwargs}
+    if name == "ar":
+        return load_ar(ar_dir, **options)
+    if name == "autoencoder":
+        return load_autoencoder(folder / FLUX_FOLDER, **options)
+    if name == "generation":
+        file = find_file(ar_dir, ("generation_decoder",))
+        adapter = load_generation_adapter(file, **options)
+        return GenerationDecoder(load_mmdit(file, **options), adapter)
+    if name == "editing":
+        file = find_file(ar_dir, ("edit_decoder",))
+        merger = load_embedding_merger(file, **options)
+        return EditingDecoder(load_mmdit(file, **options), merger)
+    raise ValueError(f"parts are {', '.join(PARTS)}, got {name!r}")
+
+
+def read_tokenizer(folder: Path, config: NexusGenConfig) -> QwenTokenizer:
+    """The tokenizer of a model, which must have the ids that its configuration names."""
+    tokenizer = tokenizer_of(find_file(folder / AR_FOLDER / "tokenizer.json"), QwenTokenizer)
+    tokenizer.check(config.ar)
+    return tokenizer
+
+
+def tokenizer_of(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a tokenizer's file or folder; one line that names it when broken."""
+    try:
+        with rust_panic_as_error():
+            return read(path)
+    except Exception as error:  # `tokenizers` raises bare Exceptions on a broken file
+        raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from error
+
+
+def read_text_encoders(folder: Path, config: NexusGenConfig, load_kwargs: dict) -> TextEncoders:
+    """CLIP, T5 and their tokenizers of FLUX.1-dev."""
+    flux_dir = folder / FLUX_FOLDER
+    return TextEncoders(
+        load_clip(flux_dir / "text_encoder", config, **load_kwargs),
+        load_t5(flux_dir / "text_encoder_2", config, **load_kwargs),
+        tokenizer_of(flux_dir / "tokenizer", clip_tokenizer),
+        tokenizer_of(flux_dir / "tokenizer_2", t5_tokenizer),
+    )
 
 
 @dataclass(repr=False)
@@ -72,7 +140,7 @@ class Parts:
         parts: Sequence[str] = PARTS,
         memory: str = "auto",
         fp8: bool = False,
-    ) -> Parts:
+    ) -> "Parts":
         """The shipped tiny model, or a folder in the layout of the official release.
 
         dtype: default fp32 on the CPU, bf16 elsewhere. parts: what to load, of `PARTS`; "ar" alone
@@ -81,37 +149,32 @@ class Parts:
         """
         if memory not in PROFILES:
             raise ValueError(f"memory must be one of {', '.join(PROFILES)}, got {memory!r}")
-        folder, device = weights.model_folder(model), torch.device(device)
-        config = weights.load_config(folder)
+        folder, device = model_folder(model), torch.device(device)
+        config = load_config(folder)
+        tokenizer = read_tokenizer(folder, config)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         target = {"device": device, "dtype": dtype}
         is_resident = device.type == "cpu" and not fp8 and memory in ("auto", "resident")
         # weights that are not resident stay mapped on the host, and are cast when they are onloaded
-        load_kwargs = target if is_resident else {"dtype": weights.AS_STORED}
-        self = cls(config, weights.read_tokenizer(folder, config))
+        load_kwargs = target if is_resident else {"dtype": AS_STORED}
 
         def load_advice() -> str:  # counts all parts, also those that did not fit
-            on_meta = {"dtype": weights.AS_STORED, "device": "meta"}
-            sizes = {name: weights.read_part(name, folder, config, on_meta) for name in parts}
+            on_meta = {"dtype": AS_STORED, "device": "meta"}
+            sizes = {name: read_part(name, folder, config, on_meta) for name in parts}
             return advice("resident" if is_resident else memory, memory_needed(sizes, dtype))
 
         with explain_oom(load_advice):
-            for name in parts:
-                setattr(self, name, weights.read_part(name, folder, config, load_kwargs))
-            for decoder in (self.generation, self.editing):
-                if fp8 and decoder is not None:
-                    to_fp8(decoder.mmdit)
-            if not is_resident:
-                loaded = {name: getattr(self, name) for name in parts}
-                self.offloader = Offloader(memory, loaded, Target(device, dtype))
-        if weights.has_text_encoders(folder):
-            self.read_text_encoders = lambda: weights.read_text_encoders(
-                folder, config, load_kwargs
-            )
+            loaded = {name: read_part(name, folder, config, load_kwargs) for name in parts}
+            for name in ("generation", "editing") if fp8 else ():
+                if name in loaded:
+                    to_fp8(loaded[name].mmdit)
+            offloader = None if is_resident else Offloader(memory, loaded, Target(device, dtype))
+        self = cls(config, tokenizer, **loaded, offloader=offloader)
+        if (folder / FLUX_FOLDER / "text_encoder").is_dir():  # the tiny model has none
+            self.read_text_encoders = lambda: read_text_encoders(folder, config, load_kwargs)
         if "generation" in parts or "editing" in parts:
-            self.empty_prompt = weights.load_empty_prompt(folder, config, **target)
-            if self.empty_prompt is None:
-                self.empty_prompt = self.make_empty_prompt(folder)
+            stored = load_empty_prompt(folder, config, **target)
+            self.empty_prompt = stored or self.make_empty_prompt(folder)
         return self
 
     def make_empty_prompt(self, folder: Path) -> dict[str, Tensor]:
@@ -119,7 +182,7 @@ class Parts:
         txt, _, pooled = self.encode_text("")
         tensors = {"pooled": pooled, "context": txt}
         try:
-            weights.save_empty_prompt(folder, tensors)
+            save_empty_prompt(folder, tensors)
         except OSError as error:
             logger.warning("cannot save the constants of the empty prompt: %s", error)
         return tensors
@@ -140,7 +203,7 @@ class Parts:
 
     def advice(self) -> str:
         """What to do when a call runs out of memory."""
-        parts = {name: part for name in PARTS if (part := getattr(self, name)) is not None}
+        parts = {name: getattr(self, name) for name in PARTS}
         if self.offloader is None:
             return advice("resident", memory_needed(parts, None))
         return advice(self.offloader.profile, memory_needed(parts, self.offloader.target.dtype))
@@ -181,4 +244,4 @@ class Parts:
         if encoders is None:
             raise ValueError(f"this model has no {PART_NAMES['text_encoders']}")
         with self.offloader.temporary(encoders) if self.offloader else nullcontext():
-            return weights.text_context(encoders, *encoders.ids(prompt))
+            return encoders.context(prompt)

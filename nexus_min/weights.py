@@ -2,11 +2,12 @@
 
 Loading: open -> rename -> compare names, shapes and dtypes with the model built on `meta`, before
 any tensor is read -> `load_state_dict(strict=True, assign=True)`. Parameter names are the released
-keys, except for the MMDiT inside the two decoder files (`weights_names`).
+keys, except for the MMDiT inside the two decoder files (`DIT_TABLE`).
 """
 
 import json
 import logging
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -33,19 +34,9 @@ from .formats import (
 )
 from .model.autoencoder import AutoEncoder
 from .model.autoregressive import NexusGenAR
-from .model.mmdit import MMDiT, context_ids_generation
+from .model.mmdit import MMDiT
 from .model.projector import GenerationAdapter, ImageEmbeddingMerger
-from .model.text_encoders import CLIPTextModel, T5Encoder, clip_tokenizer, t5_tokenizer
-from .sampling import Context
-from .tokenizer import QwenTokenizer, rust_panic_as_error
-from .weights_names import (
-    DIT_PREFIX,
-    MERGER_PREFIX,
-    diffsynth_name,
-    is_swapped,
-    swap_halves,
-    to_diffsynth,
-)
+from .model.text_encoders import CLIPTextModel, T5Encoder
 
 Component = nn.Module | Mapping[str, Tensor]  # a model or its state dict
 logger = logging.getLogger(__name__)
@@ -54,9 +45,66 @@ AR_FOLDER, FLUX_FOLDER = "Nexus-GenV2", "FLUX/FLUX.1-dev"
 AR_FILE, AUTOENCODER_FILE = f"{AR_FOLDER}/model", f"{FLUX_FOLDER}/ae"
 GENERATION_FILE, EDITING_FILE = f"{AR_FOLDER}/generation_decoder", f"{AR_FOLDER}/edit_decoder"
 ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-PARTS = ("ar", "generation", "editing", "autoencoder")
 NEW_IN_NEXUS = ("vision_head.weight", "image_prefill_embeds.weight")  # not in the base model
 AS_STORED = "as stored"  # the dtype to give a loader when weights are cast later, as they travel
+
+# ------------------------------------------------------------------------------------------ names
+
+# Layers of the MMDiT in `nexus_min`, as in flux1-dev (black-forest-labs) -> in the decoder files
+# (DiffSynth's `FluxDiTStateDictConverter`); # is a block. All other models have their files' names.
+DIT_TABLE = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_embedder.timestep_embedder.0",
+    "time_in.out_layer": "time_embedder.timestep_embedder.2",
+    "guidance_in.in_layer": "guidance_embedder.timestep_embedder.0",
+    "guidance_in.out_layer": "guidance_embedder.timestep_embedder.2",
+    "vector_in.in_layer": "pooled_text_embedder.0",
+    "vector_in.out_layer": "pooled_text_embedder.2",
+    "double_blocks.#.img_mod.lin": "blocks.#.norm1_a.linear",
+    "double_blocks.#.img_attn.qkv": "blocks.#.attn.a_to_qkv",
+    "double_blocks.#.img_attn.norm.query_norm": "blocks.#.attn.norm_q_a",
+    "double_blocks.#.img_attn.norm.key_norm": "blocks.#.attn.norm_k_a",
+    "double_blocks.#.img_attn.proj": "blocks.#.attn.a_to_out",
+    "double_blocks.#.img_mlp.0": "blocks.#.ff_a.0",
+    "double_blocks.#.img_mlp.2": "blocks.#.ff_a.2",
+    "double_blocks.#.txt_mod.lin": "blocks.#.norm1_b.linear",
+    "double_blocks.#.txt_attn.qkv": "blocks.#.attn.b_to_qkv",
+    "double_blocks.#.txt_attn.norm.query_norm": "blocks.#.attn.norm_q_b",
+    "double_blocks.#.txt_attn.norm.key_norm": "blocks.#.attn.norm_k_b",
+    "double_blocks.#.txt_attn.proj": "blocks.#.attn.b_to_out",
+    "double_blocks.#.txt_mlp.0": "blocks.#.ff_b.0",
+    "double_blocks.#.txt_mlp.2": "blocks.#.ff_b.2",
+    "single_blocks.#.modulation.lin": "single_blocks.#.norm.linear",
+    "single_blocks.#.linear1": "single_blocks.#.to_qkv_mlp",
+    "single_blocks.#.norm.query_norm": "single_blocks.#.norm_q_a",
+    "single_blocks.#.norm.key_norm": "single_blocks.#.norm_k_a",
+    "single_blocks.#.linear2": "single_blocks.#.proj_out",
+    "final_layer.adaLN_modulation.1": "final_norm_out.linear",  # its halves are swapped, too
+    "final_layer.linear": "final_proj_out",
+}
+DIT_PREFIX, MERGER_PREFIX = "pipe.dit.", "embedding_merger."
+
+
+def diffsynth_name(name: str) -> str:
+    """DiffSynth's name of a black-forest-labs parameter. KeyError for any other name."""
+    layer, _, kind = name.rpartition(".")
+    block = re.search(r"blocks\.(\d+)\.", layer)
+    number = block[1] if block else ""
+    pattern = layer.replace(f"blocks.{number}.", "blocks.#.", 1)
+    kind = "weight" if kind == "scale" else kind  # the q/k norms call their weight `scale`
+    return f"{DIT_TABLE[pattern].replace('#', number)}.{kind}"
+
+
+def is_swapped(name: str) -> bool:
+    """Whether DiffSynth stores this black-forest-labs parameter with its halves swapped."""
+    return name.startswith("final_layer.adaLN_modulation.")
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """[scale; shift] <-> [shift; scale] of the final adaptive norm: its own inverse."""
+    return torch.cat(tensor.chunk(2)[::-1])
+
 
 # ---------------------------------------------------------------------------------------- loading
 
@@ -211,7 +259,11 @@ def make_merger(config: NexusGenConfig) -> ImageEmbeddingMerger:
 def decoder_state(mmdit: Component, projector: Component, prefix: str = "") -> dict[str, Tensor]:
     """What a decoder file holds: the MMDiT, and its adapter or merger under `prefix`."""
     own = {prefix + key: tensor for key, tensor in state_of(projector).items()}
-    return to_diffsynth(state_of(mmdit)) | own
+    state = {
+        DIT_PREFIX + diffsynth_name(k): swap_halves(v) if is_swapped(k) else v
+        for k, v in state_of(mmdit).items()
+    }
+    return state | own
 
 
 def state_of(component: Component) -> Mapping[str, Tensor]:
@@ -365,79 +417,9 @@ class EditingDecoder(NamedTuple):
     merger: ImageEmbeddingMerger
 
 
-class TextEncoders(NamedTuple):
-    """CLIP and T5 with their tokenizers (text -> ids): for a negative prompt that is not empty."""
-
-    clip: CLIPTextModel
-    t5: T5Encoder
-    clip_tokenizer: Callable[[str], Tensor] | None = None
-    t5_tokenizer: Callable[[str], Tensor] | None = None
-
-    def ids(self, text: str) -> tuple[Tensor, Tensor]:
-        """Token ids of CLIP [1, 77] and of T5 [1, 512]."""
-        return self.clip_tokenizer(text), self.t5_tokenizer(text)
-
-
 def model_folder(model: str | Path) -> Path:
     """The folder itself, or that of the shipped checkpoint for "tiny"."""
     folder = TINY if str(model) == "tiny" else Path(model)
     if not folder.is_dir():
         raise ValueError(f"no model folder {str(folder)!r}; give the folder of a model, or tiny")
     return folder
-
-
-def read_part(name: str, folder: Path, config: NexusGenConfig, load_kwargs: dict) -> Any:
-    """One of `PARTS` from its official file."""
-    ar_dir = folder / AR_FOLDER
-    if name == "ar":
-        return load_ar(ar_dir, config, **load_kwargs)
-    if name == "autoencoder":
-        return load_autoencoder(folder / FLUX_FOLDER, config, **load_kwargs)
-    if name == "generation":
-        mmdit = load_mmdit(find_file(ar_dir, ("generation_decoder",)), config, **load_kwargs)
-        return GenerationDecoder(mmdit, load_generation_adapter(ar_dir, config, **load_kwargs))
-    if name == "editing":
-        mmdit = load_mmdit(find_file(ar_dir, ("edit_decoder",)), config, **load_kwargs)
-        return EditingDecoder(mmdit, load_embedding_merger(ar_dir, config, **load_kwargs))
-    raise ValueError(f"parts are {', '.join(PARTS)}, got {name!r}")
-
-
-def read_tokenizer(folder: Path, config: NexusGenConfig) -> QwenTokenizer:
-    """The tokenizer of a model, which must have the ids that its configuration names."""
-    tokenizer = tokenizer_of(find_file(folder / AR_FOLDER / "tokenizer.json"), QwenTokenizer)
-    tokenizer.check(config.ar)
-    return tokenizer
-
-
-def tokenizer_of(path: Path, read: Callable[[Path], Any]) -> Any:
-    """What `read` makes of a tokenizer's file or folder; one line that names it when broken."""
-    try:
-        with rust_panic_as_error():
-            return read(path)
-    except Exception as error:  # `tokenizers` raises bare Exceptions on a broken file
-        raise ValueError(f"{path}: cannot be read as a tokenizer: {error}") from error
-
-
-def read_text_encoders(folder: Path, config: NexusGenConfig, load_kwargs: dict) -> TextEncoders:
-    """CLIP, T5 and their tokenizers of FLUX.1-dev."""
-    flux_dir = folder / FLUX_FOLDER
-    return TextEncoders(
-        load_clip(flux_dir / "text_encoder", config, **load_kwargs),
-        load_t5(flux_dir / "text_encoder_2", config, **load_kwargs),
-        tokenizer_of(flux_dir / "tokenizer", clip_tokenizer),
-        tokenizer_of(flux_dir / "tokenizer_2", t5_tokenizer),
-    )
-
-
-def has_text_encoders(folder: Path) -> bool:
-    """Whether the folder holds CLIP and T5; the tiny model's does not."""
-    return (folder / FLUX_FOLDER / "text_encoder").is_dir()
-
-
-@torch.no_grad()
-def text_context(encoders: TextEncoders, clip_ids: Tensor, t5_ids: Tensor) -> Context:
-    """Token ids [1, 77], [1, 512] -> context at position 0; padding takes part, as officially."""
-    device = encoders.t5.shared.weight.device
-    txt = encoders.t5(t5_ids.to(device))
-    ids = context_ids_generation(txt.shape[1])
-    return Context(txt, ids, encoders.clip(clip_ids.to(device)))

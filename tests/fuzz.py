@@ -44,11 +44,11 @@ from nexus_min import batch as batches
 from nexus_min import weights
 from nexus_min.config import NexusGenConfig
 from nexus_min.images import load_image
+from nexus_min.parts import tokenizer_of
 from nexus_min.pipeline import NexusGen
 from nexus_min.sampling import SamplingParams
 from nexus_min.tokenizer import QwenTokenizer
 from nexus_min.train.data import MessageDataset
-from nexus_min.weights import tokenizer_of
 
 TYPED = (ValueError, OSError)
 SECONDS = 30  # for one case

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny
 
-from nexus_min import offload, weights
+from nexus_min import offload
+from nexus_min import parts as parts_module
 from nexus_min.config import NexusGenConfig
 from nexus_min.model.mmdit import MMDiT
 from nexus_min.offload import (
@@ -181,19 +182,19 @@ def test_a_copy_that_fails_is_not_taken_for_there(folder, monkeypatch, profile):
 
 
 def test_loading_without_memory_tells_what_all_parts_need(folder, monkeypatch):
-    read = weights.read_part
+    read = parts_module.read_part
 
     def failing(name, folder, config, load_kwargs):
         if name == "editing" and load_kwargs.get("device") != "meta":
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return read(name, folder, config, load_kwargs)
 
-    monkeypatch.setattr(weights, "read_part", failing)
+    monkeypatch.setattr(parts_module, "read_part", failing)
     with pytest.raises(
         MemoryError, match="CUDA out of memory.; weights alone.*--memory staged"
     ) as e:
         NexusGen.load(folder)
-    parts = {name: read(name, folder, NexusGenConfig.tiny(), {}) for name in weights.PARTS}
+    parts = {name: read(name, folder, NexusGenConfig.tiny(), {}) for name in parts_module.PARTS}
     assert offload.estimate(memory_needed(parts, torch.float32)) in str(e.value)
 
 

@@ -31,16 +31,15 @@ from nexus_min.model.autoencoder import AutoEncoder
 from nexus_min.model.mmdit import MMDiT, context_ids_generation
 from nexus_min.model.projector import GenerationAdapter, ImageEmbeddingMerger
 from nexus_min.model.text_encoders import CLIPTextModel, T5Encoder
+from nexus_min.parts import TextEncoders
 from nexus_min.pipeline import NexusGen
 from nexus_min.sampling import Context, SamplingParams, velocity_field
 from nexus_min.weights import (
     EditingDecoder,
     GenerationDecoder,
-    TextEncoders,
     diffsynth_name,
     is_swapped,
     swap_halves,
-    text_context,
 )
 
 # ---- the official pipelines at micro size ------------------------------------------------------
@@ -102,7 +101,7 @@ def micro_model(name: str) -> tuple[NexusGen, dict]:
         lambda text: tensors[f"in/clip_ids_{ids[text]}"],
         lambda text: tensors[f"in/t5_ids_{ids[text]}"],
     )
-    empty = text_context(model.text_encoders, *model.text_encoders.ids(""))
+    empty = model.text_encoders.context("")
     model.empty_prompt = {"pooled": empty.pooled, "context": empty.txt}
     mmdit, context_dim = micro_mmdit(config, tensors), config.mmdit.context_in_dim
     if name == "12a":
@@ -612,7 +611,7 @@ def test_text_encoders_are_read_for_each_negative_prompt_and_freed(released_fold
     negative = model.generate("a circle", negative_prompt="blurry", **options)
     assert len(reads) == 1 and negative.tobytes() != empty.tobytes()
     assert model.text_encoders is None
-    computed = text_context(encoders, *encoders.ids(""))
+    computed = encoders.context("")
     assert torch.equal(computed.txt, model.empty_prompt["context"])
     assert torch.equal(computed.pooled, model.empty_prompt["pooled"])
     with pytest.raises(ValueError, match="negative prompt is not valid Unicode"):

@@ -18,7 +18,7 @@ from nexus_min.model.text_encoders import (
     relative_buckets,
     t5_tokenizer,
 )
-from nexus_min.weights import tokenizer_of
+from nexus_min.parts import tokenizer_of
 
 MANIFESTS = GOLDEN.parent / "manifests"
 PROMPTS = json.loads((GOLDEN / "13_official_token_ids.json").read_text())

@@ -15,7 +15,7 @@ from tracer import trace
 
 from nexus_min import tokenizer as T
 from nexus_min.config import TINY_TOKEN_IDS, ARConfig, NexusGenConfig
-from nexus_min.weights import tokenizer_of
+from nexus_min.parts import tokenizer_of
 
 FIXTURE = json.loads((GOLDEN / "14_prompts.json").read_text("utf-8"))
 SPECIALS = re.compile("|".join(map(re.escape, FIXTURE["special_tokens"])))

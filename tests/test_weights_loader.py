@@ -182,7 +182,7 @@ def test_parity_final_norm_halves_from_both_kinds_of_file(tmp_path, assert_parit
     save_file(state, tmp_path / "flux1-dev.safetensors")
     from_bfl = w.load_mmdit(tmp_path / "flux1-dev.safetensors", config)
     assert_parity("loader", "09 flux1-dev file", velocity(from_bfl, tensors), want)
-    back = w.to_diffsynth(state)
+    back = w.decoder_state(state, {})
     assert all(torch.equal(back[k], decoder[k]) for k in back)
 
     unswapped = {k: w.swap_halves(v) if w.is_swapped(k) else v for k, v in state.items()}
@@ -627,7 +627,7 @@ def test_renamed_and_foreign_exports(tmp_path, saved):
     save_file(renamed, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="renamed by a newer transformers"):
         w.load_ar(tmp_path, TINY)
-    bare = w.to_diffsynth(saved[1]["generation"][0].state_dict())
+    bare = w.decoder_state(saved[1]["generation"][0], {})
     bare = {k.removeprefix(w.DIT_PREFIX): v for k, v in bare.items()}
     save_file(bare, tmp_path / "generation_decoder.safetensors")
     with pytest.raises(ValueError, match="DiffSynth names without pipe.dit."):
@@ -716,7 +716,7 @@ def test_bad_config_and_empty_prompt(tmp_path):
 @pytest.mark.parametrize("size", [0, -128, "x"])
 def test_sizes_of_no_model(saved, size):
     wrong = replace(TINY.ar.text, num_attention_heads=size)
-    with pytest.raises(ValueError, match="sizes of the configuration make no model"):
+    with pytest.raises(ValueError, match="make no model|mrope_section .* must add up"):
         w.load_ar(saved[0] / w.AR_FOLDER, replace(TINY.ar, text=wrong))
 
 

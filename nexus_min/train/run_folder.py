@@ -17,6 +17,7 @@ from ..formats import FORMATS
 from ..model.autoencoder import AutoEncoder
 from ..model.autoregressive import NexusGenAR
 from ..model.mmdit import MMDiT
+from ..parts import read_part, read_text_encoders, read_tokenizer
 from ..tokenizer import QwenTokenizer
 from ..weights import AR_FOLDER, FLUX_FOLDER, EditingDecoder, GenerationDecoder
 
@@ -65,18 +66,18 @@ class RunFolder:
         return self.new_config if is_new else weights.load_config(self.source)
 
     def ar(self) -> NexusGenAR:
-        return weights.read_part("ar", self.source, self.config, self.load_kwargs)
+        return read_part("ar", self.source, self.config, self.load_kwargs)
 
     def vae(self) -> AutoEncoder:
-        return weights.read_part("autoencoder", self.source, self.config, self.load_kwargs)
+        return read_part("autoencoder", self.source, self.config, self.load_kwargs)
 
     def tokenizer(self) -> QwenTokenizer:
-        return weights.read_tokenizer(self.source, self.config)
+        return read_tokenizer(self.source, self.config)
 
     def generation(self) -> GenerationDecoder:
         """The generation decoder; without a file, FLUX.1-dev with a new adapter."""
         if self._has("generation_decoder"):
-            return weights.read_part("generation", self.source, self.config, self.load_kwargs)
+            return read_part("generation", self.source, self.config, self.load_kwargs)
         return GenerationDecoder(self._flux(), weights.make_adapter(self.config).to(self.device))
 
     def editing(self) -> EditingDecoder:
@@ -85,7 +86,7 @@ class RunFolder:
         The merger's layer starts as the AR model's first, as in the official training.
         """
         if self._has("edit_decoder"):
-            return weights.read_part("editing", self.source, self.config, self.load_kwargs)
+            return read_part("editing", self.source, self.config, self.load_kwargs)
         merger = weights.make_merger(self.config)
         merger.layers[0].load_state_dict(self.ar().model.layers[0].state_dict())
         return EditingDecoder(self._flux(), merger.to(self.device))
@@ -95,8 +96,8 @@ class RunFolder:
         """CLIP's `pooled` [1, V] and T5's `context` [1, L, C] of the empty prompt."""
         if stored := weights.load_empty_prompt(self.source, self.config):
             return stored
-        encoders = weights.read_text_encoders(self.source, self.config, self.load_kwargs)
-        txt, _, pooled = weights.text_context(encoders, *encoders.ids(""))
+        encoders = read_text_encoders(self.source, self.config, self.load_kwargs)
+        txt, _, pooled = encoders.context("")
         return {"pooled": pooled, "context": txt}
 
     def all_parts(self) -> dict:

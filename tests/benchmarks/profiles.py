@@ -34,9 +34,10 @@ from nexus_min.model.autoregressive import NexusGenAR
 from nexus_min.model.mmdit import MMDiT
 from nexus_min.model.projector import GenerationAdapter, ImageEmbeddingMerger
 from nexus_min.offload import Offloader, Target, memory_needed, to_fp8
+from nexus_min.parts import PARTS
 from nexus_min.pipeline import NexusGen
 from nexus_min.tokenizer import QwenTokenizer
-from nexus_min.weights import PARTS, TINY, EditingDecoder, GenerationDecoder
+from nexus_min.weights import TINY, EditingDecoder, GenerationDecoder
 
 from .common import peak_rss, seconds
 
