@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from inspect import getdoc
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
@@ -36,7 +37,7 @@ from nexus_min.formats import (
 from nexus_min.model.text_encoders import clip_tokenizer, t5_tokenizer
 from nexus_min.parts import tokenizer_of
 from nexus_min.tokenizer import QwenTokenizer
-from nexus_min.weights import (
+from nexus_min.weights import (  # noqa: F401
     AR_FOLDER,
     FLUX_FOLDER,
     NEW_IN_NEXUS,
@@ -55,11 +56,6 @@ from nexus_min.weights import (
     shapes_of,
 )
 
-__all__ = [
-    "load_ar", "load_mmdit", "load_generation_adapter", "load_embedding_merger",
-    "load_autoencoder", "load_clip", "load_t5",
-    "load_config", "load_empty_prompt", "save_checkpoint",
-]  # fmt: skip
 COMMAND = "python weights_loader.py"
 readable = partial(tqdm.format_sizeof, suffix="B")  # bytes as in 16.6GB
 
@@ -80,6 +76,8 @@ RELEASED = {  # component: repository, path there, published hash of its names a
     "FLUX.1-dev": (FLUX, "flux1-dev", "a29710fea6dddb0314663ee823598e50"),
 }
 BASE_HASH = "8004730443f55db63092006dd9f7110e"  # Qwen2.5-VL-7B-Instruct, which lacks NEW_IN_NEXUS
+BASE_REMARK = "the base model Qwen2.5-VL, not Nexus-Gen. It answers questions but must be trained"
+BASE_REMARK += f" to generate images: {join_keys(NEW_IN_NEXUS)} will be random"
 TEXT_ENCODERS = ("CLIP", "CLIP tokenizer", "T5", "T5 tokenizer")
 TOKENIZERS = {  # component: how its file is read, given a config
     "tokenizer": lambda c, file: QwenTokenizer(file).check(c.ar),
@@ -111,26 +109,28 @@ def names_hash(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return hashlib.md5(",".join(sorted([*parts, *shapes])).encode()).hexdigest()
 
 
-def inspect(row: dict[str, str], folder: Path, config: NexusGenConfig, read_values: bool) -> None:
+def fill_row(row: dict[str, str], folder: Path, config: NexusGenConfig, read_values: bool) -> None:
     """Fill in the row of a component; ValueError says what is wrong with its file."""
     component = row["component"]
-    repo, path, published_hash = RELEASED[component]
-    path = f"{FOLDERS[repo]}/{path}"
-    if component in TOKENIZERS:
+    repo, path, published_hash = RELEASED.get(component, (None, "empty_prompt.safetensors", None))
+    path = Path(FOLDERS.get(repo, ""), path)
+    if published_hash:
+        expected = file_shapes(path.as_posix(), config)
+        row["tensors"] = f"0/{len(expected)}"
+        file = find_file(folder / path.parent, (path.name,))
+    else:
         file = find_file(folder / path)
-        row |= {"file": str(file.relative_to(folder)), "bytes": readable(file.stat().st_size)}
-        tokenizer_of(file, partial(TOKENIZERS[component], config))
-        return
-    expected = file_shapes(path, config)
-    row["tensors"] = f"0/{len(expected)}"
-    file = find_file((folder / path).parent, (Path(path).name,))
     row |= {"file": str(file.relative_to(folder)), "bytes": readable(file.stat().st_size)}
+    if component in TOKENIZERS:
+        tokenizer_of(file, partial(TOKENIZERS[component], config))
+    elif published_hash is None and load_empty_prompt(folder, config) is None:
+        row |= {"state": "stale", "remark": "of other text encoders; computed again when needed"}
+    if published_hash is None:
+        return
     tensors = open_weights(file)
     if is_base(tensors):
         expected = {key: shape for key, shape in expected.items() if key not in NEW_IN_NEXUS}
-        published_hash, new = BASE_HASH, join_keys(NEW_IN_NEXUS)
-        row["remark"] = "the base model Qwen2.5-VL, not Nexus-Gen. It answers questions but must be"
-        row["remark"] += f" trained to generate images: {new} will be random"
+        published_hash, row["remark"] = BASE_HASH, BASE_REMARK
     is_same = names_hash(shapes_of(tensors)) == published_hash
     has_hash = config == NexusGenConfig.v2()
     files = {tensor.file for tensor in tensors.values()}
@@ -142,18 +142,9 @@ def inspect(row: dict[str, str], folder: Path, config: NexusGenConfig, read_valu
         "names and shapes": ("equal" if is_same else "differs") if has_hash else "none published",
     }
     check_tensors(file, f"the {component}", expected, tensors)
-    if read_values:
-        odd = [key for key, tensor in tensors.items() if not tensor.read().isfinite().all()]
-        if odd:
-            raise ValueError(f"{file}: holds NaN or infinite values ({len(odd)}): {join_keys(odd)}")
-
-
-def inspect_empty_prompt(row: dict[str, str], folder: Path, config: NexusGenConfig) -> None:
-    """Fill in the row of the empty prompt's constants, which can stand for the text encoders."""
-    file = find_file(folder / "empty_prompt.safetensors")
-    row |= {"file": file.name, "bytes": readable(file.stat().st_size)}
-    if load_empty_prompt(folder, config) is None:
-        row |= {"state": "stale", "remark": "of other text encoders; computed again when needed"}
+    odd = [k for k, t in tensors.items() if read_values and not t.read().isfinite().all()]
+    if odd:
+        raise ValueError(f"{file}: holds NaN or infinite values ({len(odd)}): {join_keys(odd)}")
 
 
 def component_row(
@@ -162,16 +153,12 @@ def component_row(
     """The row of a component, and a remark: what is wrong with it, and where to get it."""
     row = dict.fromkeys(COLUMNS, "-") | {"component": component, "state": "ok", "remark": ""}
     try:
-        if component in RELEASED:
-            inspect(row, folder, config, read_values)
-        else:
-            inspect_empty_prompt(row, folder, config)
+        fill_row(row, folder, config, read_values)
     except (ValueError, OSError) as error:
         absent = row["file"] == "-"
         row["state"] = ("missing" if absent else "wrong") + ("" if needed else ", not needed")
-        if component not in RELEASED or (folder / "nexus_min.json").is_file():
-            remedy = "not in the release: get it from where this folder comes from"
-        else:
+        remedy = "not in the release: get it from where this folder comes from"
+        if component in RELEASED and not (folder / "nexus_min.json").is_file():
             remedy = f"from {RELEASED[component][0]}{'' if absent else ', once this is deleted'}: "
             remedy += f"{COMMAND} download {quote(str(folder))}"
             remedy += " --base" if component == "FLUX.1-dev" else ""
@@ -180,7 +167,10 @@ def component_row(
 
 
 def check(args: argparse.Namespace) -> int:
-    """Print what the folder holds; 1 when anything that is needed is missing or wrong."""
+    """Compare names, shapes and types of all tensors with the models and the released ones.
+
+    Ends with exit status 1 when a needed file is missing or wrong.
+    """
     folder = args.path
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give the one that holds {AR_FOLDER}/")
@@ -230,15 +220,17 @@ def convert_file(file: Path) -> bool:
     free_bytes(file.parent, stat.st_size)
     state = {key: tensor.read() for key, tensor in tensors.items()}
     users = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
-    for key, tensor in state.items():
-        if users[tensor.untyped_storage().data_ptr()] > 1:  # safetensors stores no shared memory
-            state[key] = tensor.clone()
+    for key, tensor in state.items():  # safetensors stores no shared memory
+        state[key] = tensor.clone() if users[tensor.untyped_storage().data_ptr()] > 1 else tensor
     save_tensors(target, state, metadata=source)
     return True
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Convert one .bin, or those of a model's folder."""
+    """Write each decoder's .bin as .safetensors beside it: the same names, types and values.
+
+    An interrupted conversion starts again.
+    """
     files, path = [args.path], args.path
     if path.is_dir():
         decoders = [path / AR_FOLDER / f"{name}_decoder.bin" for name in ("generation", "edit")]
@@ -340,7 +332,10 @@ def fetch(file: HubFile) -> None:
 
 
 def download(args: argparse.Namespace) -> None:
-    """List what is to be downloaded, and download it."""
+    """Get the release, 75 GB, from the Hugging Face hub. Repeat the command to resume it.
+
+    FLUX.1-dev is gated: accept its license there, then `hf auth login`.
+    """
     if not find_spec("huggingface_hub"):
         raise ValueError("download needs: pip install huggingface_hub")
     files = hub_files(args.path, args.base, args.endpoint and args.endpoint.rstrip("/"))
@@ -350,31 +345,24 @@ def download(args: argparse.Namespace) -> None:
     left, total = sum(file.left for file in files), sum(file.size for file in files)
     free = free_bytes(args.path, 0 if args.list else left)
     print(f"{readable(left)} of {readable(total)} to download; {readable(free)} free on the disk")
-    if not args.list:
-        for file in files:
-            if file.left:
-                fetch(file)
-        print(f"complete; next: {COMMAND} check {quote(str(args.path))}")
+    if args.list:
+        return
+    for file in files:
+        if file.left:
+            fetch(file)
+    print(f"complete; next: {COMMAND} check {quote(str(args.path))}")
 
 
 # ---- the command line ----------------------------------------------------------------------------
-
-ABOUT = {
-    check: "Compare names, shapes and types of all tensors with the models and the released ones."
-    " Ends with exit status 1 when a needed file is missing or wrong.",
-    convert: "Write each decoder's .bin as .safetensors beside it, with the same names, types and"
-    " values. An interrupted conversion starts again.",
-    download: "Get the release, 75 GB, from the Hugging Face hub. Repeat the command to resume it."
-    " FLUX.1-dev is gated: accept its license there, then `hf auth login`.",
-}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line: `path`, the function `run` of the verb, and the verb's options."""
     parser = Parser("weights_loader.py", description="The files of a release: get and check them.")
     verbs, commands = parser.add_subparsers(required=True, metavar="VERB"), {}
-    for run, about in ABOUT.items():
-        command = verbs.add_parser(run.__name__, help=about, description=about)
+    for run in (check, convert, download):
+        about = getdoc(run)
+        command = verbs.add_parser(run.__name__, help=about.split("\n")[0], description=about)
         path, noun = ("DIR|FILE", "a model, or one .bin") if run is convert else ("DIR", "a model")
         command.add_argument("path", type=Path, metavar=path, help=f"folder of {noun}")
         command.set_defaults(run=run)
