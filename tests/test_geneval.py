@@ -129,7 +129,7 @@ def test_folders_are_those_of_geneval(tmp_path):
         line("colors", [{"class": "bench", "color": "red", "count": 1}], prompt="a red bench"),
     ]
     options = {"num_steps": 1, "fast_preamble": True}
-    found = geneval.evaluate(make_tiny(), lines, tmp_path / "out", 2, seed=7, **options)
+    found = geneval.evaluate(make_tiny(), lines, tmp_path / "out", 2, 7, False, **options)
     names = sorted(p.relative_to(tmp_path / "out").as_posix() for p in tmp_path.rglob("*.*"))
     assert names == [
         f"0000{k}/{n}"

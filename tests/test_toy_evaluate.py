@@ -149,7 +149,7 @@ def test_generation_scores(artist, kind, tmp_path):
     strip = Image.open(tmp_path / "a_b_c.png")
     assert strip.size == (10 * 64 * 2, 64 * 2)
     artist(one_missing)
-    assert ev.score_generation(None, kind, True, 12, 0)[0].right == 0
+    assert next(ev.score_generation(None, kind, True, 12, 0)).right == 0
 
 
 def test_captions_are_scored_exactly_and_by_number_of_objects(artist):
@@ -172,10 +172,10 @@ def test_edit_scores(artist, kind):
         assert score.notes.get("told") == (None if kind == "add" else 1)
         assert score.notes["l1_outside_editing"] == 0 < score.notes["l1_outside_generation"]
         artist(truth, lambda scene: replace(scene, texture=None))
-        notes = ev.score_edits(None, kind, False, 12, 0)[0].notes
+        notes = next(ev.score_edits(None, kind, False, 12, 0)).notes
         assert 0 < notes["l1_outside_generation"] == notes["l1_outside_no_texture"] < 0.1
     artist(other_background)
-    assert ev.score_edits(None, kind, False, 12, 0)[0].right == 0
+    assert next(ev.score_edits(None, kind, False, 12, 0)).right == 0
 
 
 def test_an_edit_left_undone_is_wrong(artist, monkeypatch):
@@ -210,9 +210,9 @@ def test_question_scores(kind):
     score_kind = partial(ev.score_questions, kind=kind, zh=False, n=12, seed=0)
     (score,) = score_kind(Answers(cases))
     assert score.right == score.n == len(cases) > 1
-    assert score_kind(Answers(cases, wrong=True))[0].right == 0
-    assert score_kind(Answers(cases, pad=" a red star: "))[0].right == 0  # the last word counts
-    assert score_kind(Answers(cases, thought="a star in the center: "))[0].right == score.n
+    assert next(score_kind(Answers(cases, wrong=True))).right == 0
+    assert next(score_kind(Answers(cases, pad=" a red star: "))).right == 0  # the last word counts
+    assert next(score_kind(Answers(cases, thought="a star in the center: "))).right == score.n
 
 
 def test_reconstruction_is_of_held_out_scenes(monkeypatch):
@@ -264,7 +264,7 @@ def test_bad_options_are_errors_before_a_model_is_loaded(groups, cases, message)
         groups=groups, languages="en", cases=cases, samples=1, model="no such folder", seed=0
     )
     with pytest.raises(ValueError, match=message):
-        ev.main(args)
+        ev.main(args, None)
 
 
 # ---- the vocabulary ----------------------------------------------------------------------------

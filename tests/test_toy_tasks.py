@@ -19,7 +19,7 @@ from nexus_min.toy.language import RELATIONS, ZH, ZH_CELLS, caption
 from nexus_min.toy.pictures import scenes as training_scenes
 from nexus_min.toy.prompts import CATEGORIES, canonical_scene
 from nexus_min.toy.questions import QUESTIONS, final_answer
-from nexus_min.toy.tasks import MAKERS, QUESTIONS_PER_IMAGE, Example, sample_example
+from nexus_min.toy.tasks import KINDS, MAKERS, QUESTIONS_PER_IMAGE, Example, sample_example
 from nexus_min.toy.world import (
     BACKGROUNDS,
     CENTERS,
@@ -32,15 +32,10 @@ from nexus_min.toy.world import (
     random_texture,
 )
 
-KINDS = {
-    "generate": (*CATEGORIES, "caption"),
-    "understand": (*QUESTIONS, "describe"),
-    "edit": EDITS,
-}
 EVERY = [(task, kind) for task, kinds in KINDS.items() for kind in kinds]
 
 
-def draw(task: str, kind: str | None, n: int, unseen: bool = False, zh: bool | None = None):
+def draw(task: str, kind: str, n: int, unseen: bool = False, zh: bool | None = None):
     rng = np.random.default_rng([n, len(task), *(kind or task).encode(), unseen])
     return [sample_example(rng, task, kind, zh, unseen=unseen) for _ in range(n)]
 
@@ -62,10 +57,8 @@ def test_unseen_examples_always_show_a_held_out_scene(task, kind):
 
 
 def test_the_mixture_of_training_holds_nothing_out_too():
-    seen = {s.key for task in MAKERS for ex in draw(task, None, 400) for s in ex.scenes}
-    asked = {
-        s.key for task in MAKERS for ex in draw(task, None, 60, unseen=True) for s in ex.scenes
-    }
+    seen = {s.key for task in MAKERS for ex in draw(task, "", 400) for s in ex.scenes}
+    asked = {s.key for task in MAKERS for ex in draw(task, "", 60, unseen=True) for s in ex.scenes}
     assert not any(held_out(key) for key in seen)
     assert any(held_out(key) for key in asked)
 
@@ -428,7 +421,7 @@ def test_both_ways_of_an_edit_are_asked_for_alike():
 
 @pytest.mark.parametrize("task", MAKERS)
 def test_messages_follow_the_official_format(task):
-    for ex in draw(task, None, 60):
+    for ex in draw(task, "", 60):
         turns = len(ex.messages) // 2  # questions come several about one image
         assert 1 <= turns <= {"understand": QUESTIONS_PER_IMAGE, "multi_turn": 3}.get(task, 1)
         assert [m["role"] for m in ex.messages] == ["user", "assistant"] * turns
@@ -517,8 +510,8 @@ def test_an_answer_follows_a_caption_and_a_chain_of_thought(kind, zh):
 
 @pytest.mark.parametrize("zh", [False, True])
 def test_a_conversation_continues_about_the_latest_image(zh):
-    turns, edits, unseen = [], 0, draw("multi_turn", None, 30, unseen=True, zh=zh)
-    for ex in draw("multi_turn", None, 200, zh=zh) + unseen:
+    turns, edits, unseen = [], 0, draw("multi_turn", "", 30, unseen=True, zh=zh)
+    for ex in draw("multi_turn", "", 200, zh=zh) + unseen:
         scenes, described = list(ex.scenes), ex.kind == "understand"
         at = 0 if ex.kind == "generate" else 1  # of the first image that is made
         turns.append(len(ex.messages) // 2)

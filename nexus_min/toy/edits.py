@@ -10,56 +10,54 @@ from .language import CELL_NAMES, cell_name, noun_phrase, reference, with_articl
 from .world import BACKGROUNDS, COLORS, SHAPES, Rng, Scene, choice, jittered, random_object
 
 EDITS = ("recolor", "add", "remove", "replace", "background", "move", "style")
+SENTENCES = {
+    "recolor": ("Change the {} to {}.", "把{}变成{}"),
+    "add": ("Add {} {}.", "在{1}加一个{0}"),
+    "remove": ("Remove the {}.", "去掉{}"),
+    "replace": ("Replace the {} with {}.", "把{}换成{}"),
+    "background": ("Change the background to {}.", "把背景换成{}"),
+    "move": ("Move the {} to the {}.", "把{}移到{}"),
+    "fill": ("Fill in the shapes.", "把图形填满"),
+    "outline": ("Turn it into an outline drawing.", "改成线条画"),
+}
 
 
 def edit_pair(rng: Rng, kind: str, scene: Scene, zh: bool) -> tuple[Scene, str] | None:
     """(target, instruction) of one kind for a source scene, or None when it does not admit one."""
+    if kind == "style":
+        kind = "fill" if scene.style == "outline" else "outline"
+    english, chinese = SENTENCES[kind]
+    sentence = chinese if zh else english
     if kind == "background":
         color = choice(rng, [b for b in BACKGROUNDS if b != scene.background])
-        text = f"把背景换成{word(color, zh)}" if zh else f"Change the background to {color}."
-        return replace(scene, background=color), text
-    if kind == "style":
-        if scene.style == "outline":
-            text = "把图形填满" if zh else "Fill in the shapes."
-            return replace(scene, style="filled"), text
-        text = "改成线条画" if zh else "Turn it into an outline drawing."
-        return replace(scene, style="outline"), text
+        return replace(scene, background=color), sentence.format(word(color, zh))
+    if kind in ("fill", "outline"):
+        return replace(scene, style="filled" if kind == "fill" else "outline"), sentence
     free = [c for c in range(9) if c not in {o.cell for o in scene.objects}]
-    if kind != "add":
-        return _edit_object(rng, kind, scene, free, zh)
-    if len(scene.objects) == 4:
-        return None
-    new = random_object(rng, choice(rng, free))
-    name, cell = noun_phrase(*new.key[:3], zh), cell_name(new.cell, zh)
-    text = f"在{cell}加一个{name}" if zh else f"Add {with_article(name)} {cell}."
-    return replace(scene, objects=(*scene.objects, new)), text
-
-
-def _edit_object(
-    rng: Rng, kind: str, scene: Scene, free: list[int], zh: bool
-) -> tuple[Scene, str] | None:
-    """Remove, recolor, replace or move (to a free cell) an object that has a unique name."""
+    if kind == "add":
+        if len(scene.objects) == 4:
+            return None
+        new = random_object(rng, choice(rng, free))
+        name = with_article(noun_phrase(*new.key[:3], zh), zh)
+        text = sentence.format(name, cell_name(new.cell, zh))
+        return replace(scene, objects=(*scene.objects, new)), text
     old = choice(rng, scene.objects)
-    form = reference(rng, scene, old)
+    form = reference(rng, scene, old)  # the other kinds change an object that has a unique name
     if form is None or (kind == "remove" and len(scene.objects) == 1):
         return None
-    name = noun_phrase(*form, zh)
-    rest = tuple(o for o in scene.objects if o is not old)
+    name, rest = noun_phrase(*form, zh), tuple(o for o in scene.objects if o is not old)
     if kind == "remove":
-        return replace(scene, objects=rest), f"去掉{name}" if zh else f"Remove the {name}."
+        return replace(scene, objects=rest), sentence.format(name)
     if kind == "recolor":
-        color = choice(rng, [c for c in COLORS if c != old.color])
-        new = replace(old, color=color)
-        text = f"把{name}变成{word(color, zh)}" if zh else f"Change the {name} to {color}."
+        new = replace(old, color=choice(rng, [c for c in COLORS if c != old.color]))
+        goal = word(new.color, zh)
     elif kind == "replace":
         new = replace(old, shape=choice(rng, [s for s in SHAPES if s != old.shape]))
-        goal = word(new.shape, True) if zh else with_article(new.shape)
-        text = f"把{name}换成{goal}" if zh else f"Replace the {name} with {goal}."
+        goal = with_article(word(new.shape, zh), zh)
     else:
         new = jittered(rng, replace(old, cell=choice(rng, free)))
         goal = word(CELL_NAMES[new.cell], zh)
-        text = f"把{name}移到{goal}" if zh else f"Move the {name} to the {goal}."
-    return replace(scene, objects=(*rest, new)), text
+    return replace(scene, objects=(*rest, new)), sentence.format(name, goal)
 
 
 def plan(scene: Scene, target: Scene, zh: bool) -> str:
@@ -71,13 +69,14 @@ def plan(scene: Scene, target: Scene, zh: bool) -> str:
     come = [o for o in target.objects if o not in scene.objects]
     if len(gone) != 1:
         return ""
-    old, new = gone[0], come[0] if come else None
+    old = gone[0]
     name, cell = noun_phrase(*old.key[:3], zh), cell_name(old.cell, zh)
     subject = f"{cell}的{name}" if zh else f"The {name} {cell}"
-    if new is None:
+    if not come:
         return f"{subject}消失。" if zh else f"{subject} disappears. "
+    new = come[0]
     if new.cell != old.cell:
         goal = word(CELL_NAMES[new.cell], zh)
         return f"{subject}移到{goal}。" if zh else f"{subject} moves to the {goal}. "
-    name = noun_phrase(*new.key[:3], zh)
-    return f"{subject}变成{name}。" if zh else f"{subject} becomes {with_article(name)}. "
+    name = with_article(noun_phrase(*new.key[:3], zh), zh)
+    return f"{subject}变成{name}。" if zh else f"{subject} becomes {name}. "

@@ -4,16 +4,16 @@ GenEval's six categories, long captions, questions, edits and reconstruction (th
 paper's tables 2 to 5), each with a 95 % interval. The checker (`score`) reads every image.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ..sampling import SamplingParams
 from ..tokenizer import EDITING_REPLY, GENERATION_REPLY, IMAGE
 from . import geneval
 from .edits import EDITS
-from .pictures import save_grid
+from .pictures import are_exact, save_grid
 from .prompts import CATEGORIES, satisfies
 from .questions import QUESTIONS, final_answer
 from .score import l1_unedited, read
@@ -49,8 +49,7 @@ class Score:
     notes: dict = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, verdicts: Iterable[bool], **notes) -> Score:
-        verdicts = list(verdicts)
+    def of(cls, name: str, verdicts: Sequence[bool], **notes) -> Self:
         return cls(name, sum(map(bool, verdicts)), len(verdicts), notes)
 
     @property
@@ -60,12 +59,11 @@ class Score:
     @property
     def interval(self) -> tuple[float, float]:
         n, p, z = max(1, self.n), self.rate, 1.96
-        center = p + z * z / (2 * n)
+        center, scale = p + z * z / (2 * n), 1 + z * z / n
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
+        return (center - half) / scale, (center + half) / scale
 
     def line(self) -> str:
-        """The score as a line of the printed table."""
         low, high = self.interval
         notes = "  ".join(f"{k} {v:.4g}" for k, v in self.notes.items())
         if not self.n and notes:  # a measure that is no rate
@@ -73,7 +71,6 @@ class Score:
         return f"{self.name:34s} {self.rate:6.3f}  [{low:.3f}, {high:.3f}]  n={self.n:<5d} {notes}"
 
     def as_dict(self) -> dict:
-        """The score for JSON."""
         values = {"name": self.name, "rate": self.rate, "interval": self.interval, "n": self.n}
         return values | self.notes
 
@@ -140,35 +137,36 @@ def _save_samples(folder: Path | None, name: str, *rows: np.ndarray) -> None:
         save_grid(path, [row[:10] for row in rows])
 
 
-def score_generation(model, kind, zh, n, seed, unseen=True, name="", save=None) -> list[Score]:
+def score_generation(model, kind, zh, n, seed, unseen=True, name="", save=None) -> Iterator[Score]:
     """Images of prompts of one kind; for captions then also by number of objects."""
     cases = sample_examples("generate", kind, zh, n, seed, unseen)
     images = sample_images(model, "generation", predict(model, cases)[1], None, seed)
     _save_samples(save, name, images)
-    pairs = list(zip(read(images), cases, strict=True))
     distinct = len({ex.scenes[0].key for ex in cases})
     if kind != "caption":
+        pairs = zip(read(images), cases, strict=True)
         verdicts = [r.known and satisfies(r.scene, ex.spec) for r, ex in pairs]
-        return [Score.of(name, verdicts, scenes=distinct)]
-    by_count: dict[int, list[bool]] = {}
-    for reading, ex in pairs:
-        verdicts = by_count.setdefault(len(ex.scenes[0].objects), [])
-        verdicts.append(reading.is_exactly(ex.scenes[0]))
-    parts = [Score.of(f"{name}, {count} objects", v) for count, v in sorted(by_count.items())]
-    return [Score.of(name, sum(by_count.values(), []), scenes=distinct), *parts]
+        yield Score.of(name, verdicts, scenes=distinct)
+        return
+    verdicts = are_exact(images, [ex.scenes[0] for ex in cases])
+    yield Score.of(name, verdicts, scenes=distinct)
+    counts = [len(ex.scenes[0].objects) for ex in cases]
+    for count in sorted(set(counts)):
+        part = [v for v, c in zip(verdicts, counts, strict=True) if c == count]
+        yield Score.of(f"{name}, {count} objects", part)
 
 
-def score_questions(model, kind, zh, n, seed, name="") -> list[Score]:
+def score_questions(model, kind, zh, n, seed, name="") -> Iterator[Score]:
     """Exact answers to questions of one kind, after any chain of thought."""
     verdicts = []
     for ex in sample_examples("understand", kind, zh, n, seed):
         image = Image.fromarray(render(ex.scenes[0]))
         reply = model.understand(image, ex.text, max_new_tokens=128)
         verdicts.append(final_answer(reply) == ex.answer)
-    return [Score.of(name, verdicts)]
+    yield Score.of(name, verdicts)
 
 
-def score_edits(model, kind, zh, n, seed, name="", save=None) -> list[Score]:
+def score_edits(model, kind, zh, n, seed, name="", save=None) -> Iterator[Score]:
     """Edits of one kind by the editing decoder.
 
     Its notes: `told`, the share of replies that state the change rightly; L1 outside the edits of
@@ -181,8 +179,7 @@ def score_edits(model, kind, zh, n, seed, name="", save=None) -> list[Score]:
     images = {d: sample_images(model, d, embeds, references, seed) for d in DECODERS}
     _save_samples(save, name, sources, targets, *images.values())
     images["no_texture"] = [render(replace(ex.scenes[1], texture=None)) for ex in cases]
-    pairs = zip(read(images["editing"]), cases, strict=True)
-    score = Score.of(name, [reading.is_exactly(ex.scenes[1]) for reading, ex in pairs])
+    score = Score.of(name, are_exact(images["editing"], [ex.scenes[1] for ex in cases]))
     if told := [t.endswith(ex.answer) for t, ex in zip(texts, cases, strict=True) if ex.answer]:
         score.notes["told"] = sum(told) / len(told)
     textured = [i for i, ex in enumerate(cases) if ex.scenes[0].texture]
@@ -190,10 +187,10 @@ def score_edits(model, kind, zh, n, seed, name="", save=None) -> list[Score]:
         for d, x in images.items():
             distances = [l1_unedited(x[i], targets[i], sources[i]) for i in textured]
             score.notes[f"l1_outside_{d}"] = float(np.mean(distances))
-    return [score]
+    yield score
 
 
-def score_reconstruction(model, n, seed, save=None) -> list[Score]:
+def score_reconstruction(model, n, seed, save=None) -> Iterator[Score]:
     """Unseen scenes that the generation decoder redraws from their own image embeddings."""
     cases = sample_examples("generate", "caption", False, n, seed)
     truth = np.stack([render(ex.scenes[0]) for ex in cases])
@@ -203,8 +200,7 @@ def score_reconstruction(model, n, seed, save=None) -> list[Score]:
         embeds = torch.stack([model.embed_images([view])[0] for view in views])
     images = sample_images(model, "generation", embeds, None, seed)
     _save_samples(save, "reconstruction", truth, images)
-    pairs = zip(read(images), cases, strict=True)
-    return [Score.of("reconstruction", [r.is_exactly(ex.scenes[0]) for r, ex in pairs])]
+    yield Score.of("reconstruction", are_exact(images, [ex.scenes[0] for ex in cases]))
 
 
 def by_kind(name: str, kinds: tuple[str, ...], score_kind: Callable, part="") -> Iterator[Score]:
@@ -233,21 +229,19 @@ def evaluate(
         generation = partial(score_generation, model, save=save, **common)
         questions = partial(score_questions, model, **common)
         edits = partial(score_edits, model, save=save, **common)
-        if "generation" in groups:
-            yield from by_kind(f"geneval-toy {language}", CATEGORIES, generation)
-        if "captions" in groups:
-            yield from generation("caption", name=f"long captions {language}")
-        if "questions" in groups:
-            yield from by_kind(f"questions {language}", QUESTIONS, questions)
-        if "describe" in groups:
-            yield from questions("describe", name=f"describe {language}")
-        if "edits" in groups:
-            for score in by_kind(f"edits {language}", EDITS, edits):
-                notes += [score.notes] if "l1_outside_editing" in score.notes else []
-                yield score
-        if "seen" in groups and language == "en":
+        scores = {
+            "generation": by_kind(f"geneval-toy {language}", CATEGORIES, generation),
+            "captions": generation("caption", name=f"long captions {language}"),
+            "questions": by_kind(f"questions {language}", QUESTIONS, questions),
+            "describe": questions("describe", name=f"describe {language}"),
+            "edits": by_kind(f"edits {language}", EDITS, edits),
+        }
+        if language == "en":
             seen = partial(generation, unseen=False, save=None)
-            yield from by_kind("geneval-toy en, in training", CATEGORIES, seen, "in training")
+            scores["seen"] = by_kind("geneval-toy en, in training", CATEGORIES, seen, "in training")
+        for score in chain.from_iterable(scores[group] for group in scores if group in groups):
+            notes += [score.notes] if "l1_outside_editing" in score.notes else []
+            yield score
     if "reconstruction" in groups:
         yield from score_reconstruction(model, cases, seed, save)
     if notes:
@@ -272,14 +266,15 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def _chosen(text: str, names: tuple[str, ...], what: str) -> tuple[str, ...]:
     """The comma-separated words of `text`, each of which must be among `names`."""
-    words = tuple(word.strip() for word in text.split(",") if word.strip())
-    if not words or set(words) - set(names):
-        unknown = ", ".join(word for word in words if word not in names) or "(none)"
+    words = tuple(filter(None, map(str.strip, text.split(","))))
+    unknown = [word for word in words if word not in names]
+    if unknown or not words:
+        unknown = ", ".join(unknown) or "(none)"
         raise ValueError(f"unknown {what} {unknown}; there are {', '.join(names)}")
     return words
 
 
-def main(args: Namespace, load: Callable[[], NexusGen] | None = None) -> int:
+def main(args: Namespace, load: Callable[[], NexusGen]) -> None:
     """Evaluate a model and print one line for each score."""
     groups = _chosen(args.groups, GROUPS, "groups")
     languages = _chosen(args.languages, LANGUAGES, "languages")
@@ -287,22 +282,21 @@ def main(args: Namespace, load: Callable[[], NexusGen] | None = None) -> int:
     if args.write_prompts:
         kinds = [(kind, language == "zh") for language in languages for kind in CATEGORIES]
         cases = [sample_examples("generate", *k, args.cases, args.seed) for k in kinds]
-        geneval.write_prompts(args.write_prompts, [ex for part in cases for ex in part])
-        return 0
-    prompts = geneval.read_prompts(args.prompts) if args.prompts else None
-    model = load() if load else NexusGen.load(args.model)
-    if prompts:
-        folder, progress = args.save or Path("geneval"), sys.stderr.isatty()
-        results = geneval.evaluate(model, prompts, folder, args.samples, args.seed, progress)
-        rows = [(tag, row["score"], row["judged"]) for tag, row in results["categories"].items()]
-        for tag, rate, n in [*rows, ("overall", results["overall"], 0)]:
+        lines = [geneval.metadata(ex) for ex in chain.from_iterable(cases)]
+        geneval.write_lines(args.write_prompts, lines)
+        return
+    if args.prompts:
+        prompts, folder = geneval.read_prompts(args.prompts), args.save or Path("geneval")
+        progress = sys.stderr.isatty()
+        results = geneval.evaluate(load(), prompts, folder, args.samples, args.seed, progress)
+        rows = {tag: (c["score"], f"  n={c['judged']}") for tag, c in results["categories"].items()}
+        for tag, (rate, n) in (rows | {"overall": (results["overall"], "")}).items():
             text = "   -" if rate is None else f"{rate:6.3f}"
-            write(sys.stdout, f"{tag:34s} {text}" + (f"  n={n}" if tag != "overall" else ""))
+            write(sys.stdout, f"{tag:34s} {text}{n}")
     else:
         results = []
-        for score in evaluate(model, args.cases, args.seed, groups, languages, args.save):
+        for score in evaluate(load(), args.cases, args.seed, groups, languages, args.save):
             print(score.line(), flush=True)
             results.append(score.as_dict())
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
-    return 0

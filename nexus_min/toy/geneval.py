@@ -6,7 +6,6 @@ checker stands in for GenEval's detector. It leaves other prompts to an outside 
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,10 +40,10 @@ def metadata(ex: Example) -> dict:
     return line | {"prompt": ex.text}
 
 
-def write_prompts(path: Path, examples: Sequence[Example]) -> None:
-    """Write toy prompts as a file in GenEval's format."""
-    lines = [json.dumps(metadata(ex), ensure_ascii=False) for ex in examples]
-    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+def write_lines(path: Path, lines: list[dict]) -> None:
+    """Write a JSONL file."""
+    rows = [json.dumps(line, ensure_ascii=False) for line in lines]
+    path.write_text("".join(f"{row}\n" for row in rows), "utf-8")
 
 
 def read_prompts(path: Path) -> list[dict]:
@@ -101,14 +100,15 @@ def _find(scene: Scene, part: dict) -> list[Object]:
 def judge(scene: Scene, line: dict) -> str:
     """Why a scene does not show what a prompt names, or "". `include` needs at least `count`."""
     groups = [_find(scene, part) for part in line["include"]]
-    for part, group in zip(line["include"], groups, strict=True):
+    include = list(zip(line["include"], groups, strict=True))
+    for part, group in include:
         if len(group) < part["count"]:
             name = " ".join(filter(None, (part.get("color"), part["class"])))
             return f"expected {name} >= {part['count']}, found {len(group)}"
     for part in line.get("exclude", []):
         if (n := len(_find(scene, part))) >= part["count"]:
             return f"expected {part['class']} < {part['count']}, found {n}"
-    for part, group in zip(line["include"], groups, strict=True):
+    for part, group in include:
         if "position" in part:
             relation, other = part["position"]
             if not any(is_related(a, b, relation) for a in group for b in groups[other]):
@@ -141,29 +141,21 @@ def summary(rows: Sequence[dict]) -> dict:
 
 
 def evaluate(
-    model: NexusGen,
-    lines: Sequence[dict],
-    folder: Path,
-    samples: int = 4,
-    seed: int = 0,
-    progress: bool = False,
-    **options,
+    model: NexusGen, prompts: list[dict], folder: Path, samples: int, seed: int, progress, **options
 ) -> dict:
     """Draw `samples` images of each prompt into `folder` in GenEval's layout, and score them.
 
     Returns the `summary`, and `results` with one row for each image.
     """
-    options = {"task": "generate", **options}
-    seeds = range(seed, seed + samples)
-    items = [options | {"prompt": line["prompt"], "seed": s} for line in lines for s in seeds]
-    rows = []
+    seeds, rows = range(seed, seed + samples), []
+    common = {"task": "generate", **options}
+    items = [common | {"prompt": p["prompt"], "seed": s} for p in prompts for s in seeds]
     for result in sorted(batch.run(model, items, progress=progress)):
         number, k = divmod(result.index, samples)
-        line, path = lines[number], folder / f"{number:05d}" / "samples" / f"{k:04d}.png"
+        line, path = prompts[number], folder / f"{number:05d}" / "samples" / f"{k:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(line, ensure_ascii=False) + "\n"
-        (path.parents[1] / "metadata.jsonl").write_text(text, "utf-8")
-        row = {"filename": os.fspath(path), "tag": line["tag"], "prompt": line["prompt"]}
+        write_lines(path.parents[1] / "metadata.jsonl", [line])
+        row = {"filename": str(path), "tag": line["tag"], "prompt": line["prompt"]}
         if result.error:
             row |= {"correct": False, "reason": result.error}
         else:

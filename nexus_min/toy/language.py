@@ -47,8 +47,8 @@ def plural(phrase: str) -> str:
     return phrase + ("es" if phrase.endswith("cross") else "s")
 
 
-def with_article(phrase: str) -> str:
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+def with_article(phrase: str, zh: bool = False) -> str:
+    return phrase if zh else ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
 def in_order(scene: Scene) -> list[Object]:
@@ -57,8 +57,7 @@ def in_order(scene: Scene) -> list[Object]:
 
 def describe_object(obj: Object, zh: bool) -> str:
     """ "a small red star in the center" / "中间有小的红色星形"."""
-    name = noun_phrase(*obj.key[:3], zh)
-    cell = cell_name(obj.cell, zh)
+    name, cell = noun_phrase(*obj.key[:3], zh), cell_name(obj.cell, zh)
     return f"{cell}有{name}" if zh else f"{with_article(name)} {cell}"
 
 
@@ -66,7 +65,7 @@ def setting(background: str | None, style: str | None, zh: bool) -> str:
     """ " on a gray background, outline drawing" / "，灰色背景，线条画"; None leaves a part out."""
     text = ""
     if background:
-        name = word(background, True) if zh else with_article(background)
+        name = with_article(word(background, zh), zh)
         text = f"，{name}背景" if zh else f" on {name} background"
     if style == "outline":
         text += "，线条画" if zh else ", outline drawing"
@@ -78,10 +77,9 @@ def caption(rng: Rng | None, scene: Scene, zh: bool) -> str:
 
     "a small red star in the center, a large blue circle on the left, on a gray background"
     """
-    objects = in_order(scene)
+    parts = [describe_object(o, zh) for o in in_order(scene)]
     if rng is not None:
-        objects = [objects[i] for i in rng.permutation(len(objects))]
-    parts = [describe_object(o, zh) for o in objects]
+        parts = [parts[i] for i in rng.permutation(len(parts))]
     text = "，".join(parts) if zh else ", ".join(parts) + ","
     return text + setting(scene.background, scene.style, zh)
 

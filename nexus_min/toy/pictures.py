@@ -13,7 +13,7 @@ from torch import Tensor
 from ..images import patch_rows
 from ..model.vision import QwenViT
 from . import score
-from .world import OUTLINE_SHARE, Rng, Scene, held_out, random_scene
+from .world import Rng, Scene, held_out, random_scene
 
 
 def to_unit(images: list[np.ndarray]) -> Tensor:
@@ -52,22 +52,13 @@ def save_grid(path: Path, rows: list[np.ndarray]) -> None:
 
 
 def scenes(
-    rng: Rng,
-    n: int,
-    detail: float = 0.4,
-    most: int = 4,
-    least: int = 1,
-    outline: float = OUTLINE_SHARE,
+    rng: Rng, n: int, detail: float = 0.4, most: int = 4, least: int = 1, **options: float
 ) -> list[Scene]:
-    """n random scenes of `least` to `most` objects that are not held out.
-
-    detail, outline: shares of textured scenes and of outline drawings
-    """
+    """n `random_scene`s of `least` to `most` objects that are not held out."""
     found: list[Scene] = []
     while len(found) < n:
-        scene = random_scene(rng, int(rng.integers(least, most + 1)), detail, outline)
-        if not held_out(scene.key):
-            found.append(scene)
+        scene = random_scene(rng, int(rng.integers(least, most + 1)), detail, **options)
+        found += [] if held_out(scene.key) else [scene]
     return found
 
 
@@ -78,10 +69,14 @@ def embed_views(visual: QwenViT, images: Tensor, size: int, mode: str = "bicubic
     return rearrange(tokens, "(B N) C -> B N C", B=len(images))
 
 
+def are_exact(images: np.ndarray, wanted: list[Scene]) -> list[bool]:
+    """For each image, whether the checker reads it as exactly its scene."""
+    return [r.is_exactly(s) for r, s in zip(score.read(images), wanted, strict=True)]
+
+
 def exactness(images: np.ndarray, wanted: list[Scene]) -> float:
     """Share of images that the checker reads as exactly their scene."""
-    readings = score.read(images)
-    return float(np.mean([r.is_exactly(s) for r, s in zip(readings, wanted, strict=True)]))
+    return float(np.mean(are_exact(images, wanted)))
 
 
 def agreement(images: np.ndarray, truth: np.ndarray) -> float:

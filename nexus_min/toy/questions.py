@@ -57,8 +57,8 @@ def make_question(rng: Rng, kind: str, scene: Scene, zh: bool) -> QA | None:
         shape = choice(rng, scene.objects).shape if rng.random() < 0.7 else choice(rng, SHAPES)
         name = lang.word(shape, True) if zh else lang.plural(shape)
         question = f"有几个{name}？" if zh else f"How many {name} are there?"
-        number = lang.word(lang.NUMBERS[sum(o.shape == shape for o in scene.objects)], zh)
-        return QA(question, _verdicts(scene, shape, None, zh), number)
+        number = lang.NUMBERS[sum(o.shape == shape for o in scene.objects)]
+        return QA(question, _verdicts(scene, shape, None, zh), lang.word(number, zh))
     if kind == "relation":
         return _relation(rng, scene, zh)
     obj = choice(rng, scene.objects)
@@ -74,12 +74,12 @@ def make_question(rng: Rng, kind: str, scene: Scene, zh: bool) -> QA | None:
     given = {"color": "shape", "shape": "color"}[kind]
     if sum(getattr(o, given) == getattr(obj, given) for o in scene.objects) > 1:
         return None  # the question would have several answers
-    shape, color = lang.word(obj.shape, zh), lang.word(obj.color, zh)
+    name = lang.word(getattr(obj, given), zh)
     if kind == "shape":
-        question = f"{color}的图形是什么形状？" if zh else f"What shape is the {color} object?"
-        return QA(question, reasoning, shape)
-    question = f"{shape}是什么颜色？" if zh else f"What color is the {shape}?"
-    return QA(question, reasoning, color)
+        question = f"{name}的图形是什么形状？" if zh else f"What shape is the {name} object?"
+    else:
+        question = f"{name}是什么颜色？" if zh else f"What color is the {name}?"
+    return QA(question, reasoning, lang.word(getattr(obj, kind), zh))
 
 
 def _verdicts(scene: Scene, shape: str, color: str | None, zh: bool) -> str:
@@ -102,36 +102,34 @@ def _existence(rng: Rng, scene: Scene, obj: Object, zh: bool) -> QA:
             shape = choice(rng, SHAPES)
         else:
             color = choice(rng, list(COLORS))
-    name, reasoning = lang.noun_phrase(shape, color, None, zh), _verdicts(scene, shape, color, zh)
+    name = lang.with_article(lang.noun_phrase(shape, color, None, zh), zh)
+    question, yes, no = (
+        (f"有{name}吗？", "有", "没有") if zh else (f"Is there {name}?", "yes", "no")
+    )
     exists = any(lang.matches(o, (shape, color)) for o in scene.objects)
-    if zh:
-        return QA(f"有{name}吗？", reasoning, "有" if exists else "没有")
-    return QA(f"Is there {lang.with_article(name)}?", reasoning, "yes" if exists else "no")
+    return QA(question, _verdicts(scene, shape, color, zh), yes if exists else no)
 
 
 def _relation(rng: Rng, scene: Scene, zh: bool) -> QA | None:
     if len(scene.objects) < 2:
         return None
-    chosen = rng.choice(len(scene.objects), 2, replace=False)
-    first, second = (scene.objects[i] for i in chosen)
-    forms = [lang.reference(rng, scene, o) for o in (first, second)]
+    pair = [scene.objects[i] for i in rng.choice(len(scene.objects), 2, replace=False)]
+    forms = [lang.reference(rng, scene, o) for o in pair]
     if None in forms:
         return None
     axis = int(rng.integers(2))  # 0: rows, above or below; 1: columns, left or right
-    if divmod(first.cell, 3)[axis] == divmod(second.cell, 3)[axis]:
-        return None
-    relations = [r for r in lang.RELATIONS if lang.RELATIONS[r][axis]]
-    asked = relations[int(rng.integers(2))]
-    true = next(r for r in relations if lang.is_related(first, second, r))
     # a row or column has the name of its cell in the center
-    lanes = [o.cell // 3 * 3 + 1 if axis == 0 else 3 + o.cell % 3 for o in (first, second)]
-    steps = [lang.describe_object(first, zh), lang.describe_object(second, zh)]
-    steps += [lang.word(lang.CELL_NAMES[lane], zh) for lane in lanes] + [lang.word(true, zh)]
+    lanes = [o.cell // 3 * 3 + 1 if axis == 0 else 3 + o.cell % 3 for o in pair]
+    if lanes[0] == lanes[1]:
+        return None
+    relations = [r for r, step in lang.RELATIONS.items() if step[axis]]
+    asked = choice(rng, relations)
+    true = next(r for r in relations if lang.is_related(*pair, r))
+    yes, no, comma = ("是", "不是", "，") if zh else (" yes", " no", ", ")
+    relation, answer = lang.word(asked, zh), yes if asked == true else no
+    names = [*(lang.CELL_NAMES[lane] for lane in lanes), true]
+    steps = [lang.describe_object(o, zh) for o in pair] + [lang.word(name, zh) for name in names]
+    reasoning = comma.join([*steps, relation + answer])
     one, two = (lang.noun_phrase(*form, zh) for form in forms)
-    if zh:
-        answer, relation = "是" if asked == true else "不是", lang.word(asked, zh)
-        reasoning = "，".join([*steps, relation + answer])
-        return QA(f"{one}在{two}的{relation}吗？", reasoning, answer)
-    answer = "yes" if asked == true else "no"
-    reasoning = ", ".join([*steps, f"{asked} {answer}"])
-    return QA(f"Is the {one} {asked} the {two}?", reasoning, answer)
+    question = f"{one}在{two}的{relation}吗？" if zh else f"Is the {one} {relation} the {two}?"
+    return QA(question, reasoning, answer.strip())

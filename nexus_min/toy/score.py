@@ -55,8 +55,7 @@ def _read_one(image: np.ndarray) -> Reading:
     palette = np.concatenate([BACKGROUNDS, COLORS])
     nearest = ((image.reshape(-1, 1, 3) - palette) ** 2).sum(-1).argmin(-1)
     commonest = np.bincount(nearest, minlength=len(palette))[: len(BACKGROUNDS)].argmax()
-    background = list(world.BACKGROUNDS)[commonest]
-    base = BACKGROUNDS[commonest]
+    background, base = list(world.BACKGROUNDS)[commonest], BACKGROUNDS[commonest]
     lines = COLORS - base  # the directions background -> color [8, 3]
     looks, masks, energies = _templates()
     objects, styles, worst = [], set(), 1.0

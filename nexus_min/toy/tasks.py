@@ -15,6 +15,8 @@ from .prompts import CATEGORIES, canonical_scene, phrase_prompt, short_prompt
 from .questions import QA, QUESTIONS, make_question, scene_caption, with_reasoning
 from .world import Rng, Scene, choice, held_out, jittered, random_scene, random_texture
 
+KINDS = {"generate": (*CATEGORIES, "caption"), "understand": (*QUESTIONS, "describe")}
+KINDS["edit"] = EDITS
 ZH_SHARE = 0.4
 SHORT_SHARE = 0.4  # of prompts; 0.2 in the paper, but here they carry six categories
 DESCRIBE_SHARE = 0.2  # of the conversations about an image
@@ -29,7 +31,7 @@ class Example:
     """One conversation with its images (as scenes), and what it takes to score the reply."""
 
     task: str  # "understand", "generate", "edit", or "multi_turn": several of these
-    kind: str  # of CATEGORIES, "caption", QUESTIONS (several joined by "+"), "describe", EDITS
+    kind: str  # of KINDS; several questions are joined by "+"
     language: str
     scenes: tuple[Scene, ...]  # the images, in the order of their <image> placeholders
     messages: tuple[dict, ...]
@@ -82,9 +84,8 @@ def question_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
     messages[0]["content"] = IMAGE + messages[0]["content"]
     if kinds[0] != "describe":
         messages[1]["content"] = scene_caption(scene, zh) + messages[1]["content"]
-    text, _, answer = turns[0]
-    language = "zh" if zh else "en"
-    return Example("understand", kind, language, (scene,), tuple(messages), text, answer)
+    common = ("understand", kind, "zh" if zh else "en", (scene,), tuple(messages))
+    return Example(*common, turns[0].question, turns[0].answer)
 
 
 def edit_example(rng: Rng, kind: str, zh: bool, most: int = 4, detail: float = 0.6) -> Example:
@@ -129,12 +130,8 @@ def multi_turn_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
     return replace(first, scenes=tuple(scenes), messages=tuple(messages))
 
 
-MAKERS = {
-    "understand": question_example,
-    "generate": generation_example,
-    "edit": edit_example,
-    "multi_turn": multi_turn_example,
-}
+MAKERS = {"understand": question_example, "generate": generation_example, "edit": edit_example}
+MAKERS["multi_turn"] = multi_turn_example
 
 
 def _random_kind(rng: Rng, task: str) -> str:
@@ -150,12 +147,7 @@ def _random_kind(rng: Rng, task: str) -> str:
 
 
 def sample_example(
-    rng: Rng,
-    task: str,
-    kind: str | None = None,
-    zh: bool | None = None,
-    most: int = 4,
-    unseen: bool = False,
+    rng: Rng, task: str, kind: str = "", zh: bool | None = None, most: int = 4, unseen: bool = False
 ) -> Example:
     """A random example of a task, of at most `most` objects; by default as training mixes them."""
     while True:

@@ -1,7 +1,6 @@
-"""The toy tokenizer: byte-level BPE over the toy world's words, with Qwen's special tokens.
+"""The toy tokenizer: byte-level BPE in which every word of the toy world is one token.
 
-Every word of the toy world is one token in any context. The special tokens come last, in the order
-of the official `tokenizer.json`.
+Qwen's special tokens come last, in the order of the official `tokenizer.json`.
 """
 
 import json
@@ -12,12 +11,9 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ..config import NexusGenConfig
-from ..tokenizer import SYSTEM_PROMPT
-from .edits import EDITS
+from ..tokenizer import IMAGE, SYSTEM_PROMPT
 from .language import ZH_WORDS
-from .prompts import CATEGORIES
-from .questions import QUESTIONS
-from .tasks import sample_example
+from .tasks import KINDS, sample_example
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -33,23 +29,17 @@ PRETOKEN = (
 )
 
 
-def corpus() -> list[str]:
-    """Text that holds every word of the toy world, also with a leading space."""
-    rng = np.random.default_rng(0)
-    kinds = {"generate": (*CATEGORIES, "caption"), "understand": (*QUESTIONS, "describe")}
-    texts = [SYSTEM_PROMPT, "system\n", "user\n", "assistant\n"]
-    for task, names in (kinds | {"edit": EDITS}).items():
-        for kind, zh, _ in product(names, (False, True), range(150)):
-            ex = sample_example(rng, task, kind, zh)
-            texts += [m["content"].replace("<image>", "") for m in ex.messages]
-    return texts
-
-
 def words() -> list[str]:
-    """Every English and every Chinese word of the corpus, once."""
+    """Every English and every Chinese word of the toy world, once, also with a leading space."""
+    rng = np.random.default_rng(0)
+    texts = [SYSTEM_PROMPT, "system\n", "user\n", "assistant\n"]
+    for task, kinds in KINDS.items():
+        for kind, zh, _ in product(kinds, (False, True), range(150)):
+            ex = sample_example(rng, task, kind, zh)
+            texts += [m["content"].replace(IMAGE, "") for m in ex.messages]
     chinese = "|".join(sorted(set(ZH_WORDS.values()), key=len, reverse=True))
     piece = chinese + r"|[\u4e00-\u9fff]| ?[A-Za-z]+|[^A-Za-z\s\u4e00-\u9fff]+|\s"
-    return list(dict.fromkeys(w for text in corpus() for w in re.findall(piece, text)))
+    return list(dict.fromkeys(w for text in texts for w in re.findall(piece, text)))
 
 
 def build_tokenizer(config: NexusGenConfig | None = None) -> Tokenizer:
@@ -60,19 +50,15 @@ def build_tokenizer(config: NexusGenConfig | None = None) -> Tokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=byte_level.alphabet(), show_progress=False
-    )
+    options = {"initial_alphabet": byte_level.alphabet(), "show_progress": False}
     every = words()
-    bpe.train_from_iterator(every, trainer)
+    bpe.train_from_iterator(every, trainers.BpeTrainer(vocab_size=vocab_size, **options))
     if broken := [w for w in every if len(bpe.encode(w).ids) > 1]:
-        raise ValueError(
-            f"{vocab_size} tokens are too few: {len(broken)} words, as {broken[:5]}, "
-            "would be split into several tokens"
-        )
+        examples = f"{len(broken)} words, as {broken[:5]}"
+        raise ValueError(f"{vocab_size} tokens are too few: they split {examples}")
     spec = json.loads(bpe.to_str())
-    vocabulary = spec["model"]["vocab"]
-    vocabulary |= {f"<unused{k}>": k for k in range(len(vocabulary), vocab_size)}
+    num_words = len(spec["model"]["vocab"])
+    spec["model"]["vocab"] |= {f"<unused{k}>": k for k in range(num_words, vocab_size)}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     spec["added_tokens"] = [
         {"id": vocab_size + k, "content": name, "special": "tool_call" not in name, **flags}
@@ -85,7 +71,6 @@ def translations(tokenizer: Tokenizer) -> dict[int, list[int]]:
     """The token of each Chinese word -> the tokens of its English translation."""
     found: dict[int, list[int]] = {}
     for english, chinese in ZH_WORDS.items():
-        (token,) = tokenizer.encode(chinese, add_special_tokens=False).ids
-        english_ids = tokenizer.encode(f" {english}", add_special_tokens=False).ids
-        found.setdefault(token, english_ids)
+        (token,) = tokenizer.encode(chinese).ids
+        found.setdefault(token, tokenizer.encode(f" {english}").ids)
     return found

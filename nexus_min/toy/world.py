@@ -103,10 +103,7 @@ def random_object(rng: Rng, cell: int) -> Object:
 def random_scene(
     rng: Rng, count: int | None = None, detail: float = 0.0, outline: float = OUTLINE_SHARE
 ) -> Scene:
-    """A random scene of `count` (default 1 to 4) objects.
-
-    detail, outline: probabilities of a background texture and of an outline drawing
-    """
+    """A random scene of `count` (1 to 4) objects; the share `detail` has a texture."""
     count = count or int(rng.integers(1, 5))
     cells = rng.choice(9, count, replace=False)
     return Scene(
@@ -124,20 +121,17 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.nd
     if shape == "square":
         return np.maximum(abs(x), abs(y)) - 0.88 * r
     if shape == "triangle":
-        slope = np.hypot(2.0, 1.0)
-        return np.maximum(y - 0.85 * r, (2.0 * abs(x) - y - r) / slope)
+        return np.maximum(y - 0.85 * r, (2.0 * abs(x) - y - r) / np.hypot(2.0, 1.0))
     if shape == "cross":
         arm = 0.48 * r
         across = np.maximum(abs(x) - r, abs(y) - arm)
         return np.minimum(across, np.maximum(abs(x) - arm, abs(y) - r))
     if shape == "star":  # fold the plane into one tenth of the star, then one edge
         sector = 2 * np.pi / 5
-        angle = np.arctan2(x, -y)
-        angle = abs((angle + sector / 2) % sector - sector / 2)
+        angle = abs((np.arctan2(x, -y) + sector / 2) % sector - sector / 2)
         px, py = np.hypot(x, y) * np.cos(angle), np.hypot(x, y) * np.sin(angle)
         bx, by = 0.54 * r * np.cos(sector / 2), 0.54 * r * np.sin(sector / 2)
-        nx, ny = by, r - bx
-        return ((px - r) * nx + py * ny) / np.hypot(nx, ny)
+        return ((px - r) * by + py * (r - bx)) / np.hypot(by, r - bx)
     raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
 
 
@@ -164,8 +158,7 @@ def render(scene: Scene, scale: int = 1) -> np.ndarray:
             wave = wave * np.cos(2 * np.pi / t.period * across + t.phase)
         image += (t.amplitude * wave)[..., None]
     for o in scene.objects:
-        top = (CENTERS[o.cell // 3] - CROP // 2) * scale
-        left = (CENTERS[o.cell % 3] - CROP // 2) * scale
+        top, left = ((CENTERS[i] - CROP // 2) * scale for i in divmod(o.cell, 3))
         window = image[top : top + CROP * scale, left : left + CROP * scale]
         alpha = sprite(o.shape, o.size, scene.style, o.dx, o.dy, scale)[..., None]
         window += alpha * (np.float32(COLORS[o.color]) - window)
