@@ -356,8 +356,8 @@ def download(args: argparse.Namespace) -> None:
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line: `path`, the function `run` of the verb, and the verb's options."""
+def main(argv: list[str] | None = None) -> int:
+    """The verb's exit status; 2 after one line on standard error, 130 after Ctrl-C."""
     parser = Parser("weights_loader.py", description="The files of a release: get and check them.")
     verbs, commands = parser.add_subparsers(required=True, metavar="VERB"), {}
     for run in (check, convert, download):
@@ -371,13 +371,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     commands[download]("--list", action="store_true", help="only print the files and sizes")
     commands[download]("--base", action="store_true", help="flux1-dev.safetensors as well")
     commands[download]("--endpoint", metavar="URL", help="URL of a mirror of huggingface.co")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The verb's exit status; 2 after one line on standard error, 130 after Ctrl-C."""
     with report_errors("weights_loader", "stopped; repeat the command to resume") as status:
-        args = parse(argv)
+        args = parser.parse_args(argv)
         status.code = args.run(args) or 0
     return status.code
 

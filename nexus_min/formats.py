@@ -5,7 +5,6 @@ names, shapes and dtypes are known before any data is read. Data stays in the ma
 Every fault is one ValueError of one line: the file, the keys at fault, and what to do.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -44,13 +43,14 @@ def find_file(path: str | Path, stems: tuple[str, ...] = ()) -> Path:
         return path
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder; check the path or download it")
-    found = [stem for stem in stems if any((path / f"{stem}{end}").is_file() for end in FORMATS)]
+    # the last one counts: of each stem, the format that is preferred
+    found = {s: f for s in stems for end in FORMATS[::-1] if (f := path / f"{s}{end}").is_file()}
     if not found:
         expected = " or ".join(f"{stem}.safetensors" for stem in stems)
         raise ValueError(f"{path}: has no {expected}; check the path or download it")
     if len(found) > 1:
         raise ValueError(f"{path}: holds {' and '.join(found)}; give the path of the file you mean")
-    return next(file for end in FORMATS if (file := path / f"{found[0]}{end}").is_file())
+    return found.popitem()[1]
 
 
 def open_weights(file: Path) -> dict[str, LazyTensor]:
@@ -198,19 +198,6 @@ def read_metadata(file: Path) -> dict[str, str]:
             return handle.metadata() or {}
     except (SafetensorError, OSError):
         return {}
-
-
-def fingerprint(folder: Path, files: list[Path]) -> str | None:
-    """Hash of names, sizes, first and last 64 KiB of files inside `folder`; None without any."""
-    md5 = hashlib.md5()
-    for file in files:
-        size = file.stat().st_size
-        md5.update(f"{file.relative_to(folder)} {size} ".encode())
-        with open(file, "rb") as data:
-            md5.update(data.read(1 << 16))
-            data.seek(max(0, size - (1 << 16)))
-            md5.update(data.read())
-    return md5.hexdigest() if files else None
 
 
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:

@@ -55,11 +55,10 @@ class FP8Linear(nn.Module):
 
 def to_fp8(mmdit: MMDiT) -> MMDiT:
     """Replace the matrices of all blocks, one at a time; embedders and last layer stay."""
-    for block in (*mmdit.double_blocks, *mmdit.single_blocks):
-        for module in list(block.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, FP8Linear(child))
+    for block in blocks(mmdit):
+        linears = [(name, m) for name, m in block.named_modules() if isinstance(m, nn.Linear)]
+        for name, linear in linears:
+            block.set_submodule(name, FP8Linear(linear))
     return mmdit
 
 
@@ -154,27 +153,22 @@ def towers(part: Any) -> list[nn.Module]:
     return [m for m in (part if isinstance(part, tuple) else (part,)) if isinstance(m, nn.Module)]
 
 
-def modulations(part: Any) -> list[nn.Module]:
+def modulations(tower: nn.Module) -> list[nn.Module]:
     """The layers that depend on (t, guidance, pooled) alone, in the order of their use."""
-    found: list[nn.Module] = []
-    for tower in towers(part):
-        if isinstance(tower, MMDiT):
-            found.append(tower.final_layer.adaLN_modulation)
-            found += [m for m in tower.modules() if isinstance(m, Modulation)]
-    return found
+    if not isinstance(tower, MMDiT):
+        return []
+    layers = [m for m in tower.modules() if isinstance(m, Modulation)]
+    return [tower.final_layer.adaLN_modulation, *layers]
 
 
-def blocks(part: Any) -> list[nn.Module]:
+def blocks(tower: nn.Module) -> list[nn.Module]:
     """The repeated blocks of the three large stacks: MMDiT, Qwen decoder, T5."""
-    found: list[nn.Module] = []
-    for tower in towers(part):
-        if isinstance(tower, MMDiT):
-            found += [*tower.double_blocks, *tower.single_blocks]
-        elif isinstance(tower, NexusGenAR):
-            found += tower.model.layers
-        elif isinstance(tower, T5Encoder):
-            found += tower.encoder.block[1:]  # all blocks read the first one's position bias
-    return found
+    if isinstance(tower, MMDiT):
+        return [*tower.double_blocks, *tower.single_blocks]
+    if isinstance(tower, NexusGenAR):
+        return [*tower.model.layers]
+    # all blocks of T5 read the first one's position bias
+    return [*tower.encoder.block[1:]] if isinstance(tower, T5Encoder) else []
 
 
 STREAMED = {"resident": (), "staged": (modulations,), "stream": (modulations, blocks)}
@@ -189,7 +183,7 @@ def memory_needed(parts: dict[str, Any], dtype: torch.dtype | None = None) -> di
         )
 
     def needed(part: Any, finds: Sequence[Callable]) -> int:
-        streamed = [module for find in finds for module in find(part)]
+        streamed = [m for find in finds for tower in towers(part) for m in find(tower)]
         taken = {p for module in streamed for p in module.parameters()}
         rest = (p for tower in towers(part) for p in tower.parameters() if p not in taken)
         return size(rest) + 2 * max((size(m.parameters()) for m in streamed), default=0)
@@ -204,11 +198,11 @@ def choose(needed: dict[str, int], free: int | None) -> tuple[str, str]:
     free: bytes; None on a device that shares the host's memory, where all parts stay resident.
     """
     if free is None:
-        weights = f"{needed['resident'] / 1e9:.2f} GB of weights"
-        return "resident", f"{weights}, on a device that shares the host's memory"
+        size = f"{needed['resident'] / 1e9:.2f} GB of weights"
+        return "resident", f"{size}, on a device that shares the host's memory"
     fitting = [name for name, size in needed.items() if size + ACTIVATION_RESERVE <= free]
-    reason = f"{estimate(needed)}; of {free / 1e9:.1f} GB free,"
-    reason += f" {ACTIVATION_RESERVE / 1e9:.1f} kept for activations"
+    free, reserve = (f"{size / 1e9:.1f} GB" for size in (free, ACTIVATION_RESERVE))
+    reason = f"{estimate(needed)}; of {free} free, {reserve} kept for activations"
     if not fitting:
         return "stream", f"{reason}; none fits, stream comes nearest"
     return fitting[0], reason
@@ -238,7 +232,7 @@ class Offloader:
     def _wrap(self, part: Any) -> OffloadedModule:
         streams, taken = [], set()
         for find in STREAMED[self.profile]:
-            modules = find(part)
+            modules = [module for tower in towers(part) for module in find(tower)]
             own = [[p for p in m.parameters() if p not in taken] for m in modules]
             taken.update(p for parameters in own for p in parameters)
             if modules:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import weights
 from .config import NexusGenConfig
 from .formats import find_file
 from .model.autoencoder import AutoEncoder
@@ -23,24 +24,7 @@ from .model.text_encoders import CLIPTextModel, T5Encoder, clip_tokenizer, t5_to
 from .offload import PROFILES, Offloader, Target, advice, explain_oom, memory_needed, to_fp8, towers
 from .sampling import Context
 from .tokenizer import QwenTokenizer, check_text, rust_panic_as_error
-from .weights import (
-    AR_FOLDER,
-    AS_STORED,
-    FLUX_FOLDER,
-    EditingDecoder,
-    GenerationDecoder,
-    load_ar,
-    load_autoencoder,
-    load_clip,
-    load_config,
-    load_embedding_merger,
-    load_empty_prompt,
-    load_generation_adapter,
-    load_mmdit,
-    load_t5,
-    model_folder,
-    save_empty_prompt,
-)
+from .weights import AR_FOLDER, AS_STORED, FLUX_FOLDER, EditingDecoder, GenerationDecoder
 
 logger = logging.getLogger(__name__)
 PARTS = ("ar", "generation", "editing", "autoencoder")
@@ -75,17 +59,17 @@ def read_part(name: str, folder: Path, config: NexusGenConfig, load_kwargs: dict
     """One of `PARTS` from its official file."""
     ar_dir, options = folder / AR_FOLDER, {"config": config, **load_kwargs}
     if name == "ar":
-        return load_ar(ar_dir, **options)
+        return weights.load_ar(ar_dir, **options)
     if name == "autoencoder":
-        return load_autoencoder(folder / FLUX_FOLDER, **options)
+        return weights.load_autoencoder(folder / FLUX_FOLDER, **options)
     if name == "generation":
         file = find_file(ar_dir, ("generation_decoder",))
-        adapter = load_generation_adapter(file, **options)
-        return GenerationDecoder(load_mmdit(file, **options), adapter)
+        adapter = weights.load_generation_adapter(file, **options)
+        return GenerationDecoder(weights.load_mmdit(file, **options), adapter)
     if name == "editing":
         file = find_file(ar_dir, ("edit_decoder",))
-        merger = load_embedding_merger(file, **options)
-        return EditingDecoder(load_mmdit(file, **options), merger)
+        merger = weights.load_embedding_merger(file, **options)
+        return EditingDecoder(weights.load_mmdit(file, **options), merger)
     raise ValueError(f"parts are {', '.join(PARTS)}, got {name!r}")
 
 
@@ -109,8 +93,8 @@ def read_text_encoders(folder: Path, config: NexusGenConfig, load_kwargs: dict) 
     """CLIP, T5 and their tokenizers of FLUX.1-dev."""
     flux_dir = folder / FLUX_FOLDER
     return TextEncoders(
-        load_clip(flux_dir / "text_encoder", config, **load_kwargs),
-        load_t5(flux_dir / "text_encoder_2", config, **load_kwargs),
+        weights.load_clip(flux_dir / "text_encoder", config, **load_kwargs),
+        weights.load_t5(flux_dir / "text_encoder_2", config, **load_kwargs),
         tokenizer_of(flux_dir / "tokenizer", clip_tokenizer),
         tokenizer_of(flux_dir / "tokenizer_2", t5_tokenizer),
     )
@@ -149,8 +133,8 @@ class Parts:
         """
         if memory not in PROFILES:
             raise ValueError(f"memory must be one of {', '.join(PROFILES)}, got {memory!r}")
-        folder, device = model_folder(model), torch.device(device)
-        config = load_config(folder)
+        folder, device = weights.model_folder(model), torch.device(device)
+        config = weights.load_config(folder)
         tokenizer = read_tokenizer(folder, config)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         target = {"device": device, "dtype": dtype}
@@ -173,7 +157,7 @@ class Parts:
         if (folder / FLUX_FOLDER / "text_encoder").is_dir():  # the tiny model has none
             self.read_text_encoders = lambda: read_text_encoders(folder, config, load_kwargs)
         if "generation" in parts or "editing" in parts:
-            stored = load_empty_prompt(folder, config, **target)
+            stored = weights.load_empty_prompt(folder, config, **target)
             self.empty_prompt = stored or self.make_empty_prompt(folder)
         return self
 
@@ -182,7 +166,7 @@ class Parts:
         txt, _, pooled = self.encode_text("")
         tensors = {"pooled": pooled, "context": txt}
         try:
-            save_empty_prompt(folder, tensors)
+            weights.save_empty_prompt(folder, tensors)
         except OSError as error:
             logger.warning("cannot save the constants of the empty prompt: %s", error)
         return tensors

@@ -5,6 +5,7 @@ any tensor is read -> `load_state_dict(strict=True, assign=True)`. Parameter nam
 keys, except for the MMDiT inside the two decoder files (`DIT_TABLE`).
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -25,7 +26,6 @@ from .formats import (
     LazyTensor,
     check_tensors,
     find_file,
-    fingerprint,
     join_keys,
     open_weights,
     read_metadata,
@@ -86,6 +86,11 @@ DIT_TABLE = {
 DIT_PREFIX, MERGER_PREFIX = "pipe.dit.", "embedding_merger."
 
 
+def decoder_key(name: str) -> str:
+    """A parameter of the MMDiT -> its key in a decoder file."""
+    return DIT_PREFIX + diffsynth_name(name)
+
+
 def diffsynth_name(name: str) -> str:
     """DiffSynth's name of a black-forest-labs parameter. KeyError for any other name."""
     layer, _, kind = name.rpartition(".")
@@ -119,11 +124,11 @@ class NoInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def on_meta(make: Callable[[], Any]) -> Any:
+def on_meta(make: Callable[..., Any], *args) -> Any:
     """What `make` returns, without memory: names and shapes only."""
     try:
         with torch.device("meta"), NoInit():
-            return make()
+            return make(*args)
     except (AttributeError, TypeError, ZeroDivisionError, RuntimeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the sizes of the configuration make no model ({reason})") from error
@@ -168,9 +173,9 @@ def check_and_assign(
 
 # Loaders take a file, or a folder that holds it under its official name. `config` None is the full
 # size. `dtype` None keeps the file's own, AS_STORED each tensor's.
-def load(path, stem: str, make, device, dtype, ignore: tuple[str, ...] = (), prefix: str = ""):
-    """The model of `make` from one file; keys that start with `ignore` are another model's."""
-    file, model = find_file(path, (stem,)), on_meta(make)
+def load(path, stem: str, make, config, device, dtype, ignore: tuple[str, ...] = (), prefix=""):
+    """The model `make(config)` from one file; keys that start with `ignore` are another model's."""
+    file, model = find_file(path, (stem,)), on_meta(make, config)
     tensors = {k: tensor for k, tensor in open_weights(file).items() if not k.startswith(ignore)}
     return check_and_assign(model, file, tensors, prefix.__add__, device, dtype)
 
@@ -178,7 +183,7 @@ def load(path, stem: str, make, device, dtype, ignore: tuple[str, ...] = (), pre
 def load_ar(path, config=None, *, device="cpu", dtype=None) -> NexusGenAR:
     """Nexus-GenV2's AR model, or the base Qwen2.5-VL-Instruct with the two new matrices random."""
     file = find_file(path, ("model",))
-    model, tensors = on_meta(lambda: NexusGenAR(sub_config(config, "ar"))), open_weights(file)
+    model, tensors = on_meta(NexusGenAR, sub_config(config, "ar")), open_weights(file)
     if is_base(tensors):
         tensors |= init_missing(file, model, tensors["lm_head.weight"].dtype)
     return check_and_assign(model, file, tensors, device=device, dtype=dtype)
@@ -204,13 +209,11 @@ def init_missing(file: Path, model: NexusGenAR, dtype: torch.dtype) -> dict[str,
 def load_mmdit(path, config=None, *, device="cpu", dtype=None) -> MMDiT:
     """The MMDiT of a decoder file or of `flux1-dev.safetensors`."""
     file = find_file(path, ("generation_decoder", "edit_decoder", "flux1-dev"))
-    model, tensors = on_meta(lambda: MMDiT(sub_config(config, "mmdit"))), open_weights(file)
+    model, tensors = on_meta(MMDiT, sub_config(config, "mmdit")), open_weights(file)
     if not any(key.startswith(DIT_PREFIX) for key in tensors):
         return check_and_assign(model, file, tensors, device=device, dtype=dtype)
     tensors = {k: t for k, t in tensors.items() if not k.startswith(("adapter.", MERGER_PREFIX))}
-    check_and_assign(
-        model, file, tensors, lambda name: DIT_PREFIX + diffsynth_name(name), device, dtype
-    )
+    check_and_assign(model, file, tensors, decoder_key, device, dtype)
     for name, parameter in model.named_parameters():
         if is_swapped(name):
             parameter.data = swap_halves(parameter.data)
@@ -219,31 +222,29 @@ def load_mmdit(path, config=None, *, device="cpu", dtype=None) -> MMDiT:
 
 def load_generation_adapter(path, config=None, *, device="cpu", dtype=None) -> GenerationAdapter:
     """The adapter inside the generation decoder; `config` is a NexusGenConfig."""
-    sizes = config or NexusGenConfig.v2()
-    make, ignore = (lambda: make_adapter(sizes)), (DIT_PREFIX,)
-    return load(path, "generation_decoder", make, device, dtype, ignore)
+    config, ignore = config or NexusGenConfig.v2(), (DIT_PREFIX,)
+    return load(path, "generation_decoder", make_adapter, config, device, dtype, ignore)
 
 
 def load_embedding_merger(path, config=None, *, device="cpu", dtype=None) -> ImageEmbeddingMerger:
     """The merger inside the editing decoder; `config` is a NexusGenConfig."""
-    sizes = config or NexusGenConfig.v2()
-    make, ignore = (lambda: make_merger(sizes)), (DIT_PREFIX,)
-    return load(path, "edit_decoder", make, device, dtype, ignore, MERGER_PREFIX)
+    config, ignore = config or NexusGenConfig.v2(), (DIT_PREFIX,)
+    return load(path, "edit_decoder", make_merger, config, device, dtype, ignore, MERGER_PREFIX)
 
 
 def load_autoencoder(path, config=None, *, device="cpu", dtype=None) -> AutoEncoder:
     """FLUX.1-dev's `ae.safetensors`."""
-    return load(path, "ae", lambda: AutoEncoder(sub_config(config, "autoencoder")), device, dtype)
+    return load(path, "ae", AutoEncoder, sub_config(config, "autoencoder"), device, dtype)
 
 
 def load_clip(path, config=None, *, device="cpu", dtype=None) -> CLIPTextModel:
     """FLUX.1-dev's `text_encoder/`."""
-    return load(path, "model", lambda: CLIPTextModel(sub_config(config, "clip")), device, dtype)
+    return load(path, "model", CLIPTextModel, sub_config(config, "clip"), device, dtype)
 
 
 def load_t5(path, config=None, *, device="cpu", dtype=None) -> T5Encoder:
     """FLUX.1-dev's `text_encoder_2/`."""
-    return load(path, "model", lambda: T5Encoder(sub_config(config, "t5")), device, dtype)
+    return load(path, "model", T5Encoder, sub_config(config, "t5"), device, dtype)
 
 
 def make_adapter(config: NexusGenConfig) -> GenerationAdapter:
@@ -259,11 +260,8 @@ def make_merger(config: NexusGenConfig) -> ImageEmbeddingMerger:
 def decoder_state(mmdit: Component, projector: Component, prefix: str = "") -> dict[str, Tensor]:
     """What a decoder file holds: the MMDiT, and its adapter or merger under `prefix`."""
     own = {prefix + key: tensor for key, tensor in state_of(projector).items()}
-    state = {
-        DIT_PREFIX + diffsynth_name(k): swap_halves(v) if is_swapped(k) else v
-        for k, v in state_of(mmdit).items()
-    }
-    return state | own
+    state = state_of(mmdit).items()
+    return {decoder_key(k): swap_halves(v) if is_swapped(k) else v for k, v in state} | own
 
 
 def state_of(component: Component) -> Mapping[str, Tensor]:
@@ -283,7 +281,7 @@ CONTENTS = {  # a file without its ending: its tensors, given a config
 
 def file_shapes(path: str, config: NexusGenConfig) -> dict[str, tuple[int, ...]]:
     """Key -> shape of all that a file of CONTENTS holds at the sizes of `config`."""
-    return shapes_of(on_meta(lambda: CONTENTS[path](config)))
+    return shapes_of(on_meta(CONTENTS[path], config))
 
 
 def load_config(folder: str | Path) -> NexusGenConfig:
@@ -324,10 +322,18 @@ def save_empty_prompt(folder: str | Path, tensors: Mapping[str, Tensor]) -> None
 
 
 def encoders_fingerprint(folder: Path) -> str | None:
-    """Which files of CLIP and T5 the folder has; None without any."""
-    flux_dir = folder / FLUX_FOLDER
+    """Hash of names, sizes and ends (64 KiB) of the files of CLIP and T5; None without any."""
+    flux_dir, md5 = folder / FLUX_FOLDER, hashlib.md5()
     paths = [p for name in ENCODER_FOLDERS for p in sorted((flux_dir / name).glob("*"))]
-    return fingerprint(flux_dir, [path for path in paths if path.is_file()])
+    files = [path for path in paths if path.is_file()]
+    for file in files:
+        size = file.stat().st_size
+        md5.update(f"{file.relative_to(flux_dir)} {size} ".encode())
+        with open(file, "rb") as data:
+            md5.update(data.read(1 << 16))
+            data.seek(max(0, size - (1 << 16)))
+            md5.update(data.read())
+    return md5.hexdigest() if files else None
 
 
 # ----------------------------------------------------------------------------------------- saving

@@ -33,9 +33,7 @@ class CLIPAttention(nn.Module):
         super().__init__()
         dim = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.q_proj = nn.Linear(dim, dim)
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim) for _ in "qkv")
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,13 +81,10 @@ class CLIPTextModel(nn.Module):
         embeddings = {"token_embedding": nn.Embedding(config.vocab_size, dim)}
         embeddings["position_embedding"] = nn.Embedding(config.max_position_embeddings, dim)
         layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))
-        self.text_model = nn.ModuleDict(
-            {
-                "embeddings": nn.ModuleDict(embeddings),
-                "encoder": nn.ModuleDict({"layers": layers}),
-                "final_layer_norm": nn.LayerNorm(dim, eps=config.layer_norm_eps),
-            }
-        )
+        self.text_model = nn.ModuleDict()
+        self.text_model["embeddings"] = nn.ModuleDict(embeddings)
+        self.text_model["encoder"] = nn.ModuleDict({"layers": layers})
+        self.text_model["final_layer_norm"] = nn.LayerNorm(dim, eps=config.layer_norm_eps)
 
     def hidden_states(self, ids: Tensor) -> list[Tensor]:
         """The embeddings and every layer's output [B, L, C], before the final norm."""
@@ -133,9 +128,7 @@ class T5Attention(nn.Module):
         super().__init__()
         inner, num_buckets = config.num_heads * config.d_kv, config.relative_attention_num_buckets
         self.num_heads = config.num_heads
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.q, self.k, self.v = (nn.Linear(config.d_model, inner, bias=False) for _ in "qkv")
         self.o = nn.Linear(inner, config.d_model, bias=False)
         if has_bias:
             self.relative_attention_bias = nn.Embedding(num_buckets, config.num_heads)
