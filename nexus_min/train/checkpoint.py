@@ -4,17 +4,19 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+
+from ..formats import replace_file
 
 
 class Checkpoint:
     """The complete state of a stage in one file, and the state before it in `NAME.previous.ckpt`.
 
-    It is written to a file beside it that is then renamed: a reader finds either the old state or
-    the new one.
+    A new one is written beside it and then renamed: a reader finds the old state or the new one.
     """
 
     def __init__(self, path: Path):
@@ -27,25 +29,24 @@ class Checkpoint:
         return "the last good checkpoint is kept" if exists else "there is no checkpoint yet"
 
     def save(self, state: dict) -> None:
-        partial = self.path.with_suffix(".partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
+        new = self.path.with_suffix(".new")
+
+        def write(path: Path) -> None:
+            with open(path, "wb") as file:  # unlike torch's own writer, it says what is wrong
                 torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
+
+        try:
+            replace_file(new, write)
             if self.path.exists():
                 os.replace(self.path, self.previous)  # if killed after this, `load` reads it
-            os.replace(partial, self.path)
+            os.replace(new, self.path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk by RuntimeError
-            with suppress(OSError):
-                partial.unlink(missing_ok=True)
             cause: BaseException = error
             while not isinstance(cause, OSError) and cause.__context__:
                 cause = cause.__context__
             reason = str(cause).split("\n")[0]
-            message = f"cannot save the checkpoint {self.path}: {reason}; {self.status}"
-            raise OSError(message) from error
+            message = f"cannot save the checkpoint {self.path}: {reason}"
+            raise OSError(f"{message}; {self.status}") from error
 
     def load(self) -> dict | None:
         """The saved state, or None when there is none. Unpickles only tensors and plain values."""
@@ -53,10 +54,7 @@ class Checkpoint:
         if not path.exists():
             return None
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-            if not isinstance(state, dict):
-                raise ValueError(type(state).__name__)
-            return state
+            return torch.load(path, weights_only=True, map_location="cpu")
         except OSError:
             raise
         except Exception as error:  # torch raises a dozen kinds on a broken file
@@ -72,31 +70,22 @@ class Checkpoint:
         try:
             yield
         except OSError as error:
-            message, status = str(error), self.status
-            raise OSError(message if status in message else f"{message}; {status}") from error
-
-
-class Interrupt:
-    """Whether Ctrl-C was pressed.
-
-    This is no `threading.Event`: a second signal that interrupts the handler of the first would
-    wait for the event's lock forever.
-    """
-
-    heard = False
-
-    def __call__(self, *_) -> None:
-        self.heard = True
+            if self.status in str(error):
+                raise
+            raise OSError(f"{error}; {self.status}") from error
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Interrupt]:
-    """Within, Ctrl-C is noted, so that the step under way is completed."""
-    interrupt = Interrupt()
+def deferred_interrupt() -> Iterator[SimpleNamespace]:
+    """Within, Ctrl-C only sets `heard`, so that the step under way is completed.
+
+    No `threading.Event`: a second signal within the handler would wait for its lock forever.
+    """
+    interrupt = SimpleNamespace(heard=False)
     if threading.current_thread() is not threading.main_thread():
         yield interrupt  # only the main thread receives signals
         return
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = signal.signal(signal.SIGINT, lambda *_: setattr(interrupt, "heard", True))
     try:
         yield interrupt
     finally:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..config import NexusGenConfig
@@ -66,7 +67,6 @@ def mistakes(line: Any) -> Iterator[str]:
 
 
 def message_mistakes(message: Any) -> Iterator[str]:
-    """What a message lacks of a role and a text."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         yield f"needs a `role` of {', '.join(ROLES)}"
     content = message.get("content") if isinstance(message, dict) else ""
@@ -77,8 +77,7 @@ def message_mistakes(message: Any) -> Iterator[str]:
 
 
 def check_line(line: Any, where: str) -> None:
-    """ValueError with `where` and the first field at fault when a line is not in the format."""
-    for mistake in mistakes(line):
+    if mistake := next(mistakes(line), None):
         raise ValueError(f"{where}: {mistake}")
 
 
@@ -95,18 +94,14 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any, list[str]]]:
             yield f"{path}:{number}", None, [f"not JSON ({error})"]
             continue
         found = list(mistakes(line))
-        images = line.get("images") if isinstance(line, dict) else None
-        for i, image in enumerate(images if isinstance(images, list) else []):
-            if not isinstance(image, str) or not image:
-                found.append(f"`images[{i}]` must be a path")
+        if isinstance(line, dict) and isinstance(images := line.get("images"), list):
+            wrong = [i for i, image in enumerate(images) if not image or not isinstance(image, str)]
+            found += [f"`images[{i}]` must be a path" for i in wrong]
         yield f"{path}:{number}", line, found
 
 
 class MessageDataset:
-    """The lines of a JSONL file. ValueError with file, line and field of the first mistake.
-
-    `find_image` says where images are looked for; they are opened when they are needed.
-    """
+    """The lines of a JSONL file. ValueError with file, line and field of the first mistake."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -154,15 +149,15 @@ def check_file(path: Path, config: NexusGenConfig, tokenizer: QwenTokenizer) -> 
 
 def content_mistakes(line: dict, folder: Path, config, tokenizer) -> list[str]:
     """What is wrong with the images of a well-formed line, or with its length."""
-    images, found = [find_image(name, folder) for name in line.get("images", [])], []
-    for i, path in enumerate(images):
+    line, found = line | {"images": [find_image(x, folder) for x in line.get("images", [])]}, []
+    for i, path in enumerate(line["images"]):
         try:
             image = load_image(path)
             smart_resize(image.height, image.width)
         except ValueError as error:
             found.append(f"`images[{i}]`: {error}")
     if not found:
-        length = collate([line | {"images": images}], tokenizer, config).input_ids.shape[1]
+        length = collate([line], tokenizer, config).input_ids.shape[1]
         if length > (limit := config.ar.text.max_position_embeddings):
             found.append(f"`messages` are {length} tokens long; the limit of this model is {limit}")
     return found
@@ -207,27 +202,22 @@ def collate(lines: Sequence[dict], tokenizer: QwenTokenizer, config: NexusGenCon
     ]
     columns = zip(*encoded, strict=True)
     fills = (config.ar.pad_token_id, IGNORE, False)
-    padded = [pad_right(rows, fill) for rows, fill in zip(columns, fills, strict=True)]
+    padded = [
+        pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+        for rows, fill in zip(columns, fills, strict=True)
+    ]
     return Batch(*padded, pixels, grid)
-
-
-def pad_right(rows: Sequence[list], fill: int | bool) -> Tensor:
-    """Lists of any lengths -> [B, L]."""
-    length = max(map(len, rows))
-    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
 
 # ---- embeddings computed ahead -----------------------------------------------------------------
 
 
 class Shards:
-    """Tensors of n samples in several safetensors files; rows are read from disk when needed.
-
-    where: the line that each sample comes from, for messages.
-    """
+    """Tensors of n samples in several safetensors files; rows are read when needed."""
 
     def __init__(self, files: Sequence[Path], where: Sequence[str] = ()):
-        self.files, self.where = [safe_open(file, "pt") for file in files], where
+        self.files = [safe_open(file, "pt") for file in files]
+        self.where = where  # the line that each sample comes from, for messages
         self.names = self.files[0].keys()
         sizes = [file.get_slice(self.names[0]).get_shape()[0] for file in self.files]
         self.starts = np.cumsum([0, *sizes])

@@ -52,25 +52,21 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             parameters = sorted(group["params"], key=lambda p: p.shape)
-            momentum = self._momentum(parameters, group["momentum"])
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+            grads = [p.grad for p in parameters]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             updates = (
                 update
-                for _, same_shape in groupby(momentum, key=lambda m: m.shape)
+                for _, same_shape in groupby(nesterov, key=lambda m: m.shape)
                 for update in newton_schulz(torch.stack(list(same_shape)))
             )
             for p, update in zip(parameters, updates, strict=True):
                 p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
-
-    def _momentum(self, parameters: list[nn.Parameter], beta: float) -> list[Tensor]:
-        """Nesterov's momentum of each parameter."""
-        for p in parameters:
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        grads = [p.grad for p in parameters]
-        torch._foreach_lerp_(buffers, grads, 1 - beta)
-        return torch._foreach_lerp(grads, buffers, beta)
 
 
 def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
@@ -87,14 +83,12 @@ def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
         else:
             matrices += split_rows(p if p.ndim == 2 else as_matrix(p))
     optimizers: list[torch.optim.Optimizer] = []
-    if matrices:
-        optimizers.append(Muon(matrices, stage.lr))
+    if matrices:  # `base_lr` is what the loop scales to the learning rate of a step
+        groups = [{"params": matrices, "base_lr": stage.lr}]
+        optimizers.append(Muon(groups, stage.lr))
     if others:
-        lr = stage.adamw_lr or stage.lr
-        optimizers.append(torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
+        groups = [{"params": others, "base_lr": stage.adamw_lr or stage.lr}]
+        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0))
     return optimizers
 
 

@@ -5,7 +5,9 @@ training starts from a release and links what it did not train.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,43 +35,36 @@ def barrier() -> None:
         dist.barrier()
 
 
+@dataclass
 class RunFolder:
-    """The parts of the model in `source`, and where the trained ones go.
+    """The parts of the model in `source`, and where the trained ones go."""
 
-    goal: the folder that trained parts are saved to; `source` when it is not given.
-    dtype: of what is saved; None keeps each tensor's own. A CPU reads all parts in fp32.
-    gather: module -> its whole state dict on process 0, for weights that are sharded.
-    link_rest: whether `goal` gets links to all other files of `source`.
-    new_config: the sizes of a model whose folder does not hold any part yet.
-    """
+    source: Path
+    goal: Path | None = None  # the folder that trained parts are saved to; None: `source`
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype | None = None  # of what is saved; None keeps each tensor's own
+    gather: Callable[[nn.Module], dict] | None = None  # sharded module -> whole state dict
+    link_rest: bool = False  # whether `goal` gets links to all other files of `source`
+    new_config: NexusGenConfig | None = None  # the sizes while the folder does not hold any part
 
-    def __init__(
-        self,
-        source: Path,
-        goal: Path | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        gather: Callable[[nn.Module], dict[str, Tensor]] | None = None,
-        link_rest: bool = False,
-        new_config: NexusGenConfig | None = None,
-    ):
-        self.source, self.goal = source, goal or source
-        self.device, self.dtype = torch.device(device), dtype
-        self.gather, self.link_rest, self.new_config = gather, link_rest, new_config
-        on_cpu = self.device.type == "cpu"
-        self.load_kwargs = {"device": self.device, "dtype": torch.float32 if on_cpu else None}
+    def __post_init__(self):
+        self.goal = self.goal or self.source
+        dtype = torch.float32 if self.device.type == "cpu" else None
+        self.load_kwargs = {"device": self.device, "dtype": dtype}
 
     @property
     def config(self) -> NexusGenConfig:
-        """The model's sizes."""
         is_new = self.new_config and not (self.source / "nexus_min.json").exists()
         return self.new_config if is_new else weights.load_config(self.source)
 
+    def _read(self, part: str) -> Any:
+        return read_part(part, self.source, self.config, self.load_kwargs)
+
     def ar(self) -> NexusGenAR:
-        return read_part("ar", self.source, self.config, self.load_kwargs)
+        return self._read("ar")
 
     def vae(self) -> AutoEncoder:
-        return read_part("autoencoder", self.source, self.config, self.load_kwargs)
+        return self._read("autoencoder")
 
     def tokenizer(self) -> QwenTokenizer:
         return read_tokenizer(self.source, self.config)
@@ -77,7 +72,7 @@ class RunFolder:
     def generation(self) -> GenerationDecoder:
         """The generation decoder; without a file, FLUX.1-dev with a new adapter."""
         if self._has("generation_decoder"):
-            return read_part("generation", self.source, self.config, self.load_kwargs)
+            return self._read("generation")
         return GenerationDecoder(self._flux(), weights.make_adapter(self.config).to(self.device))
 
     def editing(self) -> EditingDecoder:
@@ -86,7 +81,7 @@ class RunFolder:
         The merger's layer starts as the AR model's first, as in the official training.
         """
         if self._has("edit_decoder"):
-            return read_part("editing", self.source, self.config, self.load_kwargs)
+            return self._read("editing")
         merger = weights.make_merger(self.config)
         merger.layers[0].load_state_dict(self.ar().model.layers[0].state_dict())
         return EditingDecoder(self._flux(), merger.to(self.device))
@@ -102,36 +97,24 @@ class RunFolder:
 
     def all_parts(self) -> dict:
         """Every part, as `save` and `save_checkpoint` take them."""
-        return {
-            "ar": self.ar(),
-            "generation": self.generation(),
-            "editing": self.editing(),
-            "autoencoder": self.vae(),
-            "empty_prompt": self.empty_prompt(),
-            "tokenizer_file": self.source / AR_FOLDER / "tokenizer.json",
-        }
+        parts = {"ar": self.ar(), "generation": self.generation(), "editing": self.editing()}
+        parts |= {"autoencoder": self.vae(), "empty_prompt": self.empty_prompt()}
+        return parts | {"tokenizer_file": self.source / AR_FOLDER / "tokenizer.json"}
 
     def save(self, config: NexusGenConfig, **parts) -> None:
         """Write trained parts, named as `save_checkpoint` does; all processes wait for it."""
-        if self.gather:
-            parts = {
-                name: tuple(map(self.gather, part))
-                if isinstance(part, tuple)
-                else self.gather(part)
-                for name, part in parts.items()
-            }
+        if gather := self.gather:
+            for name, part in parts.items():
+                is_decoder = isinstance(part, tuple)
+                parts[name] = tuple(map(gather, part)) if is_decoder else gather(part)
         if rank_and_size()[0] == 0:
             weights.save_checkpoint(self.goal, config, **parts, dtype=self.dtype)
-            if self.link_rest:
-                self._link_rest()
+            for file in self.source.rglob("*") if self.link_rest else ():
+                link = self.goal / file.relative_to(self.source)
+                if file.is_file() and not link.exists():
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(file.resolve())
         barrier()
-
-    def _link_rest(self) -> None:
-        for file in self.source.rglob("*"):
-            link = self.goal / file.relative_to(self.source)
-            if file.is_file() and not link.exists():
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(file.resolve())
 
     def _has(self, stem: str) -> bool:
         return any((self.source / AR_FOLDER / f"{stem}{end}").is_file() for end in FORMATS)

@@ -61,7 +61,6 @@ class Run:
     bf16: bool = False  # bf16 matrix products in training, over fp32 weights
 
     def after(self, seconds: float) -> Run:
-        """The same run with `seconds` more spent before its first step."""
         return replace(self, elapsed_before=self.elapsed_before + seconds)
 
 
@@ -90,7 +89,6 @@ class Schedule:
 
     @property
     def lr_scale(self) -> float:
-        """The factor of the learning rates at the coming step."""
         return min(1.0, (self.step + 1) / WARMUP) * min(1.0, (1 - self.progress) / DECAY)
 
     def tick(self, elapsed: float) -> None:
@@ -105,9 +103,6 @@ class Schedule:
 
     def state(self) -> dict:
         return {name: getattr(self, name) for name in ("step", "elapsed", "progress", "left")}
-
-    def restore(self, state: dict) -> None:
-        vars(self).update(state)
 
 
 def make_rng(seed: int, stage: str, step: int, part: int = 0) -> np.random.Generator:

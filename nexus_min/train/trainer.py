@@ -10,14 +10,12 @@ Losses: `autoregressive.ar_loss` of the AR model (paper section 3.2, lambdas 3, 
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint, deferred_interrupt
@@ -31,10 +29,9 @@ BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 def fit(stage: Stage, run: Run) -> dict:
     """Train `stage` for its budget, leave the averaged weights in its modules, return a summary.
 
-    Resumes from `run.folder/<stage>.ckpt`, and returns at once when that is finished. Writes
-    metrics.jsonl and, through `stage.sample`, <stage>_NNNNNN.png. Raises FloatingPointError, with
-    the step, when a loss, gradient or weight is not finite; KeyboardInterrupt after Ctrl-C, when
-    the step under way is saved.
+    Resumes from `run.folder/<stage>.ckpt`. Writes metrics.jsonl and, through `stage.sample`,
+    <stage>_NNNNNN.png. Raises FloatingPointError when a loss, gradient or weight is not finite,
+    and KeyboardInterrupt after Ctrl-C, when the step under way is saved.
     """
     state = TrainState(stage, run)
     schedule, run = state.schedule, state.run
@@ -67,8 +64,7 @@ def fit(stage: Stage, run: Run) -> dict:
 
             # The average of the weights (EMA), over fewer steps at first.
             decay = min(stage.ema, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(state.average, state.parameters, 1.0 - decay)
+            torch._foreach_lerp_(state.average, state.weights, 1.0 - decay)
 
             # Log, save, sample.
             schedule.tick(time.perf_counter() - start)
@@ -86,9 +82,8 @@ def fit(stage: Stage, run: Run) -> dict:
                 raise KeyboardInterrupt
             if schedule.elapsed - sampled > run.sample_every:
                 sampled = schedule.elapsed
-                with use_ema(state.parameters, state.average):
-                    state.sample(f"{schedule.step:06d}")
-        copy_(state.average, state.parameters)
+                state.sample(f"{schedule.step:06d}")
+        torch._foreach_copy_(state.weights, state.average)
         state.save()
         state.sample("final")
     if interrupt.heard:
@@ -103,15 +98,16 @@ class TrainState:
         self.checkpoint = Checkpoint(run.folder / f"{stage.name}.ckpt")
         saved = self.checkpoint.load()
         self.stage, self.run = stage, run
-        self.parameters = [p for p in stage.modules.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.gradient = flat_gradient(self.parameters)
+        parameters = [p for p in stage.modules.parameters() if p.requires_grad]
+        self.weights = [p.detach() for p in parameters]  # share memory with the parameters
+        self.average = [w.clone() for w in self.weights]
+        self.gradient = flat_gradient(parameters)
         self.optimizers = make_optimizers(stage)
         seconds = None if run.seconds is None else max(1.0, run.seconds - run.elapsed_before)
         self.schedule = Schedule(seconds, run.steps)
         self.metrics: dict[str, float] = {}  # the latest of each name
         self.window: list[dict[str, float]] = []  # of the steps since the last report
-        if saved:
+        if saved is not None:
             self.restore(saved)
 
     def state(self) -> dict:
@@ -125,27 +121,26 @@ class TrainState:
         }
 
     def restore(self, state: dict) -> None:
-        """Resume from `state`, in place. ValueError when it is another stage's or version's."""
+        """Resume from `state`, in place."""
         try:
             self.stage.modules.load_state_dict(state["modules"])
-            copy_(state["average"], self.average)
+            torch._foreach_copy_(self.average, state["average"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 rates = [group["base_lr"] for group in optimizer.param_groups]
                 optimizer.load_state_dict(saved)
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["base_lr"] = rate  # the stage's own, which may differ from the saved one
-            self.schedule.restore(state["schedule"])
+            vars(self.schedule).update(state["schedule"])
             self.metrics = state["metrics"]
             self.run = replace(self.run, bf16=state["bf16"])  # a run keeps its precision
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            message = f"{self.checkpoint.path}: does not fit this stage ({reason})"
-            raise ValueError(message) from None
+            path = self.checkpoint.path
+            raise ValueError(f"{path}: does not fit this stage ({reason})") from None
 
     def save(self) -> None:
         """Write a checkpoint; weights that are not finite go into a dump instead."""
-        weights = [p.detach() for p in (*self.parameters, *self.average)]
-        if not nn.utils.get_total_norm(weights, foreach=True).isfinite():
+        if not nn.utils.get_total_norm(self.weights + self.average, foreach=True).isfinite():
             self.raise_nonfinite("a weight", {})
         self.checkpoint.save(self.state())
 
@@ -162,9 +157,9 @@ class TrainState:
         facts = {"batch": batch, "lines": lines, "numbers": metrics, "gradients": broken}
         status, path = self.checkpoint.status, self.checkpoint.path
         dump = path.with_stem(f"{path.stem}.nonfinite-0")
-        dump_status = f"the state before it is in {dump}"
         try:
             Checkpoint(dump).save(self.state() | {"nonfinite": facts})
+            dump_status = f"the state before it is in {dump}"
         except OSError as error:
             dump_status = str(error).split(";")[0]
         sources = f", of {', '.join(lines)}" if lines else ""
@@ -176,8 +171,8 @@ class TrainState:
     # ---- progress
 
     def bar(self) -> tqdm:
-        start = {"total": 1.0, "initial": self.schedule.progress, "bar_format": BAR}
-        return tqdm(desc=self.stage.name, disable=self.run.quiet, smoothing=0, **start)
+        options = {"total": 1.0, "initial": self.schedule.progress, "bar_format": BAR}
+        return tqdm(desc=self.stage.name, disable=self.run.quiet, smoothing=0, **options)
 
     def report(self) -> str:
         """Log the mean of the metrics since the last report; the text beside the progress bar."""
@@ -188,14 +183,16 @@ class TrainState:
         return f"{rate:.1f} step/s, loss {mean['loss']:.4f}"
 
     def sample(self, tag: str) -> None:
-        """Sample a grid of images, where the stage has one, and log what it measures."""
+        """Sample a grid of images by the average, and log what it measures."""
         if self.stage.sample is None:
             return
         self.run.folder.mkdir(parents=True, exist_ok=True)
+        weights = [w.clone() for w in self.weights]
+        torch._foreach_copy_(self.weights, self.average)
         self.log(self.stage.sample(self.run.folder / f"{self.stage.name}_{tag}.png"))
+        torch._foreach_copy_(self.weights, weights)
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Append a line to metrics.jsonl."""
         metrics = {k: round(float(v), 5) for k, v in metrics.items()}
         self.metrics |= metrics
         seconds = round(self.schedule.elapsed, 1)
@@ -205,25 +202,6 @@ class TrainState:
             file.write(json.dumps(line) + "\n")
 
     def summary(self) -> dict:
-        """`seconds` include the budget that was spent before the first step."""
         seconds = self.schedule.elapsed + self.run.elapsed_before
         name, steps = self.stage.name, self.schedule.step
         return {"stage": name, "steps": steps, "seconds": seconds, "metrics": self.metrics}
-
-
-@torch.no_grad()
-def copy_(values: list[Tensor], targets: list[Tensor]) -> None:
-    """Copy `values` into the tensors of `targets`, in place."""
-    for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
-
-
-@contextmanager
-def use_ema(parameters: list[nn.Parameter], average: list[Tensor]) -> Iterator[None]:
-    """Within, `parameters` hold the values of `average`."""
-    originals = [p.detach().clone() for p in parameters]
-    copy_(average, parameters)
-    try:
-        yield
-    finally:
-        copy_(originals, parameters)
