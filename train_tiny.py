@@ -86,15 +86,15 @@ def train_generation(folder: RunFolder, run: Run, args: argparse.Namespace) -> d
     config, vae, visual = folder.config, folder.vae(), folder.ar().visual
     started, teacher = time.perf_counter(), None
     mmdit, adapter = init.init_mmdit(MMDiT(config.mmdit)), weights.make_adapter(config)
+    decoder = weights.GenerationDecoder(mmdit, adapter)
     if args.start:
         start = RunFolder(model_folder(args.start))
-        decoder = start.generation()
-        mmdit.load_state_dict(decoder.mmdit.state_dict())
-        adapter.load_state_dict(decoder.adapter.state_dict())
-        teacher = start.ar().visual, decoder.adapter
+        known = start.generation()
+        for module, source in zip(decoder, known, strict=True):
+            module.load_state_dict(source.state_dict())
+        teacher = start.ar().visual, known.adapter
     pool = toy.reconstruction_pool(visual, vae, config, run, teacher)
     run = run.after(time.perf_counter() - started)
-    decoder = weights.GenerationDecoder(mmdit, adapter)
     preview = toy.PreviewSampler(decoder, vae, folder.empty_prompt(), config)
     summary = fit(toy.generation_stage(preview, pool, BATCH["generation"]), run)
     folder.save(config, generation=decoder)
@@ -129,17 +129,12 @@ def train_editing(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict
     return summary
 
 
-TRAIN = {
-    "vae": train_vae,
-    "vision": train_vision,
-    "generation": train_generation,
-    "ar": train_ar,
-    "editing": train_editing,
-}
+TRAIN = {"vae": train_vae, "vision": train_vision, "generation": train_generation}
+TRAIN |= {"ar": train_ar, "editing": train_editing}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train the stages in order; 0, or 2 after one line on stderr, or 130 after Ctrl-C."""
+    """Train the stages in order; return the exit status."""
     started = time.time()
     resume = "repeat the command to go on from the last checkpoint"
     report = report_errors("train_tiny", f"stopped; {resume}", label="", limit=4000)
@@ -219,7 +214,7 @@ def write_summary(out: Path, summary: dict, command: str) -> None:
 
 
 def check_dependencies(out: Path, stage: str) -> None:
-    """ValueError, with the command to run first, when a stage that this one needs is missing."""
+    """Name the command to run first when a stage that this one needs is missing."""
     for name in DEPENDS_ON[stage]:
         if not is_finished(out, name):
             first = f"python train_tiny.py --stage {name} --out {shlex.quote(str(out))}"
@@ -273,11 +268,10 @@ def check_writable(folder: Path) -> None:
 def export(folder: RunFolder, args: argparse.Namespace) -> None:
     """Copy the model to `args.ship` in fp16; the metadata of every file say how it was made."""
     done = {name: read_summary(args.out, name) for name in TIME_SHARE}
+    stages = {name: [s["command"], s["steps"], s["seconds"]] for name, s in done.items()}
     facts = {
         "command": "; ".join(dict.fromkeys(s["command"] for s in done.values())),
-        "stages": json.dumps(
-            {name: [s["command"], s["steps"], s["seconds"]] for name, s in done.items()}
-        ),
+        "stages": json.dumps(stages),
         "seed": str(args.seed),
         "minutes": f"{sum(s['seconds'] for s in done.values()) / 60:.1f}",
         "metrics": json.dumps({name: s["metrics"] for name, s in done.items()}),
@@ -292,7 +286,7 @@ def export(folder: RunFolder, args: argparse.Namespace) -> None:
 
 
 def init_run(args: argparse.Namespace, folder: RunFolder) -> None:
-    """Copy the model to fine-tune, in fp32, and record the data. ValueError for a run on others."""
+    """Copy the model to fine-tune, in fp32, and record the data."""
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
     facts = {"data": digest, "model": str(args.model), "ratio": list(args.ratio)}
     file, begun = args.out / "data.json", args.out / "data.json.begun"
@@ -314,12 +308,10 @@ def init_run(args: argparse.Namespace, folder: RunFolder) -> None:
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Print every mistake of a data file. ValueError when there is one."""
     model = RunFolder(model_folder(args.model))
     mistakes = check_file(args.data, model.config, model.tokenizer())
-    for mistake in mistakes:
-        print(mistake)
     if mistakes:
+        print(*mistakes, sep="\n")
         raise ValueError(f"{args.data}: {len(mistakes)} mistakes, see above")
     tasks = [finetune.task_of(line) for line in MessageDataset(args.data).lines]
     print(f"{args.data}: good; " + ", ".join(f"{tasks.count(t)} {t}" for t in finetune.TASKS))
@@ -329,7 +321,6 @@ def check_data(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line. ValueError for values that make no sense."""
     parser = Parser("train_tiny.py", description=__doc__)
     add = parser.add_argument
     add("--stage", choices=("all", *TIME_SHARE), default="all", help="what to train")
@@ -348,7 +339,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lora", type=int, default=0, help="rank; the AR model learns by LoRA")
     add("--shard", type=int, default=256, help="samples in a file of cached embeddings")
     args = parser.parse_args(argv)
-    if not (math.isfinite(args.minutes) and args.minutes > 0):
+    if not 0 < args.minutes < math.inf:
         raise ValueError(f"--minutes must be positive, not {args.minutes:g}")
     check_least(args, steps=1, workers=1, seed=0, shard=1, lora=0)
     if args.workers > 1:

@@ -62,15 +62,14 @@ def init_previous_token_heads(ar: NexusGenAR, strength: float = 4.0) -> None:
     of time, of cos(f (d - offset)), greatest at d = offset; the tokens themselves add little yet.
     """
     config = ar.model.config
+    rope = config.head_dim, config.rope_theta, config.mrope_section
     key = torch.zeros(config.head_dim)
     key[: config.mrope_section[0]] = strength  # of time, which has the highest frequencies
     for layer, offsets in zip(ar.model.layers, HEAD_OFFSETS, strict=False):
         queries = []
         for offset in offsets:
             position = torch.full((3, 1, 1), -offset)
-            cos_sin = mrope_cos_sin(
-                position, config.head_dim, config.rope_theta, config.mrope_section
-            )
+            cos_sin = mrope_cos_sin(position, *rope)
             queries.append(apply_rope_half(key, *cos_sin).flatten())
         query = torch.cat(queries)
         layer.self_attn.q_proj.bias[: len(query)] = query

@@ -65,8 +65,8 @@ def vae_stage(vae: AutoEncoder, batch: int) -> Stage:
         save_grid(path, [to_uint8(x)[:10], reconstructed[:10]])
         return {"exact": exactness(reconstructed, batch_scenes)}
 
-    options = {"lr": 5e-3, "adamw_lr": 2e-3, "ema": 0.995, "adamw_only": ("conv_in", "conv_out")}
-    return Stage("vae", nn.ModuleDict({"vae": vae}), loss, sample=sample, **options)
+    modules, adamw_only = nn.ModuleDict({"vae": vae}), ("conv_in", "conv_out")
+    return Stage("vae", modules, loss, 5e-3, 2e-3, 0.995, adamw_only, sample)
 
 
 @torch.no_grad()
@@ -81,9 +81,8 @@ def latent_statistics(vae: AutoEncoder) -> tuple[float, float]:
 
 PHRASES = np.array([(1, 0, 0), (0, 1, 0), (1, 1, 0), (1, 1, 1)], bool)  # which words are used
 GROUNDING_WEIGHTS = {"shape": 3.0, "color": 1.0, "size": 1.0, "background": 0.3, "style": 0.3}
-GROUNDING_WEIGHTS |= {f"meant_{name}": 0.5 for name in ("shape", "color", "size", "matches")} | {
-    "meant_cell": 1.0
-}
+GROUNDING_WEIGHTS |= {f"meant_{name}": 0.5 for name in ("shape", "color", "size", "matches")}
+GROUNDING_WEIGHTS |= {"meant_cell": 1.0}
 EMBEDDING_NOISE = 0.5  # up to this much, of embeddings of deviation 1
 
 
@@ -143,7 +142,6 @@ def _linears(dim: int, outputs: dict[str, int]) -> nn.ModuleDict:
 
 
 def _class_ids(o: Object) -> tuple[int, int, int]:
-    """Of shape, color and size."""
     return SHAPES.index(o.shape), list(COLORS).index(o.color), list(RADIUS).index(o.size)
 
 
@@ -241,14 +239,11 @@ def vision_stage(visual: QwenViT, config: NexusGenConfig, batch: int) -> Stage:
         target["pixels"] = rearrange(images, "B C (h p) (w q) -> B (h w) (p q C)", p=8, q=8)
         return grounding_loss(out, target)
 
-    modules = nn.ModuleDict({"visual": visual, "head": head})
-    options = {
-        "lr": 8e-3,
-        "adamw_lr": 8e-3,
-        "ema": 0.995,
-        "adamw_only": ("head.query", "head.words"),
-    }
-    return Stage("vision", modules, loss, **options)
+    modules, adamw_only = (
+        nn.ModuleDict({"visual": visual, "head": head}),
+        ("head.query", "head.words"),
+    )
+    return Stage("vision", modules, loss, 8e-3, 8e-3, ema=0.995, adamw_only=adamw_only)
 
 
 @torch.no_grad()

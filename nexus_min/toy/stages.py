@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..config import NexusGenConfig
 from ..images import patch_rows
@@ -25,15 +27,8 @@ from ..model.projector import GenerationAdapter
 from ..model.vision import QwenViT
 from ..sampling import velocity_field
 from ..tokenizer import IMAGE, QwenTokenizer
-from ..train.finetune import (
-    Decoder,
-    Recipe,
-    autoregressive_stage,
-    decoder_context,
-    decoder_stage,
-    lines_loss,
-    shifted_times,
-)
+from ..train import finetune
+from ..train.finetune import Recipe, decoder_context
 from ..train.stage import Run, Stage, mixed_precision
 from .edits import EDITS
 from .pictures import (
@@ -58,7 +53,7 @@ PRETRAINED = 0.4  # share of the AR stage before fine-tuning
 DECODER_EDIT_SHARES = np.array([3, 4, 2, 4, 2, 3, 2]) / 20
 # Half of a decoder's training times exceed 0.9. Without this shift, one in twelve exceeds 0.8,
 # where the context decides the image: below, the image shows through the noise.
-TIMES = partial(shifted_times, shift=9.0)
+TIMES = partial(finetune.shifted_times, shift=9.0)
 # True embeddings get noise; predicted ones bring their own errors.
 GENERATION = Recipe(lr=6e-3, adamw_lr=2e-3, times=TIMES, cond_noise=0.3)
 ADAPTATION = replace(GENERATION, lr=3e-3, distill_share=0.08)  # of a known decoder to a new tower
@@ -66,6 +61,8 @@ EDITING = Recipe(lr=6e-3, adamw_lr=2e-3, times=TIMES, cond_noise=0.0, distill_sh
 
 
 # ---------------------------------------------------------------- the autoregressive model
+
+pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
 
 
 def toy_line(ex: Example) -> dict:
@@ -75,20 +72,16 @@ def toy_line(ex: Example) -> dict:
 
 def ar_batch_loss(ar: NexusGenAR, tokenizer, config, batch: list[Example]) -> ARLoss:
     """Equation 3 on toy examples."""
-    return lines_loss(ar, tokenizer, config, [toy_line(ex) for ex in batch])
+    return finetune.lines_loss(ar, tokenizer, config, [toy_line(ex) for ex in batch])
 
 
 class Curriculum:
-    """Examples of all tasks; scenes grow from one object to four.
-
-    Pre-training is followed by fine-tuning on other shares of the tasks, as in the paper.
-    """
+    """Examples of all tasks; scenes grow from one object to four, and the tasks' shares change."""
 
     def draw(self, rng: np.random.Generator, n: int, progress: float) -> list[dict]:
         most = 1 if progress < 0.03 else 2 if progress < 0.1 else 4
-        tasks = MIXTURE if progress < PRETRAINED else FINE_TUNING
-        tasks = [tasks[i % len(tasks)] for i in range(n)]
-        return [toy_line(sample_example(rng, task, most=most)) for task in tasks]
+        tasks = cycle(MIXTURE if progress < PRETRAINED else FINE_TUNING)
+        return [toy_line(sample_example(rng, task, most=most)) for task in islice(tasks, n)]
 
 
 def ar_stage(
@@ -116,7 +109,8 @@ def ar_stage(
                 save_grid(path.with_stem(f"{path.stem}_{task}"), [truth, images[:10]])
         return metrics
 
-    stage = autoregressive_stage(ar, tokenizer, config, Curriculum(), batch, read_earlier=True)
+    settings = tokenizer, config, Curriculum(), batch
+    stage = finetune.autoregressive_stage(ar, *settings, read_earlier=True)
     return replace(stage, lr=4e-3, adamw_lr=3e-3, sample=sample)
 
 
@@ -129,23 +123,20 @@ def predict_after_reply(
     That reply describes the image rightly (teacher forcing); `evaluate.predict` lets the model
     write its own.
     """
-    merge, start = config.ar.vision.spatial_merge_size, config.ar.vision_start_token_id
-    rows, images = [], []
+    vision, rows, images = config.ar.vision, [], []
+    count = config.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
     for ex in batch:
         user, reply = ex.messages
-        sources = [render(s) for s in ex.scenes[:-1]]
-        counts = [config.max_pixels // (config.ar.vision.patch_size * merge) ** 2] * len(sources)
-        ids = tokenizer.encode_chat([user], counts)
-        rows.append([*ids, *tokenizer.encode(reply["content"].removesuffix(IMAGE)), start])
-        images += sources
+        ids = tokenizer.encode_chat([user], [count] * (len(ex.scenes) - 1))
+        ids += tokenizer.encode(reply["content"].removesuffix(IMAGE))
+        rows.append(torch.tensor([*ids, config.ar.vision_start_token_id]))
+        images += [render(s) for s in ex.scenes[:-1]]
     embeds = grid = None
     if images:
         pixels, grid = patch_rows(resize(to_unit(images), config.target_size))
         embeds = ar.visual(pixels, tuple(map(tuple, grid.tolist())))
-    length = max(map(len, rows))
-    pad = config.ar.pad_token_id
-    ids = torch.tensor([[pad] * (length - len(r)) + r for r in rows])
-    mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])
+    ids = pad_left(rows, padding_value=config.ar.pad_token_id)
+    mask = pad_left([torch.ones_like(row) for row in rows])
     return prefill_image_slots(ar, ids, embeds, grid, mask)
 
 
@@ -160,9 +151,9 @@ def empty_prompt(config: NexusGenConfig, length: int = 8) -> dict[str, Tensor]:
 
 
 class PreviewSampler:
-    """Samples images of progress from a decoder."""
-
-    def __init__(self, decoder: Decoder, vae: AutoEncoder, empty: dict, config: NexusGenConfig):
+    def __init__(
+        self, decoder: finetune.Decoder, vae: AutoEncoder, empty: dict, config: NexusGenConfig
+    ):
         self.decoder, self.vae, self.empty, self.config = decoder, vae, empty, config
 
     @torch.no_grad()
@@ -209,16 +200,12 @@ def build_pool(run: Run, per_second: int, make: Callable[[np.random.Generator], 
     Their number is what is worth its time: `per_second` of the stage's budget, at most POOL.
     """
     n = POOL if run.seconds is None else min(POOL, max(256, int(per_second * run.seconds)))
-    count = -(-n // 64)
-    pool: dict[str, Tensor] = {}
-    for k in range(count):
+    parts = []
+    for k in range(-(-n // 64)):
         with mixed_precision(run.bf16):
             tensors = make(np.random.default_rng([run.seed, 99, 0, k]))
-        for name, x in tensors.items():
-            if k == 0:
-                pool[name] = torch.empty(count, *x.shape, dtype=torch.float16)
-            pool[name][k] = x
-    return {name: x.flatten(0, 1) for name, x in pool.items()}
+        parts.append({name: x.half() for name, x in tensors.items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def reconstruction_pool(
@@ -313,5 +300,5 @@ def editing_stage(
 def toy_decoder_stage(preview: PreviewSampler, pool: dict, batch: int, recipe, distill) -> Stage:
     """`finetune.decoder_stage` over a pool, with samples of progress."""
     inputs = preview.decoder, preview.empty, Pool(pool), preview.config, batch
-    stage = decoder_stage(*inputs, recipe, distill)
+    stage = finetune.decoder_stage(*inputs, recipe, distill)
     return replace(stage, sample=lambda path: preview.save(path, Pool(pool).rows(range(40))))

@@ -64,7 +64,6 @@ class TaskMixture:
         self.shares = np.array(shares) / sum(shares)
 
     def draw(self, rng: np.random.Generator, n: int, progress: float = 0.0) -> list[dict]:
-        """n random lines; the same mixture at any progress of the stage."""
         tasks = [self.lines[TASKS[k]] for k in rng.choice(len(TASKS), n, p=self.shares)]
         return [lines[int(rng.integers(len(lines)))] for lines in tasks]
 
@@ -112,8 +111,8 @@ def autoregressive_stage(
         out = lines_loss(ar, tokenizer, config, lines, rng if read_earlier else None)
         return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
 
-    modules, names = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")
-    stage = Stage("ar", modules, loss, lr=1e-3, adamw_lr=7e-4, adamw_only=names)
+    modules, adamw_only = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")
+    stage = Stage("ar", modules, loss, lr=1e-3, adamw_lr=7e-4, adamw_only=adamw_only)
     return stage
 
 
@@ -175,7 +174,6 @@ def decoder_stage(
 
     samples: `Shards`, or what has its methods; distill: rows -> another loss, for the start.
     """
-    name = "editing" if isinstance(decoder, EditingDecoder) else "generation"
 
     def loss(rng, progress):
         picks = rng.integers(len(samples), size=batch)
@@ -198,11 +196,9 @@ def decoder_stage(
         field = velocity_field(decoder.mmdit, context, *x0.shape[-2:])
         return rf_loss(field, x0, noise, t, weights), {}
 
-    modules, rates = (
-        nn.ModuleDict(decoder._asdict()),
-        {"lr": recipe.lr, "adamw_lr": recipe.adamw_lr},
-    )
-    stage = Stage(name, modules, loss, adamw_only=ADAMW_ONLY, **rates)
+    name = "editing" if isinstance(decoder, EditingDecoder) else "generation"
+    modules = nn.ModuleDict(decoder._asdict())
+    stage = Stage(name, modules, loss, recipe.lr, recipe.adamw_lr, adamw_only=ADAMW_ONLY)
     return stage
 
 
@@ -224,8 +220,13 @@ def editing_sample(
     """Predicted `embeds` of a line's first target, `refs` [M, C] of the image before it."""
     first = list(image_roles(line["messages"])).index("assistant")
     source, target = (load_image(line["images"][i]) for i in (first - 1, first))
+    # The target is predicted from all that precedes it.
+    batch = collate([line], tokenizer, config)
+    ids, grid = batch.input_ids[:, : batch.slot_mask[0].nonzero()[0]], batch.image_grid_thw[:first]
+    pixels = batch.pixel_values[: grid.prod(1).sum()]
+    known = ar.visual(pixels.to(ar.visual.patch_embed.proj.weight), grid)
+    embeds = prefill_image_slots(ar, ids.to(known.device), known, grid)[0]
     refs = embed(ar, reference_view(source, config.reference_size))
-    embeds = predict_embeddings(ar, tokenizer, config, line, first)
     return {"embeds": embeds, "refs": refs, "latents": encode_square(vae, target, config)}
 
 
@@ -240,18 +241,6 @@ def encode_square(vae: AutoEncoder, image, config: NexusGenConfig) -> Tensor:
     side = config.image_size
     x = to_latent_image(center_crop_view(image, side), side, side)
     return vae.encode(x.to(vae.decoder.conv_in.weight))[0]
-
-
-def predict_embeddings(
-    ar: NexusGenAR, tokenizer: QwenTokenizer, config: NexusGenConfig, line: dict, index: int
-) -> Tensor:
-    """The AR model's embeddings [N, C] of the image with that index, from all that precedes it."""
-    batch = collate([line], tokenizer, config)
-    ids = batch.input_ids[:, : int(batch.slot_mask[0].nonzero()[0])]
-    grid = batch.image_grid_thw[:index]
-    pixels = batch.pixel_values[: int(grid.prod(1).sum())]
-    embeds = ar.visual(pixels.to(ar.visual.patch_embed.proj.weight), grid)
-    return prefill_image_slots(ar, ids.to(embeds.device), embeds, grid)[0]
 
 
 # ------------------------------------------------------------------------ a stage from end to end
@@ -275,21 +264,19 @@ Fit = Callable[[Stage, Run], Any]  # the loop: `trainer.fit`, or that of `scale.
 def train_ar(folder: RunFolder, data: FinetuneData, run: Run, fit: Fit = fit) -> None:
     """Train the AR model of `folder` on the lines of all tasks, mixed, and save it."""
     ar, mixture = folder.ar(), TaskMixture(data.lines, data.ratio)
-    settings = (folder.config, mixture, data.batch, data.lora_rank)
-    fit(autoregressive_stage(ar, folder.tokenizer(), *settings), run)
+    inputs = ar, folder.tokenizer(), folder.config, mixture, data.batch
+    fit(autoregressive_stage(*inputs, data.lora_rank), run)
     merge_lora(ar)
     folder.save(folder.config, ar=ar)
 
 
-def train_decoder(
-    name: str, folder: RunFolder, data: FinetuneData, run: Run, fit: Fit = fit
-) -> None:
+def train_decoder(name: str, folder: RunFolder, data: FinetuneData, run: Run, fit: Fit = fit):
     """Train a decoder of `folder` on what the AR model makes of the lines, and save it."""
     started = time.perf_counter()
     samples = embed_lines(name, folder, data, run)
     decoder = folder.generation() if name == "generation" else folder.editing()
-    recipe = OFFICIAL if data.official else Recipe()
     inputs = decoder, folder.empty_prompt(), samples, folder.config, data.batch
+    recipe = OFFICIAL if data.official else Recipe()
     fit(decoder_stage(*inputs, recipe), run.after(time.perf_counter() - started))
     folder.save(folder.config, **{name: decoder})
 
@@ -334,7 +321,7 @@ LEARNS_FROM = {"generation": ("generate", "edit"), "ar": TASKS, "editing": ("edi
 
 
 def stages(lines: Sequence[dict], chosen: str = "all") -> tuple[str, ...]:
-    """The stages that the tasks of the lines allow. ValueError when the chosen one has none."""
+    """The stages that the tasks of the lines allow."""
     tasks = {task_of(line) for line in lines}
     found = [n for n in TRAIN if chosen in ("all", n) and tasks & set(LEARNS_FROM[n])]
     if not found:
