@@ -176,65 +176,64 @@ def show_errors(handler: Callable) -> Callable:
 
 def build(model: NexusGen, limits: Limits) -> Any:
     """The page, a `gradio.Blocks` with its queue."""
-    gr = find_gradio()
-    handlers, size = Handlers(model, limits), model.config.image_size
+    gr, do, size = find_gradio(), Handlers(model, limits), model.config.image_size
 
     def form() -> list:
-        with gr.Row():
-            steps = gr.Slider(1, limits.num_steps, model.config.num_steps, step=1, label="Steps")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-            sides = [gr.Number(size, label=name, precision=0) for name in ("Height", "Width")]
-        return [steps, seed, *sides]
-
-    def buttons(name: str) -> tuple[Any, Any]:
-        with gr.Row():
-            return gr.Button(name, variant="primary"), gr.Button("Stop")
+        steps = gr.Slider(1, limits.num_steps, model.config.num_steps, step=1, label="Steps")
+        numbers = {"Seed": 0, "Height": size, "Width": size}
+        return [steps, *[gr.Number(n, label=name, precision=0) for name, n in numbers.items()]]
 
     def results(*labels: str) -> list:
         style = {"height": 360, "elem_classes": "image", "buttons": ["download", "fullscreen"]}
         image = gr.Image(label="Image", format="png", **style)
         return [image, *[gr.Textbox(label=label) for label in (*labels, "Made with")]]
 
-    def wire(pressed, handler, inputs: list, outputs: list, text) -> Any:
-        queue = {"concurrency_id": "model", "concurrency_limit": 1}
-        triggers = [pressed[0].click, text.submit]
-        run = gr.on(triggers, show_errors(handler), inputs, outputs, **queue)
-        pressed[1].click(None, cancels=[run])
-        return run
-
+    chat, history = gr.State(None), gr.Chatbot(label="Conversation", buttons=["copy"])
+    message, added = gr.Textbox(label="Message"), upload("Show an image")
+    keep = gr.Radio(list(HISTORY_MODES), value="predicted", label="Images are kept as")
+    decoder = gr.Radio(["editing", "generation"], value="editing", label="Decoder")
+    editing = [upload("Source"), gr.Textbox(label="Instruction"), decoder]
+    asking = [upload("Image to ask about"), gr.Textbox(label="Question")]
+    outputs = [chat, history, *results()]
+    tabs = {  # name: button, handler, inputs, further inputs in one row, outputs
+        "Draw": ("Draw", do.generate, [gr.Textbox(label="Prompt")], form(), results("Reply")),
+        "Edit": ("Edit", do.edit, editing, form(), results("Reply")),
+        "Ask": ("Ask", do.understand, asking, [], [gr.Textbox(label="Answer")]),
+        "Conversation": ("Send", do.chat, [chat, message, added, keep], form(), outputs),
+    }
     with gr.Blocks(title="nexus_min", analytics_enabled=False) as page:
         gr.Markdown("# nexus_min\nDraw, edit and ask about images, or talk about them.")
-        with gr.Tab("Draw"), gr.Row():
-            with gr.Column():
-                text, numbers, go = gr.Textbox(label="Prompt"), form(), buttons("Draw")
-            with gr.Column():
-                wire(go, handlers.generate, [text, *numbers], results("Reply"), text)
-        with gr.Tab("Edit"), gr.Row():
-            with gr.Column():
-                source, text = upload("Source"), gr.Textbox(label="Instruction")
-                decoder = gr.Radio(["editing", "generation"], value="editing", label="Decoder")
-                numbers, go = form(), buttons("Edit")
-            with gr.Column():
-                wire(go, handlers.edit, [source, text, decoder, *numbers], results("Reply"), text)
-        with gr.Tab("Ask"), gr.Row():
-            with gr.Column():
-                source, text = upload("Image to ask about"), gr.Textbox(label="Question")
-                go = buttons("Ask")
-            with gr.Column():
-                wire(go, handlers.understand, [source, text], [gr.Textbox(label="Answer")], text)
-        with gr.Tab("Conversation"), gr.Row():
-            chat = gr.State(None)
-            with gr.Column():
-                history = gr.Chatbot(label="Conversation", buttons=["copy"])
-                text = gr.Textbox(label="Message")
-                go, new = buttons("Send"), gr.Button("New conversation")
-            with gr.Column():
-                outputs, added = [chat, history, *results()], upload("Show an image")
-                keep = gr.Radio(list(HISTORY_MODES), value="predicted", label="Images are kept as")
-                sent = wire(go, handlers.chat, [chat, text, added, keep, *form()], outputs, text)
-                sent.success(lambda: ("", None), None, [text, added])
-                gr.on([new.click, history.clear], lambda: (None, [], None, ""), None, outputs)
+        for name, content in tabs.items():
+            with gr.Tab(name) as tab:
+                run = add_task(*content)
+        with tab:
+            new = gr.Button("New conversation")
+        run.success(lambda: ("", None), None, [message, added])
+        gr.on([new.click, history.clear], lambda: (None, [], None, ""), None, outputs)
     return page.queue(max_size=limits.queue, default_concurrency_limit=1)
+
+
+def add_task(button: str, handler: Callable, inputs: list, row: list, outputs: list) -> Any:
+    """Lay out a task: the button, or Enter in a text, runs the handler; Stop ends it."""
+    gr = find_gradio()
+    with gr.Row():
+        with gr.Column():
+            for part in inputs:
+                part.render()
+            with gr.Row():
+                for part in row:
+                    part.render()
+            with gr.Row():
+                start, stop = gr.Button(button, variant="primary"), gr.Button("Stop")
+        with gr.Column():
+            for part in outputs:
+                if part not in inputs:
+                    part.render()
+    texts = [part.submit for part in inputs if isinstance(part, gr.Textbox)]
+    queue = {"concurrency_id": "model", "concurrency_limit": 1}
+    run = gr.on([start.click, *texts], show_errors(handler), inputs + row, outputs, **queue)
+    stop.click(None, cancels=[run])
+    return run
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -248,10 +247,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 def server(model: NexusGen) -> Any:
     """A `uvicorn.Server` of the page: gradio's `launch` waits only seconds on a busy machine."""
-    gr, limits = find_gradio(), Limits()
     import fastapi  # gradio installs both
     import uvicorn
 
+    gr, limits = find_gradio(), Limits()
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     css = CSS + (PIXELATED if model.config.image_size < 256 else "")
     settings = {"max_file_size": limits.file, "theme": theme, "css": css, "footer_links": []}
