@@ -13,11 +13,11 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from .cli import Parser, check_least, one_line, report_errors, write
+from .cli import Parser, check_least, one_line, report_errors
 from .png import MAX_SCALE, check_output, check_writable, read_metadata, save_image, versions
 
 PROGRAM = "nexus_min"
@@ -67,6 +67,12 @@ SAMPLING = ("height", "width", "num_steps", "cfg_scale", "guidance", "negative_p
 REPLY = ("language", "fast_preamble", "max_new_tokens")
 # What --like takes from a PNG: not the model or the output, which a foreign file must not choose.
 PNG_OPTIONS = (*SAMPLING, "language", "max_new_tokens", "dtype", "scale")
+HELP = """\
+/image FILE   attach an image to the next message; repeat it for several images
+/draw TEXT    request an image with the prompt of the training data
+/new          start a new conversation
+/quit         leave, as the end of the input does\
+"""
 OUTPUTS = dict(generate="generated.png", edit="edited.png", chat="chat.png", batch="results")
 
 
@@ -112,6 +118,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         setattr(args, name, word)
     if missing := free[len(words) :]:
         raise ValueError(f"{args.command} needs {' and '.join('--' + name for name in missing)}")
+    if hasattr(args, "scale"):
+        check_output(args.output, args.scale)
     return args
 
 
@@ -140,12 +148,11 @@ def run_understand(args: argparse.Namespace) -> None:
     model = load_model(args, ["ar"])
     reply = model.understand(image, args.question, max_new_tokens=args.max_new_tokens)
     warn_oov(args.model, args.question, image)
-    write(sys.stdout, reply)
+    print(reply, flush=True)
 
 
 def run_generate(args: argparse.Namespace) -> None:
     """Generate an image from a description."""
-    check_output(args.output, args.scale)
     model = load_model(args, ["ar", "generation", "autoencoder"])
     events = model.generate_steps(args.prompt, **sampling_kwargs(args))
     save_events(args, events, {"prompt": args.prompt})
@@ -153,7 +160,6 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_edit(args: argparse.Namespace) -> None:
     """Change an image as an instruction says."""
-    check_output(args.output, args.scale)
     image = open_image(args.image, args)
     decoder = "generation" if args.use_generation_decoder else args.decoder
     model = load_model(args, ["ar", decoder, "autoencoder"])
@@ -163,34 +169,28 @@ def run_edit(args: argparse.Namespace) -> None:
 
 def run_chat(args: argparse.Namespace) -> None:
     """Chat line by line; /help lists the commands, images go to numbered files."""
-    from .chat import HELP, Chat
+    from .chat import Chat
 
-    check_output(args.output, args.scale)
     chat = Chat(load_model(args), args.keep, args.decoder, **sampling_kwargs(args))
     images, numbers, is_terminal = [], itertools.count(1), sys.stdin.isatty()
     if is_terminal:
-        write(sys.stdout, HELP)
+        print(HELP, flush=True)
     for line in filter(None, map(str.strip, sys.stdin)):
         if line == "/quit":
             return
-        try:
+        with report_errors(PROGRAM) if is_terminal else nullcontext():
             answer(args, chat, line, images, numbers)
-        except (ValueError, OSError, MemoryError, KeyboardInterrupt) as error:
-            if not is_terminal:
-                raise
-            write(sys.stderr, f"{PROGRAM}: " + (f"error: {error}" if str(error) else "stopped"))
 
 
 def answer(args: argparse.Namespace, chat, line: str, images: list, numbers: Iterator) -> None:
     """Follow a command, or send a message with the `images` so far and show the reply."""
-    from .chat import HELP
     from .tokenizer import GENERATION_PROMPT, check_text, language_of
 
     command, _, rest = line.partition(" ")
     if command == "/image":
         return images.append(open_image(rest.strip(), args))
     if line == "/help":
-        return write(sys.stdout, HELP)
+        return print(HELP, flush=True)
     if line == "/new":
         chat.clear()
         return images.clear()
@@ -202,13 +202,13 @@ def answer(args: argparse.Namespace, chat, line: str, images: list, numbers: Ite
     names, path, attached, images[:] = [], Path(args.output), images[:], []
     for kind, value in chat.say(line, attached):
         if kind == "text":
-            write(sys.stdout, value, end="")
+            print(value, end="", flush=True)
         elif kind == "sampling":
             sampling = value
         elif kind == "image":
             names.append(path.with_stem(f"{path.stem}-{next(numbers)}"))
             save_image(value, names[-1], metadata(args, sampling, vars(args), {"message": line}))
-    write(sys.stdout, "".join(f"\n{name}" for name in names))
+    print("".join(f"\n{name}" for name in names), flush=True)
 
 
 def run_batch(args: argparse.Namespace) -> None:
@@ -229,7 +229,7 @@ def run_batch(args: argparse.Namespace) -> None:
         save_image(result.image, path, metadata(args, result.sampling, item, facts))
 
     rows = batch.to_folder(results, folder, save)
-    write(sys.stdout, str(folder / "results.jsonl"))
+    print(str(folder / "results.jsonl"), flush=True)
     if failed := [row for row in rows if "error" in row]:
         first = f"item {failed[0]['index']}: {failed[0]['error']}"
         raise ValueError(f"{len(failed)} of {len(items)} items failed; {first}")
@@ -245,7 +245,7 @@ def run_app(args: argparse.Namespace) -> None:
         warn(f"anyone who reaches {args.host} can use this page")
     model = load_model(args)
     host = f"[{args.host}]" if ":" in args.host else args.host
-    write(sys.stdout, f"http://{host}:{args.port}")
+    print(f"http://{host}:{args.port}", flush=True)
     page.server(model).run(sockets=[sock])
 
 
@@ -304,7 +304,7 @@ def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
     elif args.memory == "auto":  # the CPU leaves no choice: say so only to who asks
         profile, reason = choose(memory_needed({name: model.part(name) for name in parts}), None)
     if reason:
-        write(sys.stderr, f"{PROGRAM}: memory {profile}: {reason}")
+        print(f"{PROGRAM}: memory {profile}: {reason}", file=sys.stderr)
     return model
 
 
@@ -341,8 +341,8 @@ def save_events(args: argparse.Namespace, events, facts: dict, source=None) -> N
     warn_oov(args.model, facts["prompt"], source)
     reply = json.dumps(result["text"], ensure_ascii=False)
     summary = f"{image.width}x{image.height}, {sampling.num_steps} steps, {seconds:.1f} s"
-    write(sys.stderr, one_line(f"{PROGRAM}: {summary}; reply: {reply}"))
-    write(sys.stdout, args.output)
+    print(one_line(f"{PROGRAM}: {summary}; reply: {reply}"), file=sys.stderr)
+    print(args.output, flush=True)
 
 
 def metadata(args: argparse.Namespace, sampling, options: dict, facts: dict) -> dict:
@@ -356,7 +356,7 @@ def metadata(args: argparse.Namespace, sampling, options: dict, facts: dict) -> 
 
 def warn(message: str) -> None:
     """A warning on stderr."""
-    write(sys.stderr, f"{PROGRAM}: warning: {message}")
+    print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
 
 
 def warn_oov(model: str, text: str, image=None) -> None:
@@ -394,6 +394,8 @@ def unknown_words(text: str, known: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command; exit with 2 after one line about an error, with 130 after Ctrl-C."""
+    with suppress(AttributeError):  # a notebook's stdout
+        sys.stdout.reconfigure(errors="backslashreplace")
     with report_errors(PROGRAM) as status:
         args = parse(sys.argv[1:] if argv is None else argv)
         logging.basicConfig(format=f"{PROGRAM}: warning: %(message)s")

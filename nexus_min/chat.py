@@ -32,12 +32,6 @@ HISTORY_MODES = ("slots", "predicted", "reencoded")
 ESCAPED_IMAGE = IMAGE.replace(">", " >")  # a literal `<image>` in the model's text
 DECODERS = ("auto", "generation", "editing")
 ANNOUNCEMENTS = tuple(text.removesuffix(IMAGE).strip() for text in GENERATION_REPLY.values())
-HELP = """\
-/image FILE   attach an image to the next message; repeat it for several images
-/draw TEXT    request an image with the prompt of the training data
-/new          start a new conversation
-/quit         leave, as the end of the input does\
-"""
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -52,13 +52,6 @@ def one_line(message: object, limit: int = MAX_MESSAGE) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
-def write(stream, line: str, end: str = "\n") -> None:
-    """Write a line at once in the stream's encoding, escaping what that cannot hold."""
-    encoding = stream.encoding or "utf-8"
-    stream.write(line.encode(encoding, "backslashreplace").decode(encoding) + end)
-    stream.flush()
-
-
 @contextmanager
 def report_errors(
     program: str, stopped: str = "stopped", label: str = "error: ", limit: int = MAX_MESSAGE
@@ -78,11 +71,4 @@ def report_errors(
     except KeyboardInterrupt:
         status.code, line = 130, stopped
     if line:
-        write(sys.stderr, f"{program}: {line}")
-
-
-def exit_status(program: str, command: Callable[[], int | None], stopped: str = "stopped") -> int:
-    """Run a command; 0 or its own status, 2 after one line about an error, 130 after Ctrl-C."""
-    with report_errors(program, stopped) as status:
-        status.code = command() or 0
-    return status.code
+        print(f"{program}: {line}", file=sys.stderr)

@@ -10,8 +10,8 @@ from PIL import Image
 from tiny_model import make_tiny, save_tiny
 
 from nexus_min import __main__ as command_line
-from nexus_min.__main__ import main
-from nexus_min.chat import ESCAPED_IMAGE, HELP, HISTORY_MODES, Chat, reply_text
+from nexus_min.__main__ import HELP, main
+from nexus_min.chat import ESCAPED_IMAGE, HISTORY_MODES, Chat, reply_text
 from nexus_min.model import autoregressive
 from nexus_min.pipeline import NexusGen
 from nexus_min.sampling import SamplingParams

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +82,9 @@ class Handlers:
         self, chat: Chat | None, text: str, image, keep: str, *form
     ) -> Iterator[tuple[Chat, list[dict], Any, str]]:
         """A turn -> (conversation, its messages as shown, the latest image, facts)."""
-        sampling = SamplingParams(**self.options(text, *form))
         if chat is None or chat.keep != keep:
             chat = Chat(self.model, keep, max_new_tokens=self.limits.tokens)
-        chat.sampling = sampling
+        chat.sampling = SamplingParams(**self.options(text, *form))
         past = [m | {"content": m["content"].replace(IMAGE, IMAGE_MARK)} for m in chat.messages]
         past.append({"role": "user", "content": (IMAGE_MARK if image else "") + (text or "")})
         latest = chat.images[-1].image if chat.images else None
@@ -161,19 +159,6 @@ def upload(label: str) -> Any:
     return image
 
 
-def show_errors(handler: Callable) -> Callable:
-    """The handler, with the visitor's mistakes as gradio shows them."""
-
-    @wraps(handler)
-    def steps(*values):
-        try:
-            yield from handler(*values)
-        except (ValueError, OSError, MemoryError) as error:
-            raise find_gradio().Error(str(error)) from None
-
-    return steps
-
-
 def build(model: NexusGen, limits: Limits) -> Any:
     """The page, a `gradio.Blocks` with its queue."""
     gr, do, size = find_gradio(), Handlers(model, limits), model.config.image_size
@@ -216,6 +201,13 @@ def build(model: NexusGen, limits: Limits) -> Any:
 def add_task(button: str, handler: Callable, inputs: list, row: list, outputs: list) -> Any:
     """Lay out a task: the button, or Enter in a text, runs the handler; Stop ends it."""
     gr = find_gradio()
+
+    def steps(*values):
+        try:
+            yield from handler(*values)
+        except (ValueError, OSError, MemoryError) as error:
+            raise gr.Error(str(error)) from None
+
     with gr.Row():
         with gr.Column():
             for part in inputs:
@@ -230,8 +222,8 @@ def add_task(button: str, handler: Callable, inputs: list, row: list, outputs: l
                 if part not in inputs:
                     part.render()
     texts = [part.submit for part in inputs if isinstance(part, gr.Textbox)]
-    queue = {"concurrency_id": "model", "concurrency_limit": 1}
-    run = gr.on([start.click, *texts], show_errors(handler), inputs + row, outputs, **queue)
+    options = {"concurrency_id": "model", "concurrency_limit": 1, "api_name": handler.__name__}
+    run = gr.on([start.click, *texts], steps, inputs + row, outputs, **options)
     stop.click(None, cancels=[run])
     return run
 

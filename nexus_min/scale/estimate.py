@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..cli import Parser, check_least, exit_status
+from ..cli import Parser, check_least, report_errors
 from ..config import NexusGenConfig
 from ..model.autoregressive import NexusGenAR, loss_terms
 from ..model.mmdit import MMDiT
@@ -208,4 +208,6 @@ def estimate(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("estimate", estimate))
+    with report_errors("estimate") as status:
+        estimate()
+    sys.exit(status.code)

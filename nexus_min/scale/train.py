@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..cli import Parser, check_least, exit_status
+from ..cli import Parser, check_least, report_errors
 from ..offload import explain_oom
 from ..train import finetune
 from ..train.data import MessageDataset
@@ -104,8 +104,9 @@ def train(args: Namespace, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Train. Only process 0 reports what all processes have in common."""
     rank = int(os.environ.get("RANK", 0))
-
-    def command() -> int | None:
+    program = f"fullscale: process {rank}" if rank else "fullscale"
+    stopped = "" if rank else "stopped; the same command resumes from the last checkpoint"
+    with report_errors(program, stopped) as status:
         try:
             args = parse_args(argv)
         except ValueError:
@@ -116,10 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             train(args, device)
         if rank == 0:
             print(f"trained {args.preset}: {args.out}/model")
-
-    program = f"fullscale: process {rank}" if rank else "fullscale"
-    stopped = "" if rank else "stopped; the same command resumes from the last checkpoint"
-    return exit_status(program, command, stopped)
+    return status.code
 
 
 if __name__ == "__main__":

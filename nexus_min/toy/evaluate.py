@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..cli import check_least, write
+from ..cli import check_least
 from ..pipeline import NexusGen
 from ..sampling import SamplingParams
 from ..tokenizer import EDITING_REPLY, GENERATION_REPLY, IMAGE
@@ -292,7 +292,7 @@ def main(args: Namespace, load: Callable[[], NexusGen]) -> None:
         rows = {tag: (c["score"], f"  n={c['judged']}") for tag, c in results["categories"].items()}
         for tag, (rate, n) in (rows | {"overall": (results["overall"], "")}).items():
             text = "   -" if rate is None else f"{rate:6.3f}"
-            write(sys.stdout, f"{tag:34s} {text}{n}")
+            print(f"{tag:34s} {text}{n}")
     else:
         results = []
         for score in evaluate(load(), args.cases, args.seed, groups, languages, args.save):
