@@ -311,7 +311,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     with processes():
         state = ShardedState(make_stage("generation"), tmp_path, CPU, bf16=False)
         state.save()
-        (tmp_path / "generation.0000007.partial").mkdir()  # of a run that was killed
+        (tmp_path / "generation.partial").mkdir()  # of a run that was killed
         state.step = 1
         monkeypatch.setattr("safetensors.torch.save", full)
         monkeypatch.setattr("torch.distributed.checkpoint.filesystem.os.fsync", full)

@@ -2,10 +2,10 @@
 
     python -m nexus_min.scale.estimate --gpus 8 --micro-batch 1
 
-The stages run on `meta`, where tensors have shapes but no memory; nothing is measured on a GPU.
-Attention is counted as plain matrix products, which save more than a fused kernel, so memory is an
-upper bound. Throughput is MFU * peak / FLOP per token; recomputed activations do not count. 6 P D
-(P parameters, D tokens) is printed for comparison.
+The stages run on `meta`, where tensors have shapes but no memory. Attention is counted as plain
+matrix products, which save more than a fused kernel, so memory is an upper bound. Throughput is
+MFU * peak / FLOP per token without recomputed activations. For comparison: 6 P D (P parameters, D
+tokens).
 """
 
 import sys
@@ -20,10 +20,9 @@ from ..cli import Parser, check_least, report_errors
 from ..config import NexusGenConfig
 from ..model.autoregressive import NexusGenAR, loss_terms
 from ..model.mmdit import MMDiT
-from ..model.projector import GenerationAdapter, ImageEmbeddingMerger
 from ..train import finetune
 from ..train.stage import Stage
-from ..weights import EditingDecoder, GenerationDecoder
+from ..weights import EditingDecoder, GenerationDecoder, make_adapter, make_merger
 from .fsdp import BLOCKS, PRESETS, LossModule, Preset, checkpoint_activations, fsdp_units
 
 TEXT_TOKENS, TEXT_LABELS = 100, 50  # of a sample: assumed
@@ -104,7 +103,7 @@ def build_stage(
     with torch.device("meta"):
         if name == "ar":
             return LossModule(build_ar_stage(config, micro_batch, sample_of(task, config), dtype))
-        mmdit, width = MMDiT(config.mmdit).to(dtype), config.mmdit.context_in_dim
+        mmdit = MMDiT(config.mmdit).to(dtype)
 
         def rope(*ids: Tensor) -> tuple[Tensor, Tensor]:
             shape = 1, 1, sum(i.shape[1] for i in ids), sum(config.mmdit.axes_dim) // 2
@@ -113,10 +112,9 @@ def build_stage(
         mmdit.rope = rope  # the method needs the values of positions
         empty, samples = {"pooled": torch.empty(1, config.mmdit.vec_in_dim)}, MetaShards(config)
         if name == "generation":
-            adapter = GenerationAdapter(config.ar.text.hidden_size, width).to(dtype)
-            decoder = GenerationDecoder(mmdit, adapter)
+            decoder = GenerationDecoder(mmdit, make_adapter(config).to(dtype))
         else:
-            decoder = EditingDecoder(mmdit, ImageEmbeddingMerger(config.ar.text, width).to(dtype))
+            decoder = EditingDecoder(mmdit, make_merger(config).to(dtype))
         return LossModule(finetune.decoder_stage(decoder, empty, samples, config, micro_batch))
 
 

@@ -1,11 +1,9 @@
 """Full-scale training with PyTorch's FSDP2: every process holds a shard of the trained weights.
 
 One step is AdamW on the mean gradient of the micro-batches of a global batch. The random numbers
-belong to a micro-batch, so the loss does not depend on the number of processes.
-
-Every block is an FSDP unit: its weights are gathered while it computes. The rest, with the loss,
-is FSDP's root. With bf16, units are gathered and compute in bf16; weights, gradients and moments
-are fp32 shards. Frozen weights (the vision tower) are whole on every GPU.
+belong to a micro-batch, so the loss does not depend on the number of processes. Each block is an
+FSDP unit, whose weights are gathered while it computes, with bf16 in bf16; weights, gradients and
+moments are fp32 shards. Frozen weights (the vision tower) are whole on every GPU.
 
 Official: ms-swift for the AR model, DiffSynth-Studio for the decoders.
 """
@@ -39,6 +37,7 @@ from ..train.stage import Run, Stage, make_rng
 BLOCKS = (DecoderLayer, DoubleStreamBlock, SingleStreamBlock)
 # Two tables as large as several blocks, and modulations, which run before their blocks.
 OWN_UNITS = ("embed_tokens", "lm_head", "mod.lin", "modulation.lin")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW names them
 BETAS, MAX_GRAD_NORM = (0.9, 0.95), 1.0  # our choice, without weight decay: table 4 has neither
 
 
@@ -132,16 +131,16 @@ class ShardedState:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), **settings)
         # AdamW makes its moments in its first step; `restore` needs them before.
         for p in self.parameters.values():
-            moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-            steps = torch.zeros((), device=device if settings["fused"] else "cpu")
+            steps = torch.zeros((), device=device)
+            moments = {name: torch.zeros_like(p) for name in MOMENTS}
             self.optimizer.state[p] = {"step": steps, **moments}
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds, by name."""
-        tensors = {f"weight/{k}": p.detach() for k, p in self.parameters.items()}
-        for moment in ("exp_avg", "exp_avg_sq"):
-            for name, p in self.parameters.items():
-                tensors[f"{moment}/{name}"] = self.optimizer.state[p][moment]
+        tensors = {}
+        for name, p in self.parameters.items():
+            tensors[f"weight/{name}"] = p.detach()
+            tensors |= {f"{m}/{name}": self.optimizer.state[p][m] for m in MOMENTS}
         return tensors | {"step": torch.tensor(self.step)}
 
     def checkpoints(self) -> list[Path]:
@@ -151,16 +150,15 @@ class ShardedState:
     def save(self, tag: str | None = None) -> None:
         """Write the folder `STAGE.TAG`, by default `STAGE.STEP`; keep the last two STEPs."""
         folder = self.folder / f"{self.name}.{tag or f'{self.step:07d}'}"
-        partial_folder = folder.with_suffix(f"{folder.suffix}.partial")
-        self.delete_partial()  # left by a run that was killed, perhaps on more processes
+        partial_folder = self.folder / f"{self.name}.partial"
+        self.delete(partial_folder)  # left by a run that was killed, perhaps on more processes
         writer = dcp.HuggingFaceStorageWriter(str(partial_folder), save_distributed=True)
         try:
             dcp.save(self.tensors(), storage_writer=writer)
         except dcp.CheckpointException as error:  # raised on every process
-            self.delete_partial()
+            self.delete(partial_folder)
             reason = str(next(iter(error.failures.values()))[0]).split("\n")[0]
-            message = f"cannot write {folder}: {reason}; the last checkpoint is kept"
-            raise OSError(message) from None
+            raise OSError(f"cannot write {folder}: {reason}; the last checkpoint is kept") from None
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(partial_folder, folder)  # it is complete
@@ -168,15 +166,13 @@ class ShardedState:
                 shutil.rmtree(old)
         dist.barrier()
 
-    def delete_partial(self) -> None:
-        """Delete incomplete checkpoints."""
+    def delete(self, folder: Path) -> None:
         if dist.get_rank() == 0:
-            for folder in self.folder.glob(f"{self.name}.*.partial"):
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         dist.barrier()
 
     def restore(self) -> None:
-        """Read the last checkpoint, if there is one. ValueError when it is broken or foreign."""
+        """Read the last checkpoint, if there is one."""
         if not (checkpoints := self.checkpoints()):
             return
         last, tensors = checkpoints[-1], self.tensors()
@@ -198,14 +194,14 @@ class ShardedState:
             self.optimizer.state[p]["step"].fill_(self.step)
 
     def raise_nonfinite(self, cause: str) -> NoReturn:
-        """Dump the state, which as a checkpoint leads to the same step; FloatingPointError."""
-        message = f"stage {self.name}, step {self.step}: not finite ({cause})"
+        """Dump the state, which as a checkpoint leads to the same step, and raise an error."""
+        dump = f"the last checkpoint is kept, the state is in {self.folder / self.name}.nonfinite"
         try:
             self.save("nonfinite")
         except OSError as error:
-            raise FloatingPointError(f"{message}; {error}") from None
-        dump = f"the state before the step is in {self.folder / self.name}.nonfinite"
-        raise FloatingPointError(f"{message}; the last checkpoint is kept, {dump}")
+            dump = str(error)
+        message = f"stage {self.name}, step {self.step}: not finite ({cause}); {dump}"
+        raise FloatingPointError(message)
 
 
 def fit(
@@ -219,8 +215,7 @@ def fit(
 ) -> None:
     """Train `stage` in place, from its last checkpoint to the preset's last step or to `until`.
 
-    The stage's loss is that of one micro-batch of `micro_batch` samples. Every `save_every` steps,
-    after Ctrl-C and at the end a checkpoint is written.
+    Every `save_every` steps, after Ctrl-C and at the end a checkpoint is written.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
     if preset.batch % (micro_batch * size):
@@ -248,9 +243,7 @@ def fit(
                 batches = (run.seed, stage.name, step, list(parts))
                 state.raise_nonfinite(f"{metrics}; batches of seed, stage, step, parts {batches}")
 
-            lr = preset.lr * preset.lr_scale(step)
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
+            lr = state.optimizer.param_groups[0]["lr"] = preset.lr * preset.lr_scale(step)
             state.optimizer.step()
             state.optimizer.zero_grad()
             state.step = step + 1

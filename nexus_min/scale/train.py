@@ -3,10 +3,9 @@
     torchrun --nproc-per-node=8 -m nexus_min.scale.train --preset ar_pretrain \\
         --data my.jsonl --model DIR --out runs/ar
 
-`--model` is a folder in the official layout. If it lacks a part, training starts as in the paper:
-the AR model from Qwen2.5-VL, a decoder from FLUX.1-dev with a new projector. `OUT/model` receives
-the trained part under its official names. To resume from the last checkpoint, repeat the command,
-on any number of processes.
+If the folder `--model` lacks a part, training starts as in the paper: the AR model from Qwen2.5-VL,
+a decoder from FLUX.1-dev with a new projector. `OUT/model` receives the trained part. To resume
+from the last checkpoint, repeat the command, on any number of processes.
 """
 
 import hashlib
@@ -17,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from ..offload import explain_oom
 from ..train import finetune
 from ..train.data import MessageDataset
 from ..train.run_folder import RunFolder
-from ..train.stage import Run, Stage
+from ..train.stage import Run
 from ..weights import model_folder, replace_file
 from .fsdp import PRESETS, fit, full_state_dict
 
@@ -74,8 +74,9 @@ def processes() -> Iterator[torch.device]:
 
 def train(args: Namespace, device: torch.device) -> None:
     """Train the preset's stage on the data, from the model's folder into the run's."""
-    overrides = {name: getattr(args, name) for name in ("batch", "steps", "warmup", "lr")}
-    preset = replace(PRESETS[args.preset], **{k: v for k, v in overrides.items() if v is not None})
+    fields = ("batch", "steps", "warmup", "lr")
+    overrides = {k: v for k in fields if (v := getattr(args, k)) is not None}
+    preset = replace(PRESETS[args.preset], **overrides)
     tasks = {t for t, ratio in zip(finetune.TASKS, preset.ratio, strict=True) if ratio}
     lines = [line for line in MessageDataset(args.data) if finetune.task_of(line) in tasks]
     if not lines:
@@ -91,9 +92,8 @@ def train(args: Namespace, device: torch.device) -> None:
         raise ValueError(f"{args.out} is a run with other data or settings; give another --out")
     replace_file(file, lambda path: path.write_text(settings, "utf-8"))
 
-    def loop(stage: Stage, run: Run) -> None:
-        fit(stage, run, preset, args.micro_batch, device, args.until, args.save_every)
-
+    budget = {"until": args.until, "save_every": args.save_every}
+    loop = partial(fit, preset=preset, micro_batch=args.micro_batch, device=device, **budget)
     dtype = torch.bfloat16 if bf16 else torch.float32
     folder = RunFolder(source, args.out / "model", device, dtype, full_state_dict, link_rest=True)
     data = finetune.FinetuneData(lines, preset.ratio, args.micro_batch, args.shard, official=True)

@@ -143,15 +143,14 @@ def score_generation(model, kind, zh, n, seed, unseen=True, name="", save=None) 
     images = sample_images(model, "generation", predict(model, cases)[1], None, seed)
     _save_samples(save, name, images)
     distinct = len({ex.scenes[0].key for ex in cases})
-    if kind != "caption":
+    if kind == "caption":
+        verdicts = are_exact(images, [ex.scenes[0] for ex in cases])
+    else:
         pairs = zip(read(images), cases, strict=True)
         verdicts = [r.known and satisfies(r.scene, ex.spec) for r, ex in pairs]
-        yield Score.of(name, verdicts, scenes=distinct)
-        return
-    verdicts = are_exact(images, [ex.scenes[0] for ex in cases])
     yield Score.of(name, verdicts, scenes=distinct)
     counts = [len(ex.scenes[0].objects) for ex in cases]
-    for count in sorted(set(counts)):
+    for count in sorted(set(counts)) if kind == "caption" else ():
         part = [v for v, c in zip(verdicts, counts, strict=True) if c == count]
         yield Score.of(f"{name}, {count} objects", part)
 
@@ -260,8 +259,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--save", type=Path, metavar="DIR", help="write sample grids (PNG) to this folder")
     add("--prompts", type=Path, metavar="FILE", help="score these prompts, in GenEval's format")
     add("--samples", type=int, default=4, metavar="N", help="images of each of the --prompts")
-    only = "only write the toy prompts to this file, in GenEval's format"
-    add("--write_prompts", "--write-prompts", type=Path, metavar="FILE", help=only)
+    add(
+        "--write_prompts", type=Path, metavar="FILE", help="only write prompts, in GenEval's format"
+    )
 
 
 def _chosen(text: str, names: tuple[str, ...], what: str) -> tuple[str, ...]:

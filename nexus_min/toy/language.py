@@ -51,10 +51,6 @@ def with_article(phrase: str, zh: bool = False) -> str:
     return phrase if zh else ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def in_order(scene: Scene) -> list[Object]:
-    return sorted(scene.objects, key=lambda o: o.cell)
-
-
 def describe_object(obj: Object, zh: bool) -> str:
     """ "a small red star in the center" / "中间有小的红色星形"."""
     name, cell = noun_phrase(*obj.key[:3], zh), cell_name(obj.cell, zh)
@@ -77,7 +73,7 @@ def caption(rng: Rng | None, scene: Scene, zh: bool) -> str:
 
     "a small red star in the center, a large blue circle on the left, on a gray background"
     """
-    parts = [describe_object(o, zh) for o in in_order(scene)]
+    parts = [describe_object(o, zh) for o in sorted(scene.objects, key=lambda o: o.cell)]
     if rng is not None:
         parts = [parts[i] for i in rng.permutation(len(parts))]
     text = "，".join(parts) if zh else ", ".join(parts) + ","
@@ -98,7 +94,6 @@ def matches(obj: Object, form: tuple) -> bool:
 
 def reference(rng: Rng, scene: Scene, obj: Object) -> tuple | None:
     """A (shape, color, size) that only `obj` matches, with None for omitted attributes."""
-    shape, color, size, _ = obj.key
-    forms = [(shape, None, None), (shape, color, None), (shape, color, size)]
+    forms = [(obj.shape, None, None), (obj.shape, obj.color, None), obj.key[:3]]
     unique = [f for f in forms if sum(matches(o, f) for o in scene.objects) == 1]
     return choice(rng, unique) if unique else None

@@ -21,8 +21,8 @@ def short_prompt(rng: Rng, kind: str) -> dict:
     def maybe(items, probability: float):
         return choice(rng, items) if rng.random() < probability else None
 
-    first, second = (str(s) for s in rng.choice(SHAPES, 2, replace=False))
-    colors = [str(c) for c in rng.choice(list(COLORS), 2, replace=False)]
+    first, second = rng.choice(SHAPES, 2, replace=False).tolist()
+    colors = rng.choice(list(COLORS), 2, replace=False).tolist()
     background = maybe(list(BACKGROUNDS), 0.5)
     spec = {"background": background, "style": "outline" if rng.random() < 0.15 else None}
     size = maybe(list(RADIUS), 0.5)
@@ -37,9 +37,9 @@ def short_prompt(rng: Rng, kind: str) -> dict:
         other = maybe(list(RADIUS), 0.3) if size else None
         objects = [(first, None, size, None), (second, None, other, None)]
     else:
-        is_colored = kind == "attribution" or rng.random() < 0.5
-        pair = colors if is_colored else (None, None)
-        objects = [(first, pair[0], None, None), (second, pair[1], None, None)]
+        if kind == "position" and rng.random() >= 0.5:
+            colors = [None, None]
+        objects = [(first, colors[0], None, None), (second, colors[1], None, None)]
         if kind == "position":
             spec["relation"] = choice(rng, list(lang.RELATIONS))
     return {"objects": objects, **spec}
@@ -88,6 +88,5 @@ def satisfies(scene: Scene, spec: dict) -> bool:
         chosen.append(found)
     if rest or scene.style != (spec["style"] or "filled"):
         return False
-    if spec["background"] not in (None, scene.background):
-        return False
-    return not spec.get("relation") or lang.is_related(*chosen, spec["relation"])
+    is_related = not spec.get("relation") or lang.is_related(*chosen, spec["relation"])
+    return is_related and spec["background"] in (None, scene.background)

@@ -86,7 +86,7 @@ def _verdicts(scene: Scene, shape: str, color: str | None, zh: bool) -> str:
     """For each object, each attribute beside the requested one, then yes or no."""
     yes, no, comma, space = ("是", "不是", "，", "") if zh else (" yes", " no", ", ", " ")
     parts = []
-    for o in lang.in_order(scene):
+    for o in sorted(scene.objects, key=lambda o: o.cell):
         words = [o.color, color] if color else []
         if color in (None, o.color):
             words += [o.shape, shape]
