@@ -232,10 +232,9 @@ def convert(args: argparse.Namespace) -> None:
     An interrupted conversion starts again.
     """
     files, path = [args.path], args.path
-    if path.is_dir():
-        decoders = [path / AR_FOLDER / f"{name}_decoder.bin" for name in ("generation", "edit")]
-        files = [file for file in decoders if file.is_file()]
-    if not files or path.is_file() and path.suffix != ".bin":
+    if path.suffix != ".bin":
+        files = sorted((path / AR_FOLDER).glob("*_decoder.bin"))
+    if not files:
         raise ValueError(f"{path}: neither a .bin file nor a folder with decoders as .bin files")
     for file in files:
         state = "is written" if convert_file(file) else "is there already"
@@ -256,7 +255,7 @@ class HubFile(NamedTuple):
 
     @property
     def partial(self) -> Path:
-        """What has been downloaded of this very content."""
+        """What has been downloaded of this content."""
         return self.target.with_name(f".{self.target.name}.{self.blob[:12]}.partial")
 
     @property
@@ -280,12 +279,12 @@ def hub_errors(source: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = str(error).split("\n")[0] or type(error).__name__
         message = f"{reason}; check network, disk and --endpoint, then repeat the command to resume"
-        if status in (401, 403, 404):
-            message = f"not on the hub, or not for you ({reason}); try `hf auth login`"
         if status in (401, 403) and FLUX in source:
             page = f"https://huggingface.co/{FLUX}"
             message = f"gated: accept the FLUX.1-dev non-commercial license at {page}, then"
             message += f" `hf auth login`. It covers both decoders of {NEXUS}, fine-tuned from it"
+        elif status in (401, 403, 404):
+            message = f"not on the hub, or not for you ({reason}); try `hf auth login`"
         raise ValueError(f"{source}: {message}") from None
 
 

@@ -57,21 +57,20 @@ def open_weights(file: Path) -> dict[str, LazyTensor]:
     """Key -> tensor of one file, or of all shards of an index. Only headers are read."""
     if file.name.endswith(".index.json"):
         return open_shards(file)
-    opened_id = file_id(file)
+
+    def version() -> tuple[int, int, int] | None:
+        stat = file.stat() if file.exists() else None
+        return stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+    opened = version()
     tensors = open_safetensors(file) if file.suffix == ".safetensors" else open_pickle(file)
 
     def read(tensor: LazyTensor) -> Tensor:
-        if file_id(file) != opened_id:  # a mapped file that was cut would kill the process
+        if version() != opened:  # a mapped file that was cut would kill the process
             raise ValueError(f"{file}: changed while it was being read; load it again")
         return tensor.read()
 
     return {key: replace(tensor, read=partial(read, tensor)) for key, tensor in tensors.items()}
-
-
-def file_id(file: Path) -> tuple[int, int, int] | None:
-    """A value that changes when the file is written, replaced or removed."""
-    stat = file.stat() if file.exists() else None
-    return stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def open_safetensors(file: Path) -> dict[str, LazyTensor]:

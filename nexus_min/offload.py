@@ -243,8 +243,7 @@ class Offloader:
     def onload(self, wanted: Any) -> None:
         """Move a part, or the part with this tower, to the device; all others to the host."""
         for part, module in self.parts:
-            is_wanted = any(wanted is x for x in (part, *towers(part)))
-            if is_wanted and module is not self.current:
+            if module is not self.current and any(wanted is x for x in (part, *towers(part))):
                 self.offload_all()
                 module.to_device()
                 self.current = module

@@ -222,10 +222,7 @@ class Parts:
     @torch.no_grad()
     def encode_text(self, prompt: str) -> Context:
         """T5's states and CLIP's vector; encoders that are read from files are freed again."""
-        encoders = self.text_encoders
-        if encoders is None and self.read_text_encoders:
-            encoders = self.read_text_encoders()
-        if encoders is None:
-            raise ValueError(f"this model has no {PART_NAMES['text_encoders']}")
+        read = self.read_text_encoders or (lambda: self.part("text_encoders"))
+        encoders = self.text_encoders or read()
         with self.offloader.temporary(encoders) if self.offloader else nullcontext():
             return encoders.context(prompt)

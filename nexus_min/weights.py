@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .config import ARConfig, NexusGenConfig
+from .config import NexusGenConfig
 from .formats import (
     LazyTensor,
     check_tensors,
@@ -185,25 +185,22 @@ def load_ar(path, config=None, *, device="cpu", dtype=None) -> NexusGenAR:
     file = find_file(path, ("model",))
     model, tensors = on_meta(NexusGenAR, sub_config(config, "ar")), open_weights(file)
     if is_base(tensors):
-        tensors |= init_missing(file, model, tensors["lm_head.weight"].dtype)
+        names, shapes = join_keys(NEW_IN_NEXUS), shapes_of(model)
+        logger.warning("%s is a base model: %s are drawn from N(0, 0.02^2)", file, names)
+        stored, generator = tensors["lm_head.weight"].dtype, torch.Generator().manual_seed(0)
+
+        def random(name: str) -> Tensor:  # N(0, 0.02^2): Qwen's initializer_range
+            return (0.02 * torch.randn(shapes[name], generator=generator)).to(stored)
+
+        for name in NEW_IN_NEXUS:
+            read = partial(random, name)
+            tensors[name] = LazyTensor(file, shapes[name], stored, read)
     return check_and_assign(model, file, tensors, device=device, dtype=dtype)
 
 
 def is_base(tensors: Mapping) -> bool:
     """Whether these are Qwen2.5-VL's: a language model without what Nexus-Gen adds to it."""
     return "lm_head.weight" in tensors and not any(name in tensors for name in NEW_IN_NEXUS)
-
-
-def init_missing(file: Path, model: NexusGenAR, dtype: torch.dtype) -> dict[str, LazyTensor]:
-    """What the base model lacks: N(0, 0.02^2), Qwen's initializer_range, from a fixed seed."""
-    names, shapes = join_keys(NEW_IN_NEXUS), shapes_of(model)
-    logger.warning("%s is a base model: %s are drawn from N(0, 0.02^2)", file, names)
-    generator = torch.Generator().manual_seed(0)
-
-    def random(name: str) -> Tensor:
-        return (0.02 * torch.randn(shapes[name], generator=generator)).to(dtype)
-
-    return {k: LazyTensor(file, shapes[k], dtype, partial(random, k)) for k in NEW_IN_NEXUS}
 
 
 def load_mmdit(path, config=None, *, device="cpu", dtype=None) -> MMDiT:
@@ -383,18 +380,10 @@ def save_checkpoint(
 
 def config_files(folder: Path, config: NexusGenConfig) -> dict[Path, str]:
     """`config.json` of the AR model, and `nexus_min.json` when the sizes are not the official."""
-    files = {folder / AR_FOLDER / "config.json": official_config(config.ar)}
-    if config != NexusGenConfig.v2():
-        files[folder / "nexus_min.json"] = config.to_dict()
-    return {file: json.dumps(content, indent=2) + "\n" for file, content in files.items()}
-
-
-def official_config(config: ARConfig) -> dict[str, Any]:
-    """The AR model's configuration as Hugging Face lays it out; `ARConfig.from_dict` reads it."""
-    own = asdict(config)
+    own = asdict(config.ar)
     text, vision = own.pop("text"), own.pop("vision")
     rope = {"type": "mrope", "mrope_section": text.pop("mrope_section")}
-    return {
+    official = {  # as Hugging Face lays it out; `ARConfig.from_dict` reads it
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
         "hidden_act": "silu",
@@ -404,6 +393,10 @@ def official_config(config: ARConfig) -> dict[str, Any]:
         **own,
         "vision_config": vision | {"in_chans": vision["in_channels"], "model_type": "qwen2_5_vl"},
     }
+    files = {folder / AR_FOLDER / "config.json": official}
+    if config != NexusGenConfig.v2():
+        files[folder / "nexus_min.json"] = config.to_dict()
+    return {file: json.dumps(content, indent=2) + "\n" for file, content in files.items()}
 
 
 # ---------------------------------------------------------------------------- the parts of a model

@@ -43,32 +43,21 @@ class CLIPAttention(nn.Module):
         return self.out_proj(rearrange(x, "B H L D -> B L (H D)"))
 
 
-class CLIPMLP(nn.Module):
-    """fc2(quick_gelu(fc1(x))): [B, L, C] -> [B, L, C]."""
-
-    def __init__(self, config: CLIPConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))  # quick_gelu(x)
-
-
 class CLIPLayer(nn.Module):
     """Pre-norm transformer block: [B, L, C] -> [B, L, C]."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        dim, inner = config.hidden_size, config.intermediate_size
+        self.layer_norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
         self.self_attn = CLIPAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = CLIPMLP(config)
+        self.layer_norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, inner), "fc2": nn.Linear(inner, dim)})
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        hidden = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](hidden * torch.sigmoid(1.702 * hidden))  # quick_gelu(hidden)
 
 
 class CLIPTextModel(nn.Module):
