@@ -11,7 +11,6 @@ official scripts take one task a call.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,8 +83,7 @@ def read(model: Any, item: dict, seed: int, max_pixels: int | None = None) -> st
     if missing := [name for name in TASKS[task] if name not in options]:
         raise ValueError(f"the task {task} needs {' and '.join(missing)}")
     if "image" in TASKS[task]:
-        load = partial(load_image, max_pixels=max_pixels)
-        options["image"] = map_images(load, options["image"])
+        options["image"] = map_images(lambda i: load_image(i, max_pixels), options["image"])
     if not isinstance(text := options[TASKS[task][-1]], str):
         raise ValueError(f"{TASKS[task][-1]} must be a text, not {type(text).__name__}")
     if task == "understand":

@@ -100,26 +100,24 @@ class Chat:
             text = text if IMAGE in text else IMAGE * len(images) + text
             check_text(text, "message")
             given = [self._encode(load_image(image)) for image in images]
-            prompt, history = self.ids + self._encode_turn(text, given), [*self.images, *given]
+            message, counts = {"role": "user", "content": text}, [len(i.embeds) for i in given]
+            tokenizer, limit = self.model.part("tokenizer"), self.model.max_prompt_tokens()
+            turn = tokenizer.encode_chat([message], counts, continued=bool(self.ids))
+            prompt, history = self.ids + turn, self.images + given
+            if (n := len(prompt)) > limit:
+                raise ValueError(f"the conversation has {n} tokens, over {limit}: start a new one")
             self.cache.crop(min(self.num_cached, self.cache.length))  # drops a turn that failed
             tokens, reply, embeds = yield from self._reply(prompt, history)
             drawn = yield from self._sample_images(reply, embeds, history)
-            new = [self._as_history(*pair) for pair in zip(drawn, embeds, strict=True)]
+            grid = self.model.config.ar.slot_grid
+            new = [ChatImage(i, e, grid) for i, e in zip(drawn, embeds, strict=True)]
+            if self.keep == "reencoded":
+                new = [self._encode(image) for image in drawn]
             # The conversation changes only here, once the turn is complete.
             self.ids = self._splice(prompt, tokens, new)
             self.images, self.num_images = history + new, self.num_images + len(new)
             self.num_cached = self.cache.length
-            turns = ("user", text), ("assistant", reply)
-            self.messages += [{"role": role, "content": content} for role, content in turns]
-
-    def _encode_turn(self, text: str, images: list[ChatImage]) -> list[int]:
-        """Ids of the user's turn and of the start of the reply."""
-        message, counts = {"role": "user", "content": text}, [len(i.embeds) for i in images]
-        tokenizer, limit = self.model.part("tokenizer"), self.model.max_prompt_tokens()
-        ids = tokenizer.encode_chat([message], counts, continued=bool(self.ids))
-        if (n := len(self.ids) + len(ids)) > limit:
-            raise ValueError(f"the conversation has {n} tokens, more than {limit}: start a new one")
-        return ids
+            self.messages += [message, {"role": "assistant", "content": reply}]
 
     def _reply(self, prompt: list[int], images: list[ChatImage]) -> Iterator[Event]:
         """Yield the reply; return its ids, none of them an image's, its text and the embeddings."""
@@ -171,12 +169,6 @@ class Chat:
         view = bound_image(image, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
         embeds, grid = self.model.embed_images([view])
         return ChatImage(image, embeds, tuple(grid[0].tolist()))
-
-    def _as_history(self, image: Image.Image, embeds: Tensor) -> ChatImage:
-        """A generated image as later turns read it."""
-        if self.keep == "reencoded":
-            return self._encode(image)
-        return ChatImage(image, embeds, self.model.config.ar.slot_grid)
 
     def _splice(self, prompt: list[int], tokens: list[int], images: list[ChatImage]) -> list[int]:
         """All ids, with as many image tokens for each image as it has embeddings.

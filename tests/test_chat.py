@@ -246,7 +246,7 @@ def test_an_announced_image_without_tokens_left_is_dropped(tiny, script):
         ("a \udcff", (), "not valid Unicode"),
         ("<image> a", (), "1 <image> placeholders for 0 images"),
         ("a", ("missing.png",), "cannot read image 'missing.png': no such file"),
-        ("a" * 3000, (), "the conversation has .* more than 1968: start a new one"),
+        ("a" * 3000, (), "the conversation has .* over 1968: start a new one"),
     ],
 )
 def test_bad_turns(tiny, text, images, message):
