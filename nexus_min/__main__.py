@@ -229,7 +229,7 @@ def run_batch(args: argparse.Namespace) -> None:
         save_image(result.image, path, metadata(args, result.sampling, item, facts))
 
     rows = batch.to_folder(results, folder, save)
-    print(str(folder / "results.jsonl"), flush=True)
+    print(folder / "results.jsonl", flush=True)
     if failed := [row for row in rows if "error" in row]:
         first = f"item {failed[0]['index']}: {failed[0]['error']}"
         raise ValueError(f"{len(failed)} of {len(items)} items failed; {first}")
@@ -298,10 +298,10 @@ def load_model(args: argparse.Namespace, parts: Sequence[str] | None = None):
     parts, args.device = parts or PARTS, find_device(args.device, args.model)
     dtype = getattr(torch, DTYPES.get(args.dtype, args.dtype)) if args.dtype else None
     model = NexusGen.load(args.model, args.device, dtype, parts, args.memory or "auto", args.fp8)
-    profile, reason = "resident", ""
+    profile, reason = "", ""
     if model.offloader is not None:
         profile, reason = model.offloader.profile, model.offloader.reason
-    elif args.memory == "auto":  # the CPU leaves no choice: say so only to who asks
+    elif args.memory == "auto":  # the CPU leaves no choice: say so only on request
         profile, reason = choose(memory_needed({name: model.part(name) for name in parts}), None)
     if reason:
         print(f"{PROGRAM}: memory {profile}: {reason}", file=sys.stderr)
