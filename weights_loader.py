@@ -131,15 +131,14 @@ def fill_row(row: dict[str, str], folder: Path, config: NexusGenConfig, read_val
     if is_base(tensors):
         expected = {key: shape for key, shape in expected.items() if key not in NEW_IN_NEXUS}
         published_hash, row["remark"] = BASE_HASH, BASE_REMARK
-    is_same = names_hash(shapes_of(tensors)) == published_hash
-    has_hash = config == NexusGenConfig.v2()
+    verdict = "equal" if names_hash(shapes_of(tensors)) == published_hash else "differs"
     files = {tensor.file for tensor in tensors.values()}
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     row |= {
         "tensors": f"{len(tensors)}/{len(expected)}",
         "bytes": readable(sum(f.stat().st_size for f in files)),
         "dtype": join_keys(dtypes, 3),
-        "names and shapes": ("equal" if is_same else "differs") if has_hash else "none published",
+        "names and shapes": verdict if config == NexusGenConfig.v2() else "none published",
     }
     check_tensors(file, f"the {component}", expected, tensors)
     odd = [k for k, t in tensors.items() if read_values and not t.read().isfinite().all()]
@@ -159,9 +158,10 @@ def component_row(
         row["state"] = ("missing" if absent else "wrong") + ("" if needed else ", not needed")
         remedy = "not in the release: get it from where this folder comes from"
         if component in RELEASED and not (folder / "nexus_min.json").is_file():
-            remedy = f"from {RELEASED[component][0]}{'' if absent else ', once this is deleted'}: "
-            remedy += f"{COMMAND} download {quote(str(folder))}"
-            remedy += " --base" if component == "FLUX.1-dev" else ""
+            condition = "" if absent else ", once this is deleted"
+            option = " --base" if component == "FLUX.1-dev" else ""
+            remedy = f"from {RELEASED[component][0]}{condition}: "
+            remedy += f"{COMMAND} download {quote(str(folder))}{option}"
         row["remark"] = f"{error}\n  {remedy}" if needed or not absent else ""
     return row
 
@@ -233,7 +233,7 @@ def convert(args: argparse.Namespace) -> None:
     """
     files, path = [args.path], args.path
     if path.suffix != ".bin":
-        files = sorted((path / AR_FOLDER).glob("*_decoder.bin"))
+        files = sorted((path / AR_FOLDER).glob("*_decoder.bin"), reverse=True)
     if not files:
         raise ValueError(f"{path}: neither a .bin file nor a folder with decoders as .bin files")
     for file in files:
