@@ -105,15 +105,17 @@ def autoregressive_stage(
     if lora_rank:
         add_lora(ar.model, lora_rank)
 
+    sources: list[str] = []
+
     def loss(rng, progress):
         lines = mixture.draw(rng, batch, progress)
-        stage.lines[:] = [line["where"] for line in lines if "where" in line]
+        sources[:] = [line["where"] for line in lines if "where" in line]
         out = lines_loss(ar, tokenizer, config, lines, rng if read_earlier else None)
         return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
 
     modules, adamw_only = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")
-    stage = Stage("ar", modules, loss, lr=1e-3, adamw_lr=7e-4, adamw_only=adamw_only)
-    return stage
+    rates = {"lr": 1e-3, "adamw_lr": 7e-4}
+    return Stage("ar", modules, loss, adamw_only=adamw_only, lines=sources, **rates)
 
 
 # ----------------------------------------------------------------------------- the decoders' stages
@@ -175,9 +177,11 @@ def decoder_stage(
     samples: `Shards`, or what has its methods; distill: rows -> another loss, for the start.
     """
 
+    sources: list[str] = []  # not `stage.lines`: a cycle would keep the samples after the stage
+
     def loss(rng, progress):
         picks = rng.integers(len(samples), size=batch)
-        stage.lines[:] = [samples.where[i] for i in picks if samples.where]
+        sources[:] = [samples.where[i] for i in picks if samples.where]
         rows = samples.rows(picks)
         x0, embeds = rows["latents"], rows["embeds"]
         # A generator on the CPU makes the same noise for every device.
@@ -198,8 +202,8 @@ def decoder_stage(
 
     name = "editing" if isinstance(decoder, EditingDecoder) else "generation"
     modules = nn.ModuleDict(decoder._asdict())
-    stage = Stage(name, modules, loss, recipe.lr, recipe.adamw_lr, adamw_only=ADAMW_ONLY)
-    return stage
+    rates = {"lr": recipe.lr, "adamw_lr": recipe.adamw_lr}
+    return Stage(name, modules, loss, adamw_only=ADAMW_ONLY, lines=sources, **rates)
 
 
 # ------------------------------------------------------------------------ what decoders learn from
