@@ -79,10 +79,7 @@ def train_vision(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict:
 
 
 def train_generation(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict:
-    """The generation decoder learns to reconstruct images from the tower's embeddings.
-
-    With --start it begins as that model's decoder.
-    """
+    """The generation decoder learns reconstruction; with --start it begins as that model's."""
     config, vae, visual = folder.config, folder.vae(), folder.ar().visual
     started, teacher = time.perf_counter(), None
     mmdit, adapter = init.init_mmdit(MMDiT(config.mmdit)), weights.make_adapter(config)
@@ -105,8 +102,8 @@ def train_ar(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict:
     """The AR model learns all three tasks, with the tower frozen (paper, section 4.1)."""
     config, ar, preview = folder.config, folder.ar(), None
     if is_finished(run.folder, "generation"):  # otherwise without images of progress
-        parts = folder.generation(), folder.vae(), folder.empty_prompt()
-        preview = toy.PreviewSampler(*parts, config)
+        parts = folder.generation(), folder.vae(), folder.empty_prompt(), config
+        preview = toy.PreviewSampler(*parts)
     summary = fit(toy.ar_stage(ar, folder.tokenizer(), config, BATCH["ar"], preview), run)
     folder.save(config, ar=ar)
     return summary
@@ -114,8 +111,7 @@ def train_ar(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict:
 
 def train_editing(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict:
     """The editing decoder starts as the generation decoder, and learns from predictions (4.3)."""
-    config, vae = folder.config, folder.vae()
-    ar = folder.ar().eval().requires_grad_(False)
+    config, vae, ar = folder.config, folder.vae(), folder.ar().eval().requires_grad_(False)
     started = time.perf_counter()
     pool = toy.editing_pool(ar, vae, folder.tokenizer(), config, run)
     run = run.after(time.perf_counter() - started)
@@ -123,8 +119,8 @@ def train_editing(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict
     merger.layers[0].load_state_dict(ar.model.layers[0].state_dict())
     decoder = weights.EditingDecoder(mmdit, merger)
     preview = toy.PreviewSampler(decoder, vae, folder.empty_prompt(), config)
-    teacher = adapter.requires_grad_(False)
-    summary = fit(toy.editing_stage(preview, teacher, pool, BATCH["editing"]), run)
+    adapter.requires_grad_(False)
+    summary = fit(toy.editing_stage(preview, adapter, pool, BATCH["editing"]), run)
     folder.save(config, editing=decoder)
     return summary
 
@@ -160,7 +156,6 @@ def main(argv: list[str] | None = None) -> int:
                 data = finetune.FinetuneData(list(MessageDataset(args.data)), *settings)
                 finetune.TRAIN[name](folder, data, run)
             else:
-                check_dependencies(args.out, name)
                 write_summary(args.out, TRAIN[name](folder, run, args), command)
         minutes = (time.time() - started) / 60
         print(f"trained {args.stage} in {minutes:.1f} minutes: {folder.goal}")
@@ -213,14 +208,6 @@ def write_summary(out: Path, summary: dict, command: str) -> None:
     replace_text(out / f"{stage}.json", json.dumps(summary, indent=1))
 
 
-def check_dependencies(out: Path, stage: str) -> None:
-    """Name the command to run first when a stage that this one needs is missing."""
-    for name in DEPENDS_ON[stage]:
-        if not is_finished(out, name):
-            first = f"python train_tiny.py --stage {name} --out {shlex.quote(str(out))}"
-            raise ValueError(f"stage {stage} needs {name}, which is not trained yet: {first}")
-
-
 def prepare(args: argparse.Namespace, folder: RunFolder) -> tuple[str, ...]:
     """Check all that can be checked before any training; return the stages to train."""
     if args.data:
@@ -233,8 +220,10 @@ def prepare(args: argparse.Namespace, folder: RunFolder) -> tuple[str, ...]:
         config = weights.load_config(model_folder(args.start))
         if config.mmdit != folder.config.mmdit:
             raise ValueError(f"--start {args.start}: its MMDiT has other sizes than this run's")
-    if args.stage != "all":
-        check_dependencies(args.out, args.stage)
+    for name in DEPENDS_ON.get(args.stage, ()):
+        if not is_finished(args.out, name):
+            first = f"python train_tiny.py --stage {name} --out {shlex.quote(str(args.out))}"
+            raise ValueError(f"stage {args.stage} needs {name}, which is not trained yet: {first}")
     if args.ship:
         missing = [n for n in TIME_SHARE if n not in stages and not is_finished(args.out, n)]
         if missing:
@@ -288,14 +277,10 @@ def export(folder: RunFolder, args: argparse.Namespace) -> None:
 def init_run(args: argparse.Namespace, folder: RunFolder) -> None:
     """Copy the model to fine-tune, in fp32, and record the data."""
     digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
-    facts = {"data": digest, "model": str(args.model), "ratio": list(args.ratio)}
+    facts = json.dumps({"data": digest, "model": str(args.model), "ratio": list(args.ratio)})
     file, begun = args.out / "data.json", args.out / "data.json.begun"
     if file.exists():
-        try:
-            is_same = json.loads(file.read_text("utf-8")) == facts
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: cannot be read ({error}); delete the folder") from None
-        if not is_same:
+        if file.read_bytes() != facts.encode():
             raise ValueError(f"{args.out} is a run on other data; give another --out")
         return
     if folder.goal.exists() and not begun.exists():  # it exists if a run was killed below
@@ -303,7 +288,7 @@ def init_run(args: argparse.Namespace, folder: RunFolder) -> None:
     begun.touch()
     source = RunFolder(model_folder(args.model))
     folder.save(source.config, **source.all_parts())
-    replace_text(file, json.dumps(facts))
+    replace_text(file, facts)
     begun.unlink()
 
 

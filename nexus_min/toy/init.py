@@ -66,12 +66,8 @@ def init_previous_token_heads(ar: NexusGenAR, strength: float = 4.0) -> None:
     key = torch.zeros(config.head_dim)
     key[: config.mrope_section[0]] = strength  # of time, which has the highest frequencies
     for layer, offsets in zip(ar.model.layers, HEAD_OFFSETS, strict=False):
-        queries = []
-        for offset in offsets:
-            position = torch.full((3, 1, 1), -offset)
-            cos_sin = mrope_cos_sin(position, *rope)
-            queries.append(apply_rope_half(key, *cos_sin).flatten())
-        query = torch.cat(queries)
+        positions = -torch.tensor(offsets).expand(3, 1, -1)
+        query = apply_rope_half(key, *mrope_cos_sin(positions, *rope)).flatten()
         layer.self_attn.q_proj.bias[: len(query)] = query
         layer.self_attn.k_proj.bias[: config.head_dim] = key  # which both heads share
 

@@ -90,11 +90,9 @@ class GroundingHead(nn.Module):
     """Reads scenes out of image embeddings; it is thrown away after pre-training.
 
     One query per cell reads shape, color, size and jitter, two more read background and style. Each
-    embedding redraws its own part of the image: a reference's with its texture, which the editing
-    decoder takes from there, a target's without. Phrases ("red", "small red star") look up their
-    object by one attention over content, so that a decoder's one attention can. Keys carry no
-    position: the embeddings must say where things are, since the generation decoder gets all of
-    them at position 0.
+    embedding redraws its part of the image; only a reference's has texture, for editing.
+    Phrases ("small red star") look up their object by one attention, so that a decoder's can. Keys
+    carry no position: the generation decoder gets all embeddings at position 0.
     """
 
     def __init__(self, width: int, dim: int = 128, heads: int = 4):

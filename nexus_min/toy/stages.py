@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..config import NexusGenConfig
-from ..images import patch_rows
 from ..model.autoencoder import AutoEncoder
 from ..model.autoregressive import ARLoss, NexusGenAR, prefill_image_slots
 from ..model.flow import denoise, schedule
-from ..model.projector import GenerationAdapter
 from ..model.vision import QwenViT
 from ..sampling import velocity_field
 from ..tokenizer import IMAGE, QwenTokenizer
@@ -31,16 +29,7 @@ from ..train import finetune
 from ..train.finetune import Recipe, decoder_context
 from ..train.stage import Run, Stage, mixed_precision
 from .edits import EDITS
-from .pictures import (
-    agreement,
-    embed_views,
-    exactness,
-    resize,
-    save_grid,
-    scenes,
-    to_uint8,
-    to_unit,
-)
+from .pictures import agreement, embed_views, exactness, save_grid, scenes, to_uint8, to_unit
 from .tasks import Example, sample_example
 from .world import STYLES, render
 
@@ -59,8 +48,6 @@ GENERATION = Recipe(lr=6e-3, adamw_lr=2e-3, times=TIMES, cond_noise=0.3)
 ADAPTATION = replace(GENERATION, lr=3e-3, distill_share=0.08)  # of a known decoder to a new tower
 EDITING = Recipe(lr=6e-3, adamw_lr=2e-3, times=TIMES, cond_noise=0.0, distill_share=0.04)
 
-
-# ---------------------------------------------------------------- the autoregressive model
 
 pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
 
@@ -133,14 +120,12 @@ def predict_after_reply(
         images += [render(s) for s in ex.scenes[:-1]]
     embeds = grid = None
     if images:
-        pixels, grid = patch_rows(resize(to_unit(images), config.target_size))
-        embeds = ar.visual(pixels, tuple(map(tuple, grid.tolist())))
+        embeds = embed_views(ar.visual, to_unit(images), config.target_size).flatten(0, 1)
+        side = config.target_size // vision.patch_size
+        grid = torch.tensor([(1, side, side)] * len(images))
     ids = pad_left(rows, padding_value=config.ar.pad_token_id)
     mask = pad_left([torch.ones_like(row) for row in rows])
     return prefill_image_slots(ar, ids, embeds, grid, mask)
-
-
-# ---------------------------------------------------------------- samples of progress
 
 
 def empty_prompt(config: NexusGenConfig, length: int = 8) -> dict[str, Tensor]:
@@ -175,9 +160,6 @@ class PreviewSampler:
         return {"exact_seen": agreement(images, truth)}
 
 
-# ---------------------------------------------------------------- what the decoders learn from
-
-
 class Pool:
     """Tensors of n samples in memory, with the methods of `data.Shards`."""
 
@@ -209,19 +191,15 @@ def build_pool(run: Run, per_second: int, make: Callable[[np.random.Generator], 
 
 
 def reconstruction_pool(
-    visual: QwenViT,
-    vae: AutoEncoder,
-    config: NexusGenConfig,
-    run: Run,
-    teacher: tuple[QwenViT, GenerationAdapter] | None = None,
+    visual: QwenViT, vae: AutoEncoder, config: NexusGenConfig, run: Run, teacher: tuple | None
 ) -> dict[str, Tensor]:
     """Images as `embeds` [n, N, C] and `latents` [n, z, h, w].
 
     Most are outlines, which are harder, of two to six objects. One in eight is as prompts describe
     it: a decoder that never saw a small filled shape alone drew up to one in ten as an outline.
 
-    With the tower and the adapter of another model also `teacher_context`: what that adapter makes
-    of its own tower's embeddings, which its MMDiT understands.
+    With `teacher`, the tower and the adapter of another model, also `teacher_context`: what that
+    adapter makes of its own tower's embeddings, which its MMDiT understands.
     """
 
     @torch.no_grad()
@@ -264,9 +242,6 @@ def editing_pool(
     return build_pool(run, 16, make)
 
 
-# ---------------------------------------------------------------- the decoders
-
-
 def generation_stage(preview: PreviewSampler, pool: dict[str, Tensor], batch: int) -> Stage:
     """The decoder of `preview` reconstructs images; one batch in ten gets the empty prompt (CFG).
 
@@ -286,8 +261,7 @@ def editing_stage(
 ) -> Stage:
     """The decoder of `preview` generates the target of an edit.
 
-    First the merger learns the output of the `teacher`, the generation decoder's adapter, for the
-    target, since the MMDiT understands that; it takes a few seconds.
+    First the merger imitates the `teacher`, the generation decoder's adapter, on the target.
     """
 
     def distill(rows):

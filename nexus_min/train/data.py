@@ -85,9 +85,10 @@ def read_lines(path: Path) -> Iterator[tuple[str, Any, list[str]]]:
     """("file:number", the line, its mistakes) of each line that is not blank."""
     if path.exists() and not path.is_file():  # a pipe would block, and can be read only once
         raise ValueError(f"{path} is not a file; write the data to one, it is read again later")
-    for number, text in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not text.strip():
-            continue
+    lines = [(n, x) for n, x in enumerate(path.read_bytes().split(b"\n"), 1) if x.strip()]
+    if not lines:
+        yield str(path), None, ["holds no examples"]
+    for number, text in lines:
         try:
             line = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -107,9 +108,9 @@ class MessageDataset:
         self.path = Path(path)
         rows = list(read_lines(self.path))
         wrong = [f"{where}: {mistake}" for where, _, found in rows for mistake in found]
-        if wrong or not rows:
+        if wrong:
             more = f" (and {len(wrong) - 1} more mistakes)" if len(wrong) > 1 else ""
-            raise ValueError(f"{wrong[0]}{more}" if rows else f"{self.path}: holds no examples")
+            raise ValueError(wrong[0] + more)
         self.lines = [line for _, line, _ in rows]
         self.where = [where for where, _, _ in rows]
 
@@ -138,13 +139,11 @@ def find_image(name: str, folder: Path) -> Path:
 
 def check_file(path: Path, config: NexusGenConfig, tokenizer: QwenTokenizer) -> list[str]:
     """Every mistake of a file, unreadable images and overlong lines included."""
-    rows = list(read_lines(path))
-    found = [
+    return [
         f"{where}: {mistake}"
-        for where, line, wrong in rows
+        for where, line, wrong in read_lines(path)
         for mistake in wrong or content_mistakes(line, path.parent, config, tokenizer)
     ]
-    return found if rows else [f"{path}: holds no examples"]
 
 
 def content_mistakes(line: dict, folder: Path, config, tokenizer) -> list[str]:

@@ -252,8 +252,6 @@ def encode_square(vae: AutoEncoder, image, config: NexusGenConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class FinetuneData:
-    """What a stage learns from, and how."""
-
     lines: list[dict]  # with paths of images
     ratio: tuple[float, ...] = RATIO
     batch: int = 32
@@ -316,18 +314,15 @@ def embed_lines(name: str, folder: RunFolder, data: FinetuneData, run: Run) -> S
     return Shards(shards, [item["where"] for item in items])
 
 
-TRAIN = {
-    "generation": partial(train_decoder, "generation"),
-    "ar": train_ar,
-    "editing": partial(train_decoder, "editing"),
-}
+TRAIN = {name: partial(train_decoder, name) for name in ("generation", "editing")}
+TRAIN["ar"] = train_ar
 LEARNS_FROM = {"generation": ("generate", "edit"), "ar": TASKS, "editing": ("edit",)}
 
 
 def stages(lines: Sequence[dict], chosen: str = "all") -> tuple[str, ...]:
     """The stages that the tasks of the lines allow."""
     tasks = {task_of(line) for line in lines}
-    found = [n for n in TRAIN if chosen in ("all", n) and tasks & set(LEARNS_FROM[n])]
+    found = [n for n, x in LEARNS_FROM.items() if chosen in ("all", n) and tasks & set(x)]
     if not found:
         raise ValueError(f"the data hold no lines that the stage {chosen} learns from")
     return tuple(found)

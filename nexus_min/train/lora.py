@@ -37,26 +37,21 @@ def add_lora(
 ) -> nn.Module:
     """Freeze `model` and give every Linear whose name is in `targets` a correction, in place."""
     model.requires_grad_(False)
-    linears = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear) and name in targets
-    ]
+    linears = {k: m for k, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {k: m for k, m in linears.items() if k.split(".")[-1] in targets}
     if not linears:
         raise ValueError(f"the model has no Linear named {', '.join(targets)}")
-    for parent, name, child in linears:
-        setattr(parent, name, LoRALinear(child, rank, alpha))
+    for name, linear in linears.items():
+        model.set_submodule(name, LoRALinear(linear, rank, alpha))
     return model
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
     """Fold all corrections in, in place, in fp32; layers and names are the model's own again."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
-                weight = child.linear.weight
-                weight.copy_(weight.float() + child.scale * child.lora_B @ child.lora_A)
-                setattr(parent, name, child.linear)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            weight = module.linear.weight
+            weight.copy_(weight.float() + module.scale * module.lora_B @ module.lora_A)
+            model.set_submodule(name, module.linear)
     return model

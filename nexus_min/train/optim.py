@@ -83,12 +83,11 @@ def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
         else:
             matrices += split_rows(p if p.ndim == 2 else as_matrix(p))
     optimizers: list[torch.optim.Optimizer] = []
-    if matrices:  # `base_lr` is what the loop scales to the learning rate of a step
-        groups = [{"params": matrices, "base_lr": stage.lr}]
-        optimizers.append(Muon(groups, stage.lr))
+    if matrices:
+        optimizers.append(Muon(matrices, stage.lr))
     if others:
-        groups = [{"params": others, "base_lr": stage.adamw_lr or stage.lr}]
-        optimizers.append(torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0))
+        lr = stage.adamw_lr or stage.lr
+        optimizers.append(torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
     return optimizers
 
 

@@ -26,24 +26,19 @@ WARMUP = 50  # steps
 
 @dataclass
 class Stage:
-    """What one stage trains: modules, the loss of a batch, and a sample of progress.
-
-    loss: (rng, progress in [0, 1]) -> the scalar to minimize and a dict of numbers to log. Its
-        noise comes from `rng` or from torch's own generator.
-    adamw_only: Muon leaves out parameters whose name contains one of these (embeddings, heads).
-    sample: writes a PNG to a path and returns numbers to log.
-    lines: "file:line" of what the latest batch was made of, for error messages.
-    """
+    """What one stage trains: modules, the loss of a batch, and a sample of progress."""
 
     name: str
     modules: nn.ModuleDict
+    # (rng, progress in [0, 1]) -> the scalar to minimize, and numbers to log. The noise comes from
+    # `rng` or from torch's own generator.
     loss: Callable[[np.random.Generator, float], tuple[Tensor, dict]]
     lr: float = 3e-3
     adamw_lr: float | None = None
     ema: float = 0.998
-    adamw_only: tuple[str, ...] = ()
-    sample: Callable[[Path], dict[str, float]] | None = None
-    lines: list[str] = field(default_factory=list)
+    adamw_only: tuple[str, ...] = ()  # parts of names that Muon leaves out (embeddings, heads)
+    sample: Callable[[Path], dict[str, float]] | None = None  # writes a PNG; numbers to log
+    lines: list[str] = field(default_factory=list)  # "file:line" of the latest batch, for errors
 
 
 @dataclass
@@ -110,9 +105,6 @@ def make_rng(seed: int, stage: str, step: int, part: int = 0) -> np.random.Gener
     rng = np.random.default_rng([seed, zlib.crc32(stage.encode()), step, part])
     torch.manual_seed(int(rng.integers(2**62)))
     return rng
-
-
-# --------------------------------------------------------------------------------------- precision
 
 
 @lru_cache(maxsize=1)

@@ -39,7 +39,9 @@ def fit(stage: Stage, run: Run) -> dict:
         return state.summary()
     saved = sampled = schedule.elapsed
     start = time.perf_counter() - schedule.elapsed
-    with deferred_interrupt() as interrupt, state.bar() as bar, state.checkpoint.mention():
+    bar = {"desc": stage.name, "initial": schedule.progress, "total": 1.0, "bar_format": BAR}
+    bar = tqdm(**bar, smoothing=0, disable=run.quiet)
+    with deferred_interrupt() as interrupt, bar, state.checkpoint.mention():
         for step in schedule:
             # A batch and its loss. The generator of the step makes both data and noise.
             rng = make_rng(run.seed, stage.name, step)
@@ -58,8 +60,8 @@ def fit(stage: Stage, run: Run) -> dict:
 
             # One step of Muon and AdamW.
             for optimizer in state.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * schedule.lr_scale
+                for group in optimizer.param_groups:  # `defaults` holds the stage's rate
+                    group["lr"] = optimizer.defaults["lr"] * schedule.lr_scale
                 optimizer.step()
 
             # The average of the weights (EMA), over fewer steps at first.
@@ -105,6 +107,7 @@ class TrainState:
         self.optimizers = make_optimizers(stage)
         seconds = None if run.seconds is None else max(1.0, run.seconds - run.elapsed_before)
         self.schedule = Schedule(seconds, run.steps)
+        run.folder.mkdir(parents=True, exist_ok=True)
         self.metrics: dict[str, float] = {}  # the latest of each name
         self.window: list[dict[str, float]] = []  # of the steps since the last report
         if saved is not None:
@@ -126,10 +129,7 @@ class TrainState:
             self.stage.modules.load_state_dict(state["modules"])
             torch._foreach_copy_(self.average, state["average"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                rates = [group["base_lr"] for group in optimizer.param_groups]
                 optimizer.load_state_dict(saved)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["base_lr"] = rate  # the stage's own, which may differ from the saved one
             vars(self.schedule).update(state["schedule"])
             self.metrics = state["metrics"]
             self.run = replace(self.run, bf16=state["bf16"])  # a run keeps its precision
@@ -168,12 +168,6 @@ class TrainState:
             f"batch of seed, stage, step, rank {batch}{sources}); {status}, {dump_status}"
         )
 
-    # ---- progress
-
-    def bar(self) -> tqdm:
-        options = {"total": 1.0, "initial": self.schedule.progress, "bar_format": BAR}
-        return tqdm(desc=self.stage.name, disable=self.run.quiet, smoothing=0, **options)
-
     def report(self) -> str:
         """Log the mean of the metrics since the last report; the text beside the progress bar."""
         mean = {k: float(np.mean([w[k] for w in self.window])) for k in self.window[0]}
@@ -186,7 +180,6 @@ class TrainState:
         """Sample a grid of images by the average, and log what it measures."""
         if self.stage.sample is None:
             return
-        self.run.folder.mkdir(parents=True, exist_ok=True)
         weights = [w.clone() for w in self.weights]
         torch._foreach_copy_(self.weights, self.average)
         self.log(self.stage.sample(self.run.folder / f"{self.stage.name}_{tag}.png"))
@@ -197,7 +190,6 @@ class TrainState:
         self.metrics |= metrics
         seconds = round(self.schedule.elapsed, 1)
         line = {"stage": self.stage.name, "step": self.schedule.step, "seconds": seconds} | metrics
-        self.run.folder.mkdir(parents=True, exist_ok=True)
         with open(self.run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
