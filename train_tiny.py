@@ -43,7 +43,7 @@ from nexus_min.weights import model_folder
 
 # The stages in order, with their share of --minutes.
 TIME_SHARE = {"vae": 0.13, "vision": 0.14, "generation": 0.29, "ar": 0.34, "editing": 0.10}
-BATCH = {"vae": 16, "vision": 32, "generation": 32, "ar": 32, "editing": 32}
+BATCH = dict.fromkeys(TIME_SHARE, 32) | {"vae": 16}
 DEPENDS_ON = {"vae": (), "vision": (), "generation": ("vae", "vision"), "ar": ("vision",)}
 DEPENDS_ON["editing"] = tuple(DEPENDS_ON)
 
@@ -173,9 +173,6 @@ def budget(stage: str, stages: tuple[str, ...], minutes: float, started: float) 
     return max(1.0, per_share * TIME_SHARE[stage] - max(0.0, late))
 
 
-# ---------------------------------------------------------------------- the summary of each stage
-
-
 def read_summary(out: Path, stage: str) -> dict | None:
     """What was written when the stage was done; None when it was not."""
     file = out / f"{stage}.json"
@@ -300,9 +297,6 @@ def check_data(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.data}: {len(mistakes)} mistakes, see above")
     tasks = [finetune.task_of(line) for line in MessageDataset(args.data).lines]
     print(f"{args.data}: good; " + ", ".join(f"{tasks.count(t)} {t}" for t in finetune.TASKS))
-
-
-# --------------------------------------------------------------------------------- the command line
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

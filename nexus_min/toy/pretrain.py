@@ -165,8 +165,7 @@ def grounding_targets(batch: list[Scene], phrases: Tensor) -> dict[str, Tensor]:
     Of each phrase [B, P]: the number of objects that match, and the classes of a single match.
     """
     ids = torch.zeros(len(batch), 9, 3).long()  # shape, color, size of each cell
-    jitter = torch.zeros(len(batch), 9, 2)
-    occupied = torch.zeros(len(batch), 9, dtype=torch.bool)
+    jitter, occupied = torch.zeros(len(batch), 9, 2), torch.zeros(len(batch), 9).bool()
     for i, scene in enumerate(batch):
         cells = [o.cell for o in scene.objects]
         ids[i, cells] = torch.tensor([_class_ids(o) for o in scene.objects])

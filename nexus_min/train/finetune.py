@@ -42,8 +42,6 @@ TASKS = ("understand", "generate", "edit")
 RATIO = (1.0, 2.0, 1.0)
 ADAMW_ONLY = ("img_in", "final_layer", "time_in", "vector_in", "guidance_in")
 
-# ---------------------------------------------------------------------------------- lines by task
-
 
 def task_of(line: dict) -> str:
     """One of `TASKS`, by the roles in whose turns the images stand."""
@@ -66,9 +64,6 @@ class TaskMixture:
     def draw(self, rng: np.random.Generator, n: int, progress: float = 0.0) -> list[dict]:
         tasks = [self.lines[TASKS[k]] for k in rng.choice(len(TASKS), n, p=self.shares)]
         return [lines[int(rng.integers(len(lines)))] for lines in tasks]
-
-
-# ----------------------------------------------------------------------------- the AR model's stage
 
 
 def lines_loss(ar: NexusGenAR, tokenizer, config, lines: list[dict], rng=None) -> ARLoss:

@@ -79,7 +79,8 @@ class RunFolder:
         """The editing decoder; without a file, FLUX.1-dev with a new merger."""
         if self._has("edit_decoder"):
             return self._read("editing")
-        merger = weights.make_merger(self.config)  # starts as in the official training:
+        merger = weights.make_merger(self.config)
+        # Its layer starts as the AR model's first, as in the official training.
         merger.layers[0].load_state_dict(self.ar().model.layers[0].state_dict())
         return EditingDecoder(self._flux(), merger.to(self.device))
 
