@@ -4,13 +4,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-
-from ..formats import replace_file
 
 
 class Checkpoint:
@@ -29,18 +27,18 @@ class Checkpoint:
         return "the last good checkpoint is kept" if exists else "there is no checkpoint yet"
 
     def save(self, state: dict) -> None:
-        new = self.path.with_suffix(".new")
-
-        def write(path: Path) -> None:
-            with open(path, "wb") as file:  # unlike torch's own writer, it says what is wrong
-                torch.save(state, file)
-
+        partial = self.path.with_suffix(".partial")
         try:
-            replace_file(new, write)
+            with open(partial, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
             if self.path.exists():
                 os.replace(self.path, self.previous)  # if killed after this, `load` reads it
-            os.replace(new, self.path)
+            os.replace(partial, self.path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk by RuntimeError
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             cause: BaseException = error
             while not isinstance(cause, OSError) and cause.__context__:
                 cause = cause.__context__
