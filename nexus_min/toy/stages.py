@@ -47,8 +47,6 @@ TIMES = partial(finetune.shifted_times, shift=9.0)
 GENERATION = Recipe(lr=6e-3, adamw_lr=2e-3, times=TIMES, cond_noise=0.3)
 ADAPTATION = replace(GENERATION, lr=3e-3, distill_share=0.08)  # of a known decoder to a new tower
 EDITING = Recipe(lr=6e-3, adamw_lr=2e-3, times=TIMES, cond_noise=0.0, distill_share=0.04)
-
-
 pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
 
 
