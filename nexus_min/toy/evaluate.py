@@ -36,7 +36,6 @@ from .world import render
 BATCH = 50
 GROUPS = ("generation", "captions", "questions", "describe", "edits", "reconstruction", "seen")
 LANGUAGES = ("en", "zh")
-DECODERS = ("editing", "generation")
 
 
 @dataclass
@@ -96,10 +95,9 @@ def predict(model: NexusGen, cases: list[Example], fast: bool = False) -> tuple[
     for ex in cases:
         if ex.task == "edit":
             inputs = model.editing_inputs(Image.fromarray(render(ex.scenes[0])), ex.text)
-            sentence = EDITING_REPLY[ex.language]
         else:
             inputs = model.generation_inputs(ex.text, ex.language)
-            sentence = GENERATION_REPLY[ex.language]
+        sentence = (EDITING_REPLY if ex.task == "edit" else GENERATION_REPLY)[ex.language]
         text, embeds = model.predict_embeddings(inputs, sentence, fast, max_new_tokens=128)
         texts.append(text.removesuffix(sentence.removesuffix(IMAGE)).strip())
         rows.append(embeds)
@@ -174,8 +172,8 @@ def score_edits(model, kind, zh, n, seed, name="", save=None) -> Iterator[Score]
     cases = sample_examples("edit", kind, zh, n, seed)
     sources, targets = (np.stack([render(ex.scenes[i]) for ex in cases]) for i in (0, 1))
     texts, embeds = predict(model, cases)
-    references = [Image.fromarray(x) for x in sources]
-    images = {d: sample_images(model, d, embeds, references, seed) for d in DECODERS}
+    inputs = embeds, [Image.fromarray(x) for x in sources], seed
+    images = {d: sample_images(model, d, *inputs) for d in ("editing", "generation")}
     _save_samples(save, name, sources, targets, *images.values())
     images["no_texture"] = [render(replace(ex.scenes[1], texture=None)) for ex in cases]
     score = Score.of(name, are_exact(images["editing"], [ex.scenes[1] for ex in cases]))
@@ -259,9 +257,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--save", type=Path, metavar="DIR", help="write sample grids (PNG) to this folder")
     add("--prompts", type=Path, metavar="FILE", help="score these prompts, in GenEval's format")
     add("--samples", type=int, default=4, metavar="N", help="images of each of the --prompts")
-    add(
-        "--write_prompts", type=Path, metavar="FILE", help="only write prompts, in GenEval's format"
-    )
+    add("--write_prompts", type=Path, metavar="FILE", help="only write prompts in GenEval's format")
 
 
 def _chosen(text: str, names: tuple[str, ...], what: str) -> tuple[str, ...]:

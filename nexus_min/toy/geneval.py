@@ -79,10 +79,9 @@ def problem(line: Any) -> str:
 
 
 def _part_problem(part: Any, n: int) -> str:
-    if not isinstance(part, dict) or not isinstance(part.get("class"), str):
-        return " needs a `class`"
-    if not isinstance(part.get("count"), int):
-        return " needs a `count`"
+    for name, kind in {"class": str, "count": int}.items():
+        if not isinstance(part, dict) or not isinstance(part.get(name), kind):
+            return f" needs a `{name}`"
     if not isinstance(part.get("color", ""), str):
         return ": `color` must be a text"
     match part.get("position", ["above", 0]):

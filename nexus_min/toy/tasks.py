@@ -41,7 +41,6 @@ class Example:
 
     @property
     def unseen(self) -> bool:
-        """Whether one of its scenes is held out."""
         return any(held_out(scene.key) for scene in self.scenes)
 
 
@@ -126,8 +125,8 @@ def multi_turn_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
             reply = scene_caption(scene, zh) + reply
         is_captioned = scene is scenes[-1]
         messages += _turn(text, reply)
-    first = replace(first, task="multi_turn", kind=kind)
-    return replace(first, scenes=tuple(scenes), messages=tuple(messages))
+    turns = {"scenes": tuple(scenes), "messages": tuple(messages)}
+    return replace(first, task="multi_turn", kind=kind, **turns)
 
 
 MAKERS = {"understand": question_example, "generate": generation_example, "edit": edit_example}
