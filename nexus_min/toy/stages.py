@@ -180,12 +180,15 @@ def build_pool(run: Run, per_second: int, make: Callable[[np.random.Generator], 
     Their number is what is worth its time: `per_second` of the stage's budget, at most POOL.
     """
     n = POOL if run.seconds is None else min(POOL, max(256, int(per_second * run.seconds)))
-    parts = []
-    for k in range(-(-n // 64)):
+    count, pool = -(-n // 64), {}
+    for k in range(count):
         with mixed_precision(run.bf16):
             tensors = make(np.random.default_rng([run.seed, 99, 0, k]))
-        parts.append({name: x.half() for name, x in tensors.items()})
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for name, x in tensors.items():
+            if k == 0:  # allocated once: joining parts would need twice the memory
+                pool[name] = torch.empty(count, *x.shape, dtype=torch.float16)
+            pool[name][k] = x
+    return {name: x.flatten(0, 1) for name, x in pool.items()}
 
 
 def reconstruction_pool(
