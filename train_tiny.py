@@ -290,6 +290,7 @@ def init_run(args: argparse.Namespace, folder: RunFolder) -> None:
 
 
 def check_data(args: argparse.Namespace) -> None:
+    """Print every mistake of a data file; ValueError when there is one."""
     model = RunFolder(model_folder(args.model))
     mistakes = check_file(args.data, model.config, model.tokenizer())
     if mistakes:
@@ -300,6 +301,7 @@ def check_data(args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; ValueError names an option that is wrong."""
     parser = Parser("train_tiny.py", description=__doc__)
     add = parser.add_argument
     add("--stage", choices=("all", *TIME_SHARE), default="all", help="what to train")

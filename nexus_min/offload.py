@@ -123,6 +123,7 @@ class Stream:
             return copies, self.cuda_stream.record_event() if self.cuda_stream else None
 
     def to_device(self, i: int, *_) -> None:
+        """Use the copies of module i, and start to fetch the next one's."""
         fetched, self.next = self.next, None  # a fetch that failed is not used again
         if fetched is None or fetched[0] != i:
             fetched = i, self.thread.submit(self.fetch, i)

@@ -185,7 +185,7 @@ BAD = {
     r"`messages\[1\]` needs a text `content`, not NoneType": {
         "messages": [USER, {"role": "assistant"}]
     },
-    r"`messages\[0\]` holds half a character": json.dumps(
+    r"`messages\[0\]` contains a lone surrogate": json.dumps(
         {"messages": [USER | {"content": "\ud800"}, REPLY]}
     ),
     "`messages` need a turn of the assistant": {"messages": [USER]},

@@ -35,6 +35,7 @@ OOM_ADVICE = "take a smaller --micro-batch or more GPUs; the same command resume
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
+    """The command line; ValueError names an option that is wrong."""
     parser = Parser("nexus_min.scale.train", description=__doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, required=True, help="a column of the paper's table 4")

@@ -27,6 +27,7 @@ class Checkpoint:
         return "the last good checkpoint is kept" if exists else "there is no checkpoint yet"
 
     def save(self, state: dict) -> None:
+        """Write atomically; OSError of one line when the disk fails, the old file stays."""
         partial = self.path.with_suffix(".partial")
         try:
             with open(partial, "wb") as file:

@@ -67,13 +67,14 @@ def mistakes(line: Any) -> Iterator[str]:
 
 
 def message_mistakes(message: Any) -> Iterator[str]:
+    """What is wrong with one message of a line."""
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         yield f"needs a `role` of {', '.join(ROLES)}"
     content = message.get("content") if isinstance(message, dict) else ""
     if not isinstance(content, str):
         yield f"needs a text `content`, not {type(content).__name__}"
     elif any("\ud800" <= c <= "\udfff" for c in content):
-        yield "holds half a character (a lone surrogate) in its `content`"
+        yield "contains a lone surrogate in its `content`"
 
 
 def check_line(line: Any, where: str) -> None:

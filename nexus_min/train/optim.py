@@ -50,6 +50,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """One update of every matrix [m, n]; those of one shape go through together."""
         for group in self.param_groups:
             parameters = sorted(group["params"], key=lambda p: p.shape)
             for p in parameters:

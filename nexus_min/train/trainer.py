@@ -114,6 +114,7 @@ class TrainState:
             self.restore(saved)
 
     def state(self) -> dict:
+        """What `restore` needs: weights, average, optimizers, schedule."""
         return {
             "modules": self.stage.modules.state_dict(),
             "average": self.average,
@@ -186,6 +187,7 @@ class TrainState:
         torch._foreach_copy_(self.weights, weights)
 
     def log(self, metrics: dict[str, float]) -> None:
+        """Append a line to metrics.jsonl."""
         metrics = {k: round(float(v), 5) for k, v in metrics.items()}
         self.metrics |= metrics
         seconds = round(self.schedule.elapsed, 1)
