@@ -280,7 +280,9 @@ def advice(profile: str, needed: dict[str, int]) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on whichever device."""
-    found = re.search("out of memory|can't allocate memory", str(error), re.I)  # GPU | CPU
+    # GPU | CPU | oneDNN, when its kernel gets no memory ("... descriptor" would be an unknown case)
+    signs = "out of memory|can't allocate memory|could not create a primitive(?! descriptor)"
+    found = re.search(signs, str(error), re.I)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(found)
 
 

@@ -271,3 +271,17 @@ def test_auto_leaves_room():
 def test_an_unknown_profile_is_a_clear_error(folder):
     with pytest.raises(ValueError, match="memory must be one of auto, resident, staged, stream"):
         NexusGen.load(folder, memory="swap")
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("CUDA out of memory. Tried to allocate", True),
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", True),
+        ("could not create a primitive", True),  # oneDNN without memory for its kernel
+        ("could not create a primitive descriptor for a convolution", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_errors_of_memory_are_recognized(message, is_memory):
+    assert offload.is_out_of_memory(RuntimeError(message)) == is_memory
