@@ -58,7 +58,7 @@ def understand(
 ) -> str:
     """Images and a question -> the answer."""
     check_text(question, "question")
-    # 1. The vision tower embeds the images; the text becomes ids, with a run of image tokens each.
+    # 1. The vision tower embeds the images. The text becomes ids, with image tokens in their place.
     text = question if IMAGE in question else IMAGE * len(images) + question
     inputs = model.chat_inputs(text, images)
     # 2. The AR model continues, one token after the other.
