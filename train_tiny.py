@@ -79,18 +79,12 @@ def train_vision(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict:
 
 
 def train_generation(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict:
-    """The generation decoder learns reconstruction; with --start it begins as that model's."""
+    """The generation decoder learns reconstruction."""
     config, vae, visual = folder.config, folder.vae(), folder.ar().visual
-    started, teacher = time.perf_counter(), None
+    started = time.perf_counter()
     mmdit, adapter = init.init_mmdit(MMDiT(config.mmdit)), weights.make_adapter(config)
     decoder = weights.GenerationDecoder(mmdit, adapter)
-    if args.start:
-        start = RunFolder(model_folder(args.start))
-        known = start.generation()
-        for module, source in zip(decoder, known, strict=True):
-            module.load_state_dict(source.state_dict())
-        teacher = start.ar().visual, known.adapter
-    pool = toy.reconstruction_pool(visual, vae, config, run, teacher)
+    pool = toy.reconstruction_pool(visual, vae, config, run)
     run = run.after(time.perf_counter() - started)
     preview = toy.PreviewSampler(decoder, vae, folder.empty_prompt(), config)
     summary = fit(toy.generation_stage(preview, pool, BATCH["generation"]), run)
@@ -213,10 +207,6 @@ def prepare(args: argparse.Namespace, folder: RunFolder) -> tuple[str, ...]:
         init_run(args, folder)
         return stages
     stages = tuple(TIME_SHARE) if args.stage == "all" else (args.stage,)
-    if args.start:
-        config = weights.load_config(model_folder(args.start))
-        if config.mmdit != folder.config.mmdit:
-            raise ValueError(f"--start {args.start}: its MMDiT has other sizes than this run's")
     for name in DEPENDS_ON.get(args.stage, ()):
         if not is_finished(args.out, name):
             first = f"python train_tiny.py --stage {name} --out {shlex.quote(str(args.out))}"
@@ -308,7 +298,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=30.0, help="budget of the chosen stages")
     add("--steps", type=int, help="steps of each stage, instead of minutes")
     add("--seed", type=int, default=0, help="of all random numbers")
-    add("--start", help="adapt this model's generation decoder (a folder, or tiny)")
     add("--out", type=Path, help="folder of the run (runs/tiny; runs/own)")
     add("--workers", type=int, default=1, help="only 1: training runs in one process, with threads")
     add("--quiet", action="store_true", help="no progress bar")
@@ -327,8 +316,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError("--workers must be at most 1: training runs in one process, with threads")
     if args.check and not args.data:
         raise ValueError("--check needs --data")
-    if args.start and (args.data or args.stage not in ("all", "generation")):
-        raise ValueError("--start is for the generation stage")
     if args.ship and args.data:
         raise ValueError("--ship is for whole runs; with --data the folder's model/ is the model")
     args.out = args.out or Path("runs/own" if args.data else "runs/tiny")

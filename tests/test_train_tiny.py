@@ -111,31 +111,6 @@ def test_what_stands_on_a_changed_stage_is_trained_again(trained, micro, tmp_pat
     assert all(train_tiny.is_finished(folder, name) for name in train_tiny.TIME_SHARE)
 
 
-def test_a_known_decoder_is_adapted_to_another_tower(trained, micro, tmp_path):
-    """It begins with the decoder's weights, and first only the adapter learns."""
-    folder = shutil.copytree(trained, tmp_path / "run")
-    for file in folder.glob("generation.*"):
-        file.unlink()
-    argv = ["--stage", "generation", "--out", str(folder), "--start", str(trained / "model")]
-    assert train_tiny.main([*argv, *MICRO]) == 0
-    old, new = (NexusGen.load(f / "model").generation for f in (trained, folder))
-    far = [
-        max(float((a - b).abs().max()) for a, b in zip(x.parameters(), y.parameters(), strict=True))
-        for x, y in ((old.mmdit, new.mmdit), (old.adapter, new.adapter))
-    ]
-    assert 0 < far[0] < 0.1 and far[1] > 0, far
-
-
-def test_a_decoder_of_other_sizes_is_refused_before_any_training(capsys, trained, tmp_path):
-    other = shutil.copytree(trained / "model", tmp_path / "other")
-    sizes = json.loads((other / "nexus_min.json").read_text())
-    sizes["mmdit"]["depth"] += 1
-    (other / "nexus_min.json").write_text(json.dumps(sizes))
-    told = refused(capsys, "--start", other, "--out", tmp_path / "run", *MICRO)
-    assert f"--start {other}: its MMDiT has other sizes" in told
-    assert not (tmp_path / "run").exists()
-
-
 def test_the_same_command_gives_the_same_model(trained, micro, tmp_path):
     assert train_tiny.main(["--stage", "vae", "--out", str(tmp_path), *MICRO]) == 0
     name = "model/FLUX/FLUX.1-dev/ae.safetensors"

@@ -45,7 +45,6 @@ DECODER_EDIT_SHARES = np.array([3, 4, 2, 4, 2, 3, 2]) / 20
 TIMES = partial(finetune.shifted_times, shift=9.0)
 # True embeddings get noise; predicted ones bring their own errors.
 GENERATION = Recipe(lr=6e-3, adamw_lr=2e-3, times=TIMES, cond_noise=0.3)
-ADAPTATION = replace(GENERATION, lr=3e-3, distill_share=0.08)  # of a known decoder to a new tower
 EDITING = Recipe(lr=6e-3, adamw_lr=2e-3, times=TIMES, cond_noise=0.0, distill_share=0.04)
 pad_left = partial(pad_sequence, batch_first=True, padding_side="left")
 
@@ -192,15 +191,12 @@ def build_pool(run: Run, per_second: int, make: Callable[[np.random.Generator], 
 
 
 def reconstruction_pool(
-    visual: QwenViT, vae: AutoEncoder, config: NexusGenConfig, run: Run, teacher: tuple | None
+    visual: QwenViT, vae: AutoEncoder, config: NexusGenConfig, run: Run
 ) -> dict[str, Tensor]:
     """Images as `embeds` [n, N, C] and `latents` [n, z, h, w].
 
     Most are outlines, which are harder, of two to six objects. One in eight is as prompts describe
     it: a decoder that never saw a small filled shape alone drew up to one in ten as an outline.
-
-    With `teacher`, the tower and the adapter of another model, also `teacher_context`: what that
-    adapter makes of its own tower's embeddings, which its MMDiT understands.
     """
 
     @torch.no_grad()
@@ -208,11 +204,7 @@ def reconstruction_pool(
         batch = scenes(rng, 56, 0.15, most=6, least=2, outline=0.7) + scenes(rng, 8, 0.15)
         x = to_unit([render(s) for s in batch])
         embeds = embed_views(visual, x, config.target_size)
-        tensors = {"embeds": embeds, "latents": vae.encode(x * 2 - 1)}
-        if teacher:
-            tower, adapter = teacher
-            tensors["teacher_context"] = adapter(embed_views(tower, x, config.target_size))
-        return tensors
+        return {"embeds": embeds, "latents": vae.encode(x * 2 - 1)}
 
     return build_pool(run, 50, make)
 
@@ -244,17 +236,8 @@ def editing_pool(
 
 
 def generation_stage(preview: PreviewSampler, pool: dict[str, Tensor], batch: int) -> Stage:
-    """The decoder of `preview` reconstructs images; one batch in ten gets the empty prompt (CFG).
-
-    If its MMDiT was trained on another tower, the adapter alone learns first: it imitates what the
-    old adapter makes of the old tower's embeddings.
-    """
-
-    def distill(rows):
-        return F.mse_loss(preview.decoder.adapter(rows["embeds"]), rows["teacher_context"])
-
-    recipe = ADAPTATION if "teacher_context" in pool else GENERATION
-    return toy_decoder_stage(preview, pool, batch, recipe, distill)
+    """The decoder of `preview` reconstructs images; one batch in ten has the empty prompt (CFG)."""
+    return toy_decoder_stage(preview, pool, batch, GENERATION)
 
 
 def editing_stage(
@@ -272,7 +255,9 @@ def editing_stage(
     return toy_decoder_stage(preview, pool, batch, EDITING, distill)
 
 
-def toy_decoder_stage(preview: PreviewSampler, pool: dict, batch: int, recipe, distill) -> Stage:
+def toy_decoder_stage(
+    preview: PreviewSampler, pool: dict, batch: int, recipe, distill=None
+) -> Stage:
     """`finetune.decoder_stage` over a pool, with samples of progress."""
     inputs = preview.decoder, preview.empty, Pool(pool), preview.config, batch
     stage = finetune.decoder_stage(*inputs, recipe, distill)
