@@ -1,6 +1,7 @@
 """Train the tiny Nexus-Gen through the paper's stages, on a laptop CPU.
 
     python train_tiny.py --minutes 30              # everything, from nothing, into runs/tiny
+    python train_tiny.py --minutes 90 --ship       # the same, as the model of this package
     python train_tiny.py --stage ar --minutes 10   # one stage, on top of what the folder holds
     python train_tiny.py --data my.jsonl           # fine-tune the shipped model on your own data
 
@@ -16,6 +17,7 @@ import hashlib
 import json
 import math
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -215,7 +217,7 @@ def prepare(args: argparse.Namespace, folder: RunFolder) -> tuple[str, ...]:
         missing = [n for n in TIME_SHARE if n not in stages and not is_finished(args.out, n)]
         if missing:
             raise ValueError(f"--ship needs every stage, not trained yet: {', '.join(missing)}")
-        check_writable(args.ship)
+        check_goal(args.ship)
     check_writable(args.out)
     for name in stages:
         summary = read_summary(args.out, name)
@@ -241,8 +243,23 @@ def check_writable(folder: Path) -> None:
         pass
 
 
+def check_goal(goal: Path) -> None:
+    """An error when a folder cannot be replaced by a shipped model, or holds anything else."""
+    known = {file.relative_to(weights.TINY) for file in weights.TINY.rglob("*")}
+    for path in goal.rglob("*"):
+        if path.relative_to(goal) not in known:
+            told = f"holds {path.relative_to(goal)}, which is no part of a shipped model"
+            raise ValueError(f"--ship {goal}: {told}; give another folder")
+    check_writable(goal)
+    check_writable(goal.resolve().parent)
+
+
 def export(folder: RunFolder, args: argparse.Namespace) -> None:
-    """Copy the model to `args.ship` in fp16; the metadata of every file say how it was made."""
+    """Replace `args.ship` by the model in fp16, the log of its run, and the words it knows.
+
+    The metadata of every file say how it was made. The folder is written beside the old one, then
+    takes its place: so it never holds files of two models.
+    """
     done = {name: read_summary(args.out, name) for name in TIME_SHARE}
     stages = {name: [s["command"], s["steps"], s["seconds"]] for name, s in done.items()}
     facts = {
@@ -252,10 +269,16 @@ def export(folder: RunFolder, args: argparse.Namespace) -> None:
         "minutes": f"{sum(s['seconds'] for s in done.values()) / 60:.1f}",
         "metrics": json.dumps({name: s["metrics"] for name, s in done.items()}),
     }
-    options = {"dtype": torch.float16, "metadata": facts}
-    weights.save_checkpoint(args.ship, folder.config, **folder.all_parts(), **options)
     known = json.dumps(sorted({word.strip() for word in words()} - {""}), ensure_ascii=False)
-    replace_text(args.ship / "toy_words.json", known)
+    options, goal = {"dtype": torch.float16, "metadata": facts}, args.ship.resolve()
+    check_goal(goal)
+    with tempfile.TemporaryDirectory(dir=goal.parent, prefix=f".{goal.name}.") as tmp_dir:
+        new = Path(tmp_dir, "new")
+        weights.save_checkpoint(new, folder.config, **folder.all_parts(), **options)
+        replace_text(new / "toy_words.json", known)
+        shutil.copyfile(args.out / "metrics.jsonl", new / "metrics.jsonl")
+        goal.rename(Path(tmp_dir, "old"))
+        new.rename(goal)
 
 
 # ------------------------------------------------------------------------------------ your own data
@@ -301,7 +324,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, help="folder of the run (runs/tiny; runs/own)")
     add("--workers", type=int, default=1, help="only 1: training runs in one process, with threads")
     add("--quiet", action="store_true", help="no progress bar")
-    add("--ship", type=Path, help="write the finished model to this folder in fp16")
+    goal = {"type": Path, "nargs": "?", "const": weights.TINY}
+    add("--ship", **goal, help="write the model in fp16 (without a folder: as the shipped one)")
     add("--data", type=Path, help="fine-tune on this file in the message-like format")
     add("--check", action="store_true", help="only name the mistakes of --data")
     add("--model", default="tiny", help="what --data fine-tunes: a folder, or tiny")

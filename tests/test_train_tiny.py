@@ -90,6 +90,38 @@ def test_ship_writes_fp16_and_how_it_was_made(trained):
         assert set(json.loads(facts["metrics"])) == set(train_tiny.TIME_SHARE)
     assert sum(f.stat().st_size for f in (trained / "ship").rglob("*.*")) < 15e6
     assert NexusGen.load(trained / "ship").config == NexusGen.load(trained / "model").config
+    log = "metrics.jsonl"
+    assert (trained / "ship" / log).read_bytes() == (trained / log).read_bytes()
+
+
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_ship_without_a_folder_replaces_the_shipped_model(trained, micro, tmp_path, monkeypatch):
+    """Whole or not at all: nothing of the earlier model stays, nor of a ship that failed."""
+    goal = shutil.copytree(train_tiny.weights.TINY, tmp_path / "tiny")
+    (goal / "earlier.safetensors").write_bytes(b"of an earlier model")
+    before = files_of(goal)
+    monkeypatch.setattr(train_tiny.weights, "TINY", goal)
+    argv = ["--out", str(trained), *MICRO, "--ship"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tiny.shutil, "copyfile", lambda *_: 1 / 0)  # fails with all but the log
+        with pytest.raises(ZeroDivisionError):
+            train_tiny.main(argv)
+    assert files_of(goal) == before and list(tmp_path.iterdir()) == [goal]
+    assert train_tiny.main(argv) == 0
+    assert files_of(goal).keys() == files_of(trained / "ship").keys() < before.keys()
+    assert list(tmp_path.iterdir()) == [goal] and NexusGen.load(goal)
+
+
+def test_ship_never_replaces_a_folder_of_other_files(trained, micro, tmp_path, capsys):
+    goal = tmp_path / "mine"
+    (goal / "sub").mkdir(parents=True)
+    (goal / "sub" / "letter.txt").write_text("dear reader")
+    told = refused(capsys, "--out", trained, *MICRO, "--ship", goal)
+    assert f"--ship {goal}: holds sub, which is no part of a shipped model" in told
+    assert list(goal.rglob("*.txt"))
 
 
 def test_what_is_finished_is_skipped(trained, capsys):
@@ -112,9 +144,9 @@ def test_what_stands_on_a_changed_stage_is_trained_again(trained, micro, tmp_pat
 
 
 def test_the_same_command_gives_the_same_model(trained, micro, tmp_path):
-    assert train_tiny.main(["--stage", "vae", "--out", str(tmp_path), *MICRO]) == 0
-    name = "model/FLUX/FLUX.1-dev/ae.safetensors"
-    assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
+    """Bit for bit, on one thread: all stages in one command, or each by its own."""
+    assert train_tiny.main(["--out", str(tmp_path), *MICRO]) == 0
+    assert files_of(tmp_path / "model") == files_of(trained / "model")
 
 
 @pytest.mark.parametrize("stage", train_tiny.TIME_SHARE)

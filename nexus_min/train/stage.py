@@ -109,9 +109,10 @@ def make_rng(seed: int, stage: str, step: int, part: int = 0) -> np.random.Gener
 
 @lru_cache(maxsize=1)
 def bf16_is_faster() -> bool:
-    """Whether this CPU multiplies matrices at least twice as fast in bf16 as in fp32: measured.
+    """Whether this CPU multiplies matrices much faster in bf16 than in fp32: measured.
 
-    On one thread, and by the best of twenty times, since other programs may use the machine.
+    On one thread, and by the best of twenty times, since other programs may use the machine. With
+    bf16 units the ratio is 2 or more, without them 1 or less; a run is repeated in one precision.
     """
     threads, best = torch.get_num_threads(), []
     torch.set_num_threads(1)
@@ -119,7 +120,7 @@ def bf16_is_faster() -> bool:
         a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
         best.append(min(timeit.repeat(lambda a=a, b=b: a @ b, number=1, repeat=20)))
     torch.set_num_threads(threads)
-    return best[0] > 2 * best[1]
+    return best[0] > 1.5 * best[1]
 
 
 class _FullAttention(TorchFunctionMode):
