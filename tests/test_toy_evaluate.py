@@ -24,6 +24,7 @@ from nexus_min.toy import evaluate as ev
 from nexus_min.toy.edits import EDITS
 from nexus_min.toy.init import COSINE, align_translations
 from nexus_min.toy.language import ZH
+from nexus_min.toy.pictures import MARGIN, save_grid
 from nexus_min.toy.prompts import CATEGORIES
 from nexus_min.toy.questions import QUESTIONS
 from nexus_min.toy.tasks import MAKERS, sample_example
@@ -147,9 +148,20 @@ def test_generation_scores(artist, kind, tmp_path):
     (score,) = ev.score_generation(None, kind, False, 12, 0, name="a / b c", save=tmp_path)
     assert (score.name, score.right, score.n) == ("a / b c", 12, 12)
     strip = Image.open(tmp_path / "a_b_c.png")
-    assert strip.size == (10 * 64 * 2, 64 * 2)
+    assert strip.size == (MARGIN + 10 * 64 * 2, 64 * 2)
     artist(one_missing)
     assert next(ev.score_generation(None, kind, True, 12, 0)).right == 0
+
+
+def test_a_grid_has_ten_images_of_each_row_beside_its_name(tmp_path):
+    rows = {name: np.full((12, 8, 8, 3), i, np.uint8) for i, name in enumerate("abc")}
+    save_grid(tmp_path / "grids" / "x.png", **rows)
+    grid = np.asarray(Image.open(tmp_path / "grids" / "x.png"))
+    assert grid.shape == (3 * 16, MARGIN + 10 * 16, 3)
+    assert (grid[:, MARGIN:] == np.repeat(np.arange(3), 16)[:, None, None]).all()
+    margins = grid[:, :MARGIN].reshape(3, -1)
+    assert all((m < 128).any() and (m == 255).mean() > 0.9 for m in margins)  # words on white
+    assert not np.array_equal(margins[0], margins[1])
 
 
 def test_captions_are_scored_exactly_and_by_number_of_objects(artist):

@@ -128,18 +128,18 @@ def sample_images(
     return np.stack(images)
 
 
-def _save_samples(folder: Path | None, name: str, *rows: np.ndarray) -> None:
+def _save_samples(folder: Path | None, name: str, **rows: np.ndarray) -> None:
     """Ten images of each row in one file: "edits en / add" -> edits_en_add.png."""
     if folder:
         path = folder / ("_".join(name.replace("/", " ").split()) + ".png")
-        save_grid(path, [row[:10] for row in rows])
+        save_grid(path, **rows)
 
 
 def score_generation(model, kind, zh, n, seed, unseen=True, name="", save=None) -> Iterator[Score]:
     """Images of prompts of one kind; for captions then also by number of objects."""
     cases = sample_examples("generate", kind, zh, n, seed, unseen)
     images = sample_images(model, "generation", predict(model, cases)[1], None, seed)
-    _save_samples(save, name, images)
+    _save_samples(save, name, drawn=images)
     distinct = len({ex.scenes[0].key for ex in cases})
     if kind == "caption":
         verdicts = are_exact(images, [ex.scenes[0] for ex in cases])
@@ -174,7 +174,8 @@ def score_edits(model, kind, zh, n, seed, name="", save=None) -> Iterator[Score]
     texts, embeds = predict(model, cases)
     inputs = embeds, [Image.fromarray(x) for x in sources], seed
     images = {d: sample_images(model, d, *inputs) for d in ("editing", "generation")}
-    _save_samples(save, name, sources, targets, *images.values())
+    drawn = {f"{d}_decoder": x for d, x in images.items()}
+    _save_samples(save, name, source=sources, target=targets, **drawn)
     images["no_texture"] = [render(replace(ex.scenes[1], texture=None)) for ex in cases]
     score = Score.of(name, are_exact(images["editing"], [ex.scenes[1] for ex in cases]))
     if told := [t.endswith(ex.answer) for t, ex in zip(texts, cases, strict=True) if ex.answer]:
@@ -196,7 +197,7 @@ def score_reconstruction(model, n, seed, save=None) -> Iterator[Score]:
     with torch.no_grad():
         embeds = torch.stack([model.embed_images([view])[0] for view in views])
     images = sample_images(model, "generation", embeds, None, seed)
-    _save_samples(save, "reconstruction", truth, images)
+    _save_samples(save, "reconstruction", truth=truth, drawn=images)
     yield Score.of("reconstruction", are_exact(images, [ex.scenes[0] for ex in cases]))
 
 

@@ -7,13 +7,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..images import patch_rows
 from ..model.vision import QwenViT
 from . import score
 from .world import Rng, Scene, held_out, random_scene
+
+MARGIN = 80  # pixels on the left of a grid, for the names of its rows
 
 
 def to_unit(images: list[np.ndarray]) -> Tensor:
@@ -44,11 +46,21 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return rearrange(pixels, "B C h w -> B h w C").numpy()
 
 
-def save_grid(path: Path, rows: list[np.ndarray]) -> None:
-    """Write a PNG of rows of equally many images uint8 [n, H, W, 3], twice as large."""
-    image = Image.fromarray(np.concatenate([rearrange(r, "n h w C -> h (n w) C") for r in rows]))
+def save_grid(path: Path, **rows: np.ndarray) -> None:
+    """Write a PNG of named rows: the first ten images uint8 [n, H, W, 3] of each, twice as large.
+
+    The names stand in a margin on the left; their words are separated by "_".
+    """
+    strips = [rearrange(row[:10], "n h w C -> h (n w) C") for row in rows.values()]
+    image = Image.fromarray(np.concatenate(strips))
+    image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST)
+    page = Image.new("RGB", (image.width + MARGIN, image.height), "white")
+    page.paste(image, (MARGIN, 0))
+    for i, name in enumerate(rows):
+        top = image.height * i // len(rows)
+        ImageDraw.Draw(page).multiline_text((6, top + 6), name.replace("_", "\n"), "black")
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(path)
+    page.save(path)
 
 
 def scenes(

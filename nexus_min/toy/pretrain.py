@@ -62,7 +62,7 @@ def vae_stage(vae: AutoEncoder, batch: int) -> Stage:
         x = to_unit([render(s) for s in batch_scenes]) * 2 - 1
         with torch.no_grad():
             reconstructed = to_uint8(vae.decode(vae.encode(x)))
-        save_grid(path, [to_uint8(x)[:10], reconstructed[:10]])
+        save_grid(path, truth=to_uint8(x), decoded=reconstructed)
         return {"exact": exactness(reconstructed, batch_scenes)}
 
     modules, adamw_only = nn.ModuleDict({"vae": vae}), ("conv_in", "conv_out")

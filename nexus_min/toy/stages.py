@@ -89,8 +89,10 @@ def ar_stage(
                 images = preview.sample_images({"embeds": embeds})
                 targets = [ex.scenes[-1] for ex in unseen]
                 metrics[f"exact_{task}"] = exactness(images, targets)
-                truth = np.stack([render(s) for s in targets[:10]])
-                save_grid(path.with_stem(f"{path.stem}_{task}"), [truth, images[:10]])
+                rows = {"truth": np.stack([render(s) for s in targets]), "drawn": images}
+                if task == EDIT:
+                    rows = {"source": np.stack([render(ex.scenes[0]) for ex in unseen])} | rows
+                save_grid(path.with_stem(f"{path.stem}_{task}"), **rows)
         return metrics
 
     settings = tokenizer, config, Curriculum(), batch
@@ -153,7 +155,7 @@ class PreviewSampler:
     def save(self, path: Path, rows: dict[str, Tensor]) -> dict[str, float]:
         """A grid of true images over sampled ones; the share that the checker reads the same."""
         images, truth = self.sample_images(rows), to_uint8(self.vae.decode(rows["latents"]))
-        save_grid(path, [truth[:10], images[:10]])
+        save_grid(path, truth=truth, drawn=images)
         return {"exact_seen": agreement(images, truth)}
 
 
