@@ -4,6 +4,9 @@ A conversation is `<|im_start|>role\\ncontent<|im_end|>\\n` per message (ChatML)
 `<image>` in a message becomes `<|vision_start|>`, one `<|image_pad|>` per embedding and
 `<|vision_end|>`. Official counterpart: `Qwen2_5_VLProcessor`, chat template of Nexus-GenV2.
 
+A file's normalizer of several steps (the toy's: case, width, spaces, final punctuation) applies to
+what users write only; Qwen's own single step (NFC) to all text.
+
 The encoder has no special tokens, so text that spells one becomes ordinary tokens. (Upstream, a
 prompt that contains "<|im_end|>" ends the user's turn.)
 """
@@ -102,7 +105,9 @@ class QwenTokenizer:
         hidden = {token["id"]: "" for token in added if token["special"]}
         self._shown = self._names | hidden | {self.special_ids[VISION_START]: IMAGE}
         plain = {"added_tokens": [], "truncation": None, "padding": None}
-        self._text = Tokenizer.from_str(json.dumps(spec | plain))
+        self._text, self._fold = Tokenizer.from_str(json.dumps(spec | plain)), None
+        if (spec.get("normalizer") or {}).get("type") == "Sequence":
+            self._fold, self._text.normalizer = self._text.normalizer, None
         self._assistant = self.encode("assistant\n")
         self.turn_end = [self.special_ids[IM_END], *self.encode("\n")]  # closes a message
 
@@ -121,6 +126,10 @@ class QwenTokenizer:
         last = max(*self._text.get_vocab().values(), *ids.values())
         if last >= config.text.vocab_size:
             raise ValueError(f"the tokenizer has the id {last}, the model {config.text.vocab_size}")
+
+    def fold(self, text: str) -> str:
+        """What users write, as the model reads it."""
+        return self._fold.normalize_str(text) if self._fold else text
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; never a special one, whatever the text spells."""
@@ -165,6 +174,8 @@ class QwenTokenizer:
         counts, special, ids = iter(image_token_counts), self.special_ids, []
         for m in messages:
             first, *rest = m["content"].split(IMAGE)
+            if m["role"] == "user":
+                first, *rest = self.fold(first), *map(self.fold, rest)
             # only the assistant's header is encoded apart from the text, as it is in a prompt
             if m["role"] == "assistant":
                 ids += [special[IM_START], *self._assistant, *self.encode(first)]

@@ -6,58 +6,65 @@ Replace the star with a cross.
 
 from dataclasses import replace
 
-from .language import CELL_NAMES, cell_name, noun_phrase, reference, with_article, word
+from .language import CELL_NAMES, Voice, cell_name, noun_phrase, reference, with_article, word
 from .world import BACKGROUNDS, COLORS, SHAPES, Rng, Scene, choice, jittered, random_object
 
 EDITS = ("recolor", "add", "remove", "replace", "background", "move", "style")
-SENTENCES = {
-    "recolor": ("Change the {} to {}.", "把{}变成{}"),
-    "add": ("Add {} {}.", "在{1}加一个{0}"),
-    "remove": ("Remove the {}.", "去掉{}"),
-    "replace": ("Replace the {} with {}.", "把{}换成{}"),
-    "background": ("Change the background to {}.", "把背景换成{}"),
-    "move": ("Move the {} to the {}.", "把{}移到{}"),
-    "fill": ("Fill in the shapes.", "把图形填满"),
-    "outline": ("Turn it into an outline drawing.", "改成线条画"),
-}
 
 
-def edit_pair(rng: Rng, kind: str, scene: Scene, zh: bool) -> tuple[Scene, str] | None:
-    """(target, instruction) of one kind for a source scene, or None when it does not admit one."""
+def edited(rng: Rng, kind: str, scene: Scene) -> Scene | None:
+    """The target of an edit of one kind, or None when the scene does not admit one."""
     if kind == "style":
-        kind = "fill" if scene.style == "outline" else "outline"
-    english, chinese = SENTENCES[kind]
-    sentence = chinese if zh else english
+        return replace(scene, style="filled" if scene.style == "outline" else "outline")
     if kind == "background":
         color = choice(rng, [b for b in BACKGROUNDS if b != scene.background])
-        return replace(scene, background=color), sentence.format(word(color, zh))
-    if kind in ("fill", "outline"):
-        return replace(scene, style="filled" if kind == "fill" else "outline"), sentence
+        return replace(scene, background=color)
     free = [c for c in range(9) if c not in {o.cell for o in scene.objects}]
     if kind == "add":
         if len(scene.objects) == 4:
             return None
-        new = random_object(rng, choice(rng, free))
-        name = with_article(noun_phrase(*new.key[:3], zh), zh)
-        text = sentence.format(name, cell_name(new.cell, zh))
-        return replace(scene, objects=(*scene.objects, new)), text
+        return replace(scene, objects=(*scene.objects, random_object(rng, choice(rng, free))))
     old = choice(rng, scene.objects)
-    form = reference(rng, scene, old)  # the other kinds change an object that has a unique name
-    if form is None or (kind == "remove" and len(scene.objects) == 1):
+    # the other kinds change an object that has a unique name
+    if sum(o.key[:3] == old.key[:3] for o in scene.objects) > 1:
         return None
-    name, rest = noun_phrase(*form, zh), tuple(o for o in scene.objects if o is not old)
+    rest = tuple(o for o in scene.objects if o is not old)
     if kind == "remove":
-        return replace(scene, objects=rest), sentence.format(name)
+        return replace(scene, objects=rest) if rest else None
     if kind == "recolor":
         new = replace(old, color=choice(rng, [c for c in COLORS if c != old.color]))
-        goal = word(new.color, zh)
     elif kind == "replace":
         new = replace(old, shape=choice(rng, [s for s in SHAPES if s != old.shape]))
-        goal = with_article(word(new.shape, zh), zh)
     else:
         new = jittered(rng, replace(old, cell=choice(rng, free)))
-        goal = word(CELL_NAMES[new.cell], zh)
-    return replace(scene, objects=(*rest, new)), sentence.format(name, goal)
+    return replace(scene, objects=(*rest, new))
+
+
+def instruction(voice: Voice, scene: Scene, target: Scene) -> str:
+    """What a user says to get from one scene to another, which one edit changes."""
+    gone = [o for o in scene.objects if o not in target.objects]
+    come = [o for o in target.objects if o not in scene.objects]
+    if target.style != scene.style:
+        key, slots = "fill" if target.style == "filled" else "outline edit", {}
+    elif target.background != scene.background:
+        key, slots = "rebackground", {"color": voice.word(target.background)}
+    elif not gone:
+        name, place = voice.noun(come[0].key), voice.place(come[0].cell)
+        key, slots = "add", {"a": voice.article(name), "x": name, "place": place}
+    else:
+        old, form = gone[0], None
+        while form is None:
+            form = reference(voice.rng, scene, old)
+        key, slots = "remove", {"x": voice.noun(form)}
+        if come and come[0].cell != old.cell:
+            goal, place = voice.place(come[0].cell, "goals"), voice.place(come[0].cell)
+            key, slots = "move", slots | {"goal": goal, "place": place}
+        elif come and come[0].shape != old.shape:
+            name = voice.noun((come[0].shape, None, None))
+            key, slots = "replace", slots | {"a": voice.article(name)}
+        elif come:
+            key, slots = "recolor", slots | {"color": voice.word(come[0].color)}
+    return voice.utter("polite", voice.say(key, **slots))
 
 
 def plan(scene: Scene, target: Scene, zh: bool) -> str:

@@ -34,7 +34,9 @@ from .tasks import Example, sample_example
 from .world import render
 
 BATCH = 50
-GROUPS = ("generation", "captions", "questions", "describe", "edits", "reconstruction", "seen")
+GROUPS = ("generation", "captions", "questions", "describe", "edits", "as typed")
+GROUPS += ("reconstruction", "seen")
+MIXED = {"generate": (*CATEGORIES, "several", "caption"), "understand": QUESTIONS, "edit": EDITS}
 LANGUAGES = ("en", "zh")
 
 
@@ -77,12 +79,17 @@ class Score:
 def sample_examples(
     task: str, kind: str, zh: bool, n: int, seed: int, unseen: bool = True
 ) -> list[Example]:
-    """n examples of one kind with different texts, as far as there are so many."""
+    """n examples of one kind with different texts, as far as there are so many.
+
+    "as typed" stands for all kinds of the task, in wordings that training never shows.
+    """
+    kinds, as_typed = ((kind,), False) if kind != "as typed" else (MIXED[task], True)
     spelling = kind.replace("color", "colour").encode()  # keeps the cases of recorded scores
     rng = np.random.default_rng([seed, len(spelling), *spelling, zh, unseen])
     found: dict = {}
-    for _ in range(40 * n):
-        ex = sample_example(rng, task, kind, zh, unseen=unseen)
+    for i in range(40 * n):
+        kind = kinds[i % len(kinds)]
+        ex = sample_example(rng, task, kind, zh, unseen=unseen, as_typed=as_typed)
         found.setdefault(ex.text if task == "generate" else (ex.text, ex.scenes), ex)
         if len(found) == n:
             break
@@ -141,11 +148,10 @@ def score_generation(model, kind, zh, n, seed, unseen=True, name="", save=None) 
     images = sample_images(model, "generation", predict(model, cases)[1], None, seed)
     _save_samples(save, name, drawn=images)
     distinct = len({ex.scenes[0].key for ex in cases})
-    if kind == "caption":
-        verdicts = are_exact(images, [ex.scenes[0] for ex in cases])
-    else:
-        pairs = zip(read(images), cases, strict=True)
-        verdicts = [r.known and satisfies(r.scene, ex.spec) for r, ex in pairs]
+    verdicts = [
+        r.known and satisfies(r.scene, ex.spec) if ex.spec else r.is_exactly(ex.scenes[0])
+        for r, ex in zip(read(images), cases, strict=True)
+    ]
     yield Score.of(name, verdicts, scenes=distinct)
     counts = [len(ex.scenes[0].objects) for ex in cases]
     for count in sorted(set(counts)) if kind == "caption" else ():
@@ -181,7 +187,8 @@ def score_edits(model, kind, zh, n, seed, name="", save=None) -> Iterator[Score]
     if told := [t.endswith(ex.answer) for t, ex in zip(texts, cases, strict=True) if ex.answer]:
         score.notes["told"] = sum(told) / len(told)
     textured = [i for i, ex in enumerate(cases) if ex.scenes[0].texture]
-    if textured and kind not in ("background", "style"):
+    textured = [i for i in textured if cases[i].kind not in ("background", "style")]
+    if textured:
         for d, x in images.items():
             distances = [l1_unedited(x[i], targets[i], sources[i]) for i in textured]
             score.notes[f"l1_outside_{d}"] = float(np.mean(distances))
@@ -233,12 +240,21 @@ def evaluate(
             "questions": by_kind(f"questions {language}", QUESTIONS, questions),
             "describe": questions("describe", name=f"describe {language}"),
             "edits": by_kind(f"edits {language}", EDITS, edits),
+            "as typed": chain.from_iterable(
+                score("as typed", name=f"as typed {language} / {name}")
+                for name, score in (
+                    ("prompts", generation),
+                    ("questions", questions),
+                    ("edits", edits),
+                )
+            ),
         }
         if language == "en":
             seen = partial(generation, unseen=False, save=None)
             scores["seen"] = by_kind("geneval-toy en, in training", CATEGORIES, seen, "in training")
         for score in chain.from_iterable(scores[group] for group in scores if group in groups):
-            notes += [score.notes] if "l1_outside_editing" in score.notes else []
+            is_kind = "as typed" not in score.name
+            notes += [score.notes] if is_kind and "l1_outside_editing" in score.notes else []
             yield score
     if "reconstruction" in groups:
         yield from score_reconstruction(model, cases, seed, save)

@@ -1,6 +1,16 @@
-"""Names of objects, cells and scenes of the toy world, in English and Chinese."""
+"""Names of objects, cells and scenes of the toy world, in English and Chinese.
+
+Replies use one wording. Users have many: a `Voice` picks them from `wordings.json`.
+"""
+
+import json
+from pathlib import Path
 
 from .world import Object, Rng, Scene, choice
+
+WORDINGS = json.loads(Path(__file__).with_name("wordings.json").read_text("utf-8"))
+PLAIN_SHARE = 0.25  # of users say everything in the first wording
+STRANGE_SHARE = 0.04  # of other texts hold a word that means nothing
 
 CELL_NAMES = (
     "top left corner", "top", "top right corner", "left", "center", "right",
@@ -44,7 +54,7 @@ def noun_phrase(shape: str, color: str | None, size: str | None, zh: bool) -> st
 
 
 def plural(phrase: str) -> str:
-    return phrase + ("es" if phrase.endswith("cross") else "s")
+    return phrase + ("es" if phrase.endswith(("s", "x")) else "s")
 
 
 def with_article(phrase: str, zh: bool = False) -> str:
@@ -57,15 +67,10 @@ def describe_object(obj: Object, zh: bool) -> str:
     return f"{cell}有{name}" if zh else f"{with_article(name)} {cell}"
 
 
-def setting(background: str | None, style: str | None, zh: bool) -> str:
-    """ " on a gray background, outline drawing" / "，灰色背景，线条画"; None leaves a part out."""
-    text = ""
-    if background:
-        name = with_article(word(background, zh), zh)
-        text = f"，{name}背景" if zh else f" on {name} background"
-    if style == "outline":
-        text += "，线条画" if zh else ", outline drawing"
-    return text
+def setting(background: str, style: str, zh: bool) -> str:
+    """ " on a gray background, outline drawing" / "，灰色背景，线条画"."""
+    text = f"，{ZH[background]}背景" if zh else f" on a {background} background"
+    return text + ("" if style == "filled" else "，线条画" if zh else ", outline drawing")
 
 
 def caption(rng: Rng | None, scene: Scene, zh: bool) -> str:
@@ -95,5 +100,115 @@ def matches(obj: Object, form: tuple) -> bool:
 def reference(rng: Rng, scene: Scene, obj: Object) -> tuple | None:
     """A (shape, color, size) that only `obj` matches, with None for omitted attributes."""
     forms = [(obj.shape, None, None), (obj.shape, obj.color, None), obj.key[:3]]
+    if rng.random() < 0.15:
+        forms = [(None, obj.color, None)]  # "the red one"
     unique = [f for f in forms if sum(matches(o, f) for o in scene.objects) == 1]
     return choice(rng, unique) if unique else None
+
+
+class Voice:
+    """How one user words things, in one language; `is_unseen`: as no example of training does."""
+
+    def __init__(self, rng: Rng, zh: bool, is_unseen: bool = False):
+        language = "zh" if zh else "en"
+        self.rng, self.zh, self.wordings = rng, zh, WORDINGS[language]
+        if is_unseen:
+            self.wordings = self.wordings | WORDINGS["as typed"][language]
+        self.is_plain = not is_unseen and rng.random() < PLAIN_SHARE
+
+    def pick(self, options: list[str], likely: float = 0.0) -> str:
+        """One of the wordings; the first one with at least the probability `likely`."""
+        is_first = self.is_plain or self.rng.random() < likely
+        return options[0] if is_first else choice(self.rng, options)
+
+    def say(self, key: str, *words: str, **slots: str) -> str:
+        """A sentence of `wordings.json`."""
+        return self.pick(self.wordings[key]).format(*words, **slots)
+
+    def word(self, english: str) -> str:
+        """A word or a synonym: "circle" -> "disc"."""
+        return self.pick(self.wordings["words"].get(english, [english]), 0.4)
+
+    def noun(self, form: tuple, many: bool = False, is_outline: bool = False) -> str:
+        """A (shape, color, size) in words: "small red star", "star in red", "小红星"."""
+        shape, color, size = form[:3]
+        name = self.word(shape) if shape else self.pick(self.wordings["thing"])
+        rest = [self.word(x) for x in (size, color) if x]
+        if not self.is_plain and self.rng.random() < 0.15:
+            rest = rest[::-1]
+        if is_outline:
+            rest = [self.pick(self.wordings["outlined"]), *rest]
+        if self.zh:
+            if not shape and rest:
+                rest[-1] = rest[-1].removesuffix("的") + "的"
+            likely = [float(x in "小大") if self.is_plain else 0.3 for x in rest]
+            of = [
+                "的" * (self.rng.random() < p and x[-1] != "的")
+                for x, p in zip(rest, likely, strict=True)
+            ]
+            return "".join(map("".join, zip(rest, of, strict=True))) + name
+        name = plural(name) if many else name
+        if color and shape and not self.is_plain and self.rng.random() < 0.06:
+            return " ".join([*(x for x in rest if x != rest[-1]), name, "in", rest[-1]])
+        return " ".join([*rest, name])
+
+    def article(self, phrase: str) -> str:
+        """ "a red star", "one red star", or without."""
+        if self.zh:
+            return self.pick(["", "一个", "一个", "个", "1个"]) + phrase
+        a = with_article(phrase)
+        return self.pick([a, a, a, a, phrase, f"one {phrase}", f"1 {phrase}"], 0.5)
+
+    def number(self, count: int, form: tuple, is_outline: bool = False) -> str:
+        """ "three red stars" / "三个红色星形"; one has an article."""
+        if count == 1:
+            return self.article(self.noun(form, False, is_outline))
+        number, name = self.word(NUMBERS[count]), self.noun(form, True, is_outline)
+        measure = "颗" if form[0] == "star" and self.rng.random() < 0.3 else "个"
+        return f"{number}{measure}{name}" if self.zh else f"{number} {name}"
+
+    def place(self, cell: int, key: str = "places") -> str:
+        """A cell: "in the top left corner"; as a goal "the top left corner"."""
+        return self.pick(self.wordings[key][cell], 0.4)
+
+    def join(self, parts: list[str]) -> str:
+        """Parts of a list: "a, b and c"."""
+        if len(parts) == 2:
+            return self.say("two", a=parts[0], b=parts[1])
+        comma, last = ("，", ["，", "、", "和"]) if self.zh else (", ", [", ", " and ", ", and "])
+        last = self.pick(last)
+        comma = last if last in ("、", " and ") and self.rng.random() < 0.5 else comma
+        return last.join(filter(None, (comma.join(parts[:-1]), parts[-1])))
+
+    def setting(self, body: str, background: str | None, is_outline: bool) -> str:
+        """A sentence with its background and style."""
+        if background:
+            body = self.say("on background", body=body, color=self.word(background))
+        return self.say("in outline", body=body) if is_outline else body
+
+    def utter(self, key: str, text: str) -> str:
+        """What is typed: wrapped in a request, now and then without commas or with odd words."""
+        text = self.say(key, text.rstrip(".?？。") if not self.is_plain else text)
+        if self.is_plain:
+            return text
+        if self.rng.random() < 0.12:
+            text = text.replace(", ", " ").replace("，", "")
+        if self.rng.random() < STRANGE_SHARE:
+            odd = "".join(choice(self.rng, "abcdefghiklmnoprstuvw") for _ in range(5))
+            text = f"{odd} {text}" if self.rng.random() < 0.5 else f"{text} {odd}"
+        return text
+
+    def caption(self, scene: Scene) -> str:
+        """Everything of a scene that can be named, less what is large or white at times."""
+        if self.is_plain:
+            return caption(self.rng, scene, self.zh)
+        brief, is_outline = self.rng.random() < 0.4, scene.style == "outline"
+        adjective = is_outline and self.rng.random() < 0.15
+        parts = []
+        for o in (scene.objects[i] for i in self.rng.permutation(len(scene.objects))):
+            form = (o.shape, o.color, None if brief and o.size == "large" else o.size)
+            name = self.article(self.noun(form, False, adjective))
+            parts.append(self.say("placed", object=name, place=self.place(o.cell)))
+        bare = scene.background == "white" and self.rng.random() < 0.4
+        body = self.join(parts) if len(parts) > 1 else parts[0]
+        return self.setting(body, None if bare else scene.background, is_outline and not adjective)

@@ -6,17 +6,17 @@ A *spec* holds what a prompt names; None, or an absent key, leaves an attribute 
 each open attribute has one canonical value: large, filled, on white, fixed cells and colors.
 """
 
+from itertools import groupby
+
 from . import language as lang
 from .world import BACKGROUNDS, CANONICAL_COLOR, COLORS, RADIUS, SHAPES, Object, Rng, Scene, choice
 
 CATEGORIES = ("single", "two", "counting", "colors", "position", "attribution")
 LAYOUTS = {1: (4,), 2: (3, 5), 3: (3, 4, 5), 4: (0, 2, 6, 8)}  # canonical cells
-PREFIXES = ("", "a photo of ", "a picture of ", "an image of ")
-ZH_PREFIXES = ("", "一张图片：", "一张照片：")
 
 
 def short_prompt(rng: Rng, kind: str) -> dict:
-    """The spec of a random prompt of category `kind`."""
+    """The spec of a random prompt of category `kind`, or of "several" objects."""
 
     def maybe(items, probability: float):
         return choice(rng, items) if rng.random() < probability else None
@@ -26,6 +26,16 @@ def short_prompt(rng: Rng, kind: str) -> dict:
     background = maybe(list(BACKGROUNDS), 0.5)
     spec = {"background": background, "style": "outline" if rng.random() < 0.15 else None}
     size = maybe(list(RADIUS), 0.5)
+    if kind == "several":  # two to four objects, all with a cell or none, some alike
+        shapes = rng.choice(SHAPES, int(rng.integers(2, 5)), replace=False).tolist()
+        cells = rng.permutation(9).tolist() if rng.random() < 0.5 else [None] * 9
+        objects = [
+            (s, maybe(list(COLORS), 0.8), maybe(list(RADIUS), 0.3), c)
+            for s, c in zip(shapes, cells, strict=False)
+        ]
+        if cells[0] is None and len(shapes) < 4 and rng.random() < 0.3:
+            objects.insert(0, objects[0])
+        return {"objects": objects, **spec}
     if kind == "single":
         objects = [(first, None, size, maybe(range(9), 0.5))]
     elif kind == "colors":
@@ -58,23 +68,21 @@ def canonical_scene(spec: dict) -> Scene:
     return Scene(tuple(objects), spec["background"] or "white", spec["style"] or "filled")
 
 
-def phrase_prompt(rng: Rng, spec: dict, zh: bool) -> str:
-    """A random wording of a spec."""
-    objects, relation = spec["objects"], spec.get("relation")
-    names = [lang.noun_phrase(*o[:3], zh) for o in objects]
-    if len(objects) > 1 and len(set(objects)) == 1:
-        number = lang.word(lang.NUMBERS[len(objects)], zh)
-        text = f"{number}个{names[0]}" if zh else f"{number} {lang.plural(names[0])}"
-    elif zh and relation:
-        text = f"{names[0]}在{names[1]}的{lang.word(relation, zh)}"
-    elif zh:
-        text = "和".join(f"一个{name}" for name in names)
+def phrase_prompt(voice: lang.Voice, spec: dict) -> str:
+    """A wording of a spec."""
+    objects, is_outline = spec["objects"], spec["style"] == "outline"
+    adjective = is_outline and not voice.is_plain and voice.rng.random() < 0.15
+    names = []
+    for form, same in groupby(objects):
+        name = voice.number(len(list(same)), form, adjective)
+        if form[3] is not None:
+            name = voice.say("placed", object=name, place=voice.place(form[3]))
+        names.append(name)
+    if relation := spec.get("relation"):
+        text = voice.say("related", a=names[0], b=names[1], relation=voice.word(relation))
     else:
-        text = f" {relation or 'and'} ".join(lang.with_article(name) for name in names)
-    if (cell := objects[0][3]) is not None:
-        text += f"，在{lang.cell_name(cell, zh)}" if zh else f" {lang.cell_name(cell)}"
-    text += lang.setting(spec["background"], spec["style"], zh)
-    return choice(rng, ZH_PREFIXES if zh else PREFIXES) + text
+        text = voice.join(names) if len(names) > 1 else names[0]
+    return voice.setting(text, spec["background"], is_outline and not adjective)
 
 
 def satisfies(scene: Scene, spec: dict) -> bool:

@@ -42,44 +42,45 @@ def scene_caption(scene: Scene, zh: bool) -> str:
     return lang.caption(None, scene, zh) + ("。" if zh else ". ")
 
 
-def make_question(rng: Rng, kind: str, scene: Scene, zh: bool) -> QA | None:
+def make_question(voice: lang.Voice, kind: str, scene: Scene) -> QA | None:
     """A question of one kind about a scene, or None when the scene does not admit one."""
-    if kind == "describe":
-        question = "请描述这张图片。" if zh else "Please describe the image."
-        return QA(question, "", lang.caption(None, scene, zh))
-    if kind == "background":
-        question = "背景是什么颜色？" if zh else "What color is the background?"
-        return QA(question, "", lang.word(scene.background, zh))
-    if kind == "count_all":
-        question = "一共有几个图形？" if zh else "How many objects are there?"
-        return QA(question, "", lang.word(lang.NUMBERS[len(scene.objects)], zh))
-    if kind == "count":
-        shape = choice(rng, scene.objects).shape if rng.random() < 0.7 else choice(rng, SHAPES)
-        name = lang.word(shape, True) if zh else lang.plural(shape)
-        question = f"有几个{name}？" if zh else f"How many {name} are there?"
-        number = lang.NUMBERS[sum(o.shape == shape for o in scene.objects)]
-        return QA(question, _verdicts(scene, shape, None, zh), lang.word(number, zh))
-    if kind == "relation":
-        return _relation(rng, scene, zh)
+    rng, zh, reasoning, slots = voice.rng, voice.zh, "", {}
     obj = choice(rng, scene.objects)
-    if kind == "exist":
-        return _existence(rng, scene, obj, zh)
-    reasoning = lang.describe_object(obj, zh)
-    if kind == "where":
-        if (form := lang.reference(rng, scene, obj)) is None:
-            return None
-        name = lang.noun_phrase(*form, zh)
-        question = f"{name}在哪里？" if zh else f"Where is the {name}?"
-        return QA(question, reasoning, lang.cell_name(obj.cell, zh))
-    given = {"color": "shape", "shape": "color"}[kind]
-    if sum(getattr(o, given) == getattr(obj, given) for o in scene.objects) > 1:
-        return None  # the question would have several answers
-    name = lang.word(getattr(obj, given), zh)
-    if kind == "shape":
-        question = f"{name}的图形是什么形状？" if zh else f"What shape is the {name} object?"
+    if kind == "describe":
+        answer = lang.caption(None, scene, zh)
+    elif kind == "background":
+        answer = lang.word(scene.background, zh)
+    elif kind == "count_all":
+        answer = lang.word(lang.NUMBERS[len(scene.objects)], zh)
+    elif kind == "count":
+        shape = obj.shape if rng.random() < 0.7 else choice(rng, SHAPES)
+        slots["x"] = voice.noun((shape, None, None), many=True)
+        count = sum(o.shape == shape for o in scene.objects)
+        answer, reasoning = lang.word(lang.NUMBERS[count], zh), _verdicts(scene, shape, None, zh)
+    elif kind == "relation":
+        return _relation(voice, scene)
+    elif kind == "exist":
+        shape, color = _near_miss(rng, obj)
+        name = voice.noun((shape, color, None))
+        slots["a"] = voice.article(name)
+        exists = any(lang.matches(o, (shape, color)) for o in scene.objects)
+        answer = ("有" if exists else "没有") if zh else ("yes" if exists else "no")
+        reasoning = _verdicts(scene, shape, color, zh)
     else:
-        question = f"{name}是什么颜色？" if zh else f"What color is the {name}?"
-    return QA(question, reasoning, lang.word(getattr(obj, kind), zh))
+        reasoning = lang.describe_object(obj, zh)
+        form = lang.reference(rng, scene, obj)
+        if kind == "where":
+            answer = lang.cell_name(obj.cell, zh)
+        else:
+            given = {"color": "shape", "shape": "color"}[kind]
+            form = (obj.shape, None, None) if kind == "color" else (None, obj.color, None)
+            if sum(getattr(o, given) == getattr(obj, given) for o in scene.objects) > 1:
+                return None  # the question would have several answers
+            answer = lang.word(getattr(obj, kind), zh)
+        if form is None:
+            return None
+        slots["x"] = voice.word(obj.color) if kind == "shape" else voice.noun(form)
+    return QA(voice.utter("asking", voice.say(kind, **slots)), reasoning, answer)
 
 
 def _verdicts(scene: Scene, shape: str, color: str | None, zh: bool) -> str:
@@ -95,22 +96,18 @@ def _verdicts(scene: Scene, shape: str, color: str | None, zh: bool) -> str:
     return comma.join(parts)
 
 
-def _existence(rng: Rng, scene: Scene, obj: Object, zh: bool) -> QA:
+def _near_miss(rng: Rng, obj: Object) -> tuple[str, str]:
+    """(shape, color) of an object; one of the two is changed half of the time."""
     shape, color = obj.shape, obj.color
-    if rng.random() < 0.5:  # a near miss half of the time: one attribute changed
-        if rng.random() < 0.5:
-            shape = choice(rng, SHAPES)
-        else:
-            color = choice(rng, list(COLORS))
-    name = lang.with_article(lang.noun_phrase(shape, color, None, zh), zh)
-    question, yes, no = (
-        (f"有{name}吗？", "有", "没有") if zh else (f"Is there {name}?", "yes", "no")
-    )
-    exists = any(lang.matches(o, (shape, color)) for o in scene.objects)
-    return QA(question, _verdicts(scene, shape, color, zh), yes if exists else no)
+    if rng.random() < 0.5:
+        return shape, color
+    if rng.random() < 0.5:
+        return choice(rng, SHAPES), color
+    return shape, choice(rng, list(COLORS))
 
 
-def _relation(rng: Rng, scene: Scene, zh: bool) -> QA | None:
+def _relation(voice: lang.Voice, scene: Scene) -> QA | None:
+    rng, zh = voice.rng, voice.zh
     if len(scene.objects) < 2:
         return None
     pair = [scene.objects[i] for i in rng.choice(len(scene.objects), 2, replace=False)]
@@ -126,10 +123,10 @@ def _relation(rng: Rng, scene: Scene, zh: bool) -> QA | None:
     asked = choice(rng, relations)
     true = next(r for r in relations if lang.is_related(*pair, r))
     yes, no, comma = ("是", "不是", "，") if zh else (" yes", " no", ", ")
-    relation, answer = lang.word(asked, zh), yes if asked == true else no
+    answer = yes if asked == true else no
     names = [*(lang.CELL_NAMES[lane] for lane in lanes), true]
     steps = [lang.describe_object(o, zh) for o in pair] + [lang.word(name, zh) for name in names]
-    reasoning = comma.join([*steps, relation + answer])
-    one, two = (lang.noun_phrase(*form, zh) for form in forms)
-    question = f"{one}在{two}的{relation}吗？" if zh else f"Is the {one} {relation} the {two}?"
-    return QA(question, reasoning, answer.strip())
+    reasoning = comma.join([*steps, lang.word(asked, zh) + answer])
+    one, two = (voice.noun(form) for form in forms)
+    question = voice.say("relation", x=one, y=two, relation=voice.word(asked))
+    return QA(voice.utter("asking", question), reasoning, answer.strip())

@@ -9,16 +9,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..tokenizer import EDITING_PROMPT, EDITING_REPLY, GENERATION_PROMPT, GENERATION_REPLY, IMAGE
-from .edits import EDITS, edit_pair, plan
-from .language import caption
+from .edits import EDITS, edited, instruction, plan
+from .language import Voice
 from .prompts import CATEGORIES, canonical_scene, phrase_prompt, short_prompt
 from .questions import QA, QUESTIONS, make_question, scene_caption, with_reasoning
-from .world import Rng, Scene, choice, held_out, jittered, random_scene, random_texture
+from .world import Rng, Scene, choice, held_out, jittered, random_scene
 
-KINDS = {"generate": (*CATEGORIES, "caption"), "understand": (*QUESTIONS, "describe")}
+KINDS = {"generate": (*CATEGORIES, "several", "caption"), "understand": (*QUESTIONS, "describe")}
 KINDS["edit"] = EDITS
 ZH_SHARE = 0.4
-SHORT_SHARE = 0.4  # of prompts; 0.2 in the paper, but here they carry six categories
+SHORT_SHARE = 0.5  # of prompts; 0.2 in the paper, but here they carry six categories
+DETAIL = {"understand": 0.25, "edit": 0.6}  # shares of textured sources
 DESCRIBE_SHARE = 0.2  # of the conversations about an image
 COT_SHARE = 0.9  # of the replies to edits have a chain of thought before the image
 QUESTIONS_PER_IMAGE = 4  # at most: more answers for the same work
@@ -48,94 +49,102 @@ def _turn(user: str, assistant: str) -> tuple[dict, dict]:
     return {"role": "user", "content": user}, {"role": "assistant", "content": assistant}
 
 
-def generation_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
-    """A prompt of one of CATEGORIES, or a long "caption" of a scene of at most `most` objects."""
-    language, spec = "zh" if zh else "en", {}
-    if kind == "caption":
-        scene = random_scene(rng, int(rng.integers(1, most + 1)))
-        text = caption(rng, scene, zh)
-    else:
+def draw(rng: Rng, task: str, kind: str, most: int = 4) -> tuple[tuple[Scene, ...], dict]:
+    """The scenes of an example, of at most `most` objects, and the spec of a short prompt."""
+    if task == "multi_turn":
+        scenes, spec = draw(rng, kind, _random_kind(rng, kind).split("+")[0], most)
+        for _ in range(2):
+            target = rng.random() < 0.5 and edited(rng, _random_kind(rng, "edit"), scenes[-1])
+            scenes += (target,) if target else ()
+        return scenes, spec
+    if task == "generate" and kind != "caption":
         spec = short_prompt(rng, kind)
         scene = canonical_scene(spec)
-        scene = replace(scene, objects=tuple(jittered(rng, o) for o in scene.objects))
-        text = phrase_prompt(rng, spec, zh)
-    messages = _turn(GENERATION_PROMPT[language].format(text), GENERATION_REPLY[language])
-    return Example("generate", kind, language, (scene,), messages, text, spec=spec)
+        return (replace(scene, objects=tuple(jittered(rng, o) for o in scene.objects)),), spec
+    least = 2 if kind in ("remove", "relation") else 1
+    detail = {} if task == "generate" else {"detail": DETAIL[task]}
+    while True:
+        scene = random_scene(rng, int(rng.integers(least, max(least, most) + 1)), **detail)
+        if task != "edit":
+            return (scene,), {}
+        if target := edited(rng, kind, scene):
+            return (scene, target), {}
 
 
-def question_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
-    """Questions of the kinds in `kind` ("count+where") about one random scene.
+def write(
+    rng: Rng, task: str, kind: str, scenes: tuple, spec: dict, zh: bool, as_typed: bool = False
+) -> Example | None:
+    """An example about scenes, in one user's words; None when the scene has no such question.
 
-    The first reply begins with a caption: the text then holds what the answers need.
+    `as_typed`: in words that occur in no example of training.
     """
-    kinds = kind.split("+")
-    least = 2 if kinds[0] == "relation" else 1
-    turns: list[QA] = []
-    while not turns:
-        scene = random_scene(rng, int(rng.integers(least, max(least, most) + 1)), detail=0.25)
-        for k in kinds:
-            qa = make_question(rng, k, scene, zh)
+    voice, language, answer = Voice(rng, zh, as_typed), "zh" if zh else "en", ""
+    if task == "multi_turn":
+        return _multi_turn(rng, kind, scenes, spec, zh)
+    if task == "generate":
+        text = phrase_prompt(voice, spec) if spec else voice.caption(scenes[0])
+        text = voice.utter("prompt", text)
+        messages = _turn(GENERATION_PROMPT[language].format(text), GENERATION_REPLY[language])
+    elif task == "edit":
+        text, answer = instruction(voice, *scenes), plan(*scenes, zh)
+        thought = scene_caption(scenes[0], zh) + answer if rng.random() < COT_SHARE else ""
+        messages = _turn(EDITING_PROMPT.format(text), thought + EDITING_REPLY[language])
+    else:
+        turns: list[QA] = []
+        for k in kind.split("+"):
+            qa = make_question(voice, k, scenes[0])
             if qa and qa not in turns:
                 turns.append(qa)
             elif not turns:
-                break  # the first question needs another scene
-    messages = [m for qa in turns for m in _turn(qa.question, with_reasoning(qa, zh))]
-    messages[0]["content"] = IMAGE + messages[0]["content"]
-    if kinds[0] != "describe":
-        messages[1]["content"] = scene_caption(scene, zh) + messages[1]["content"]
-    common = ("understand", kind, "zh" if zh else "en", (scene,), tuple(messages))
-    return Example(*common, turns[0].question, turns[0].answer)
+                return None  # the first question needs another scene
+        messages = [m for qa in turns for m in _turn(qa.question, with_reasoning(qa, zh))]
+        messages[0]["content"] = IMAGE + messages[0]["content"]
+        if not kind.startswith("describe"):  # the text then holds what the answers need
+            messages[1]["content"] = scene_caption(scenes[0], zh) + messages[1]["content"]
+        text, answer = turns[0].question, turns[0].answer
+    return Example(task, kind, language, scenes, tuple(messages), text, answer.strip(), spec)
 
 
-def edit_example(rng: Rng, kind: str, zh: bool, most: int = 4, detail: float = 0.6) -> Example:
-    """An edit of one of EDITS; `detail` is the share of textured sources."""
-    least = 2 if kind == "remove" else 1
-    pair = None
-    while not pair:
-        scene = random_scene(rng, int(rng.integers(least, max(least, most) + 1)))
-        if rng.random() < detail:
-            scene = replace(scene, texture=random_texture(rng))
-        pair = edit_pair(rng, kind, scene, zh)
-    (target, text), language = pair, "zh" if zh else "en"
-    steps = plan(scene, target, zh)
-    thought = scene_caption(scene, zh) + steps if rng.random() < COT_SHARE else ""
-    messages = _turn(EDITING_PROMPT.format(text), thought + EDITING_REPLY[language])
-    return Example("edit", kind, language, (scene, target), messages, text, steps.strip())
-
-
-def multi_turn_example(rng: Rng, kind: str, zh: bool, most: int = 4) -> Example:
+def _multi_turn(rng: Rng, kind: str, scenes: tuple, spec: dict, zh: bool) -> Example | None:
     """A task of one `kind`, then two questions or edits about the latest image, not shown again."""
-    first = MAKERS[kind](rng, _random_kind(rng, kind).split("+")[0], zh, most)
-    scenes, messages, is_captioned = list(first.scenes), list(first.messages), kind == "understand"
-    for _ in range(2):
-        scene = scenes[-1]
-        if rng.random() < 0.5:
-            pair = edit_pair(rng, _random_kind(rng, "edit"), scene, zh)
-            if not pair:
-                continue
-            target, text = pair
-            reply = plan(scene, target, zh) + EDITING_REPLY[first.language]
-            scenes.append(target)
+    voice, count = Voice(rng, zh), 2 if kind == "edit" else 1
+    asked = _random_kind(rng, "understand") if kind == "understand" else kind
+    first = write(rng, kind, asked.split("+")[0], scenes[:count], spec, zh)
+    if first is None:
+        return None
+    messages, is_captioned, edits = list(first.messages), kind == "understand", scenes[count:]
+    turns = [*edits, *[None] * (2 - len(edits))]
+    source = scenes[count - 1]
+    for target in turns if rng.random() < 0.5 else turns[::-1]:
+        if target:
+            text = instruction(voice, source, target)
+            reply = plan(source, target, zh) + EDITING_REPLY[first.language]
         else:
-            qa = make_question(rng, rng.choice(QUESTIONS, p=QUESTION_SHARES), scene, zh)
+            qa = make_question(voice, rng.choice(QUESTIONS, p=QUESTION_SHARES), source)
             if not qa:
                 continue
             text, reply = qa.question, with_reasoning(qa, zh)
         if not is_captioned:  # the model describes each image once
-            reply = scene_caption(scene, zh) + reply
-        is_captioned = scene is scenes[-1]
+            reply = scene_caption(source, zh) + reply
+        is_captioned = not target
+        source = target or source
         messages += _turn(text, reply)
-    turns = {"scenes": tuple(scenes), "messages": tuple(messages)}
-    return replace(first, task="multi_turn", kind=kind, **turns)
+    return replace(first, task="multi_turn", kind=kind, scenes=scenes, messages=tuple(messages))
 
 
-MAKERS = {"understand": question_example, "generate": generation_example, "edit": edit_example}
-MAKERS["multi_turn"] = multi_turn_example
+def rewrite(rng: Rng, ex: Example) -> Example:
+    """The same scenes in other words: new language, wording and, of an image, new questions."""
+    while True:
+        kind = _random_kind(rng, ex.task) if ex.task == "understand" else ex.kind
+        found = write(rng, ex.task, kind, ex.scenes, ex.spec, rng.random() < ZH_SHARE)
+        if found:
+            return found
 
 
 def _random_kind(rng: Rng, task: str) -> str:
     if task == "generate":
-        return choice(rng, CATEGORIES) if rng.random() < SHORT_SHARE else "caption"
+        is_short = rng.random() < SHORT_SHARE
+        return choice(rng, (*CATEGORIES, "several")) if is_short else "caption"
     if task == "understand":
         if rng.random() < DESCRIBE_SHARE:
             return "describe"
@@ -146,11 +155,20 @@ def _random_kind(rng: Rng, task: str) -> str:
 
 
 def sample_example(
-    rng: Rng, task: str, kind: str = "", zh: bool | None = None, most: int = 4, unseen: bool = False
+    rng: Rng,
+    task: str,
+    kind: str = "",
+    zh: bool | None = None,
+    most: int = 4,
+    unseen: bool = False,
+    as_typed: bool = False,
 ) -> Example:
     """A random example of a task, of at most `most` objects; by default as training mixes them."""
     while True:
         is_zh = rng.random() < ZH_SHARE if zh is None else zh
-        found = MAKERS[task](rng, kind or _random_kind(rng, task), is_zh, most)
-        if found.unseen == unseen:
+        chosen = kind or _random_kind(rng, task)
+        scenes, spec = draw(rng, task, chosen.split("+")[0], most)
+        if any(held_out(scene.key) for scene in scenes) != unseen:
+            continue
+        if found := write(rng, task, chosen, scenes, spec, is_zh, as_typed):
             return found

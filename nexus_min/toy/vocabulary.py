@@ -1,5 +1,7 @@
 """The toy tokenizer: byte-level BPE in which every word of the toy world is one token.
 
+What users write is folded first: lower case, half width, single spaces, no final punctuation.
+
 Qwen's special tokens come last, in the order of the official `tokenizer.json`.
 """
 
@@ -8,12 +10,13 @@ import re
 from itertools import product
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ..config import NexusGenConfig
-from ..tokenizer import IMAGE, SYSTEM_PROMPT
-from .language import ZH_WORDS
+from ..tokenizer import GENERATION_PROMPT, IMAGE, SYSTEM_PROMPT
+from .language import WORDINGS, ZH_WORDS, plural
 from .tasks import KINDS, sample_example
+from .world import SHAPES
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -29,14 +32,35 @@ PRETOKEN = (
 )
 
 
+# Commas and apostrophes of all kinds become one; a Latin word begins with its space.
+REPLACED = (
+    (r"[’‘`´]", "'"), (r"[\"“”()]", " "),
+    (r"[、;]", ","), (r"\s+", " "), (r"[\s.!?。]+$", ""), (r"^\s+", ""),
+    (r" ?, ?", ", "), (r"(?<=[一-鿿]) (?=[一-鿿])|(?<=[,:]) (?=[一-鿿0-9])", ""),
+    (r"^(?=[a-z0-9])", " "),
+)  # fmt: skip
+
+
+def folding() -> normalizers.Normalizer:
+    """The normalizer of what users write."""
+    replaced = [normalizers.Replace(Regex(pattern), new) for pattern, new in REPLACED]
+    return normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), *replaced])
+
+
 def words() -> list[str]:
-    """Every English and every Chinese word of the toy world, once, also with a leading space."""
-    rng = np.random.default_rng(0)
+    """Every English and every Chinese word of the toy world, once, as texts hold them."""
+    rng, fold, typed = np.random.default_rng(0), folding().normalize_str, [WORDINGS]
+    for part in typed:  # grows while it is read
+        if not isinstance(part, str):
+            typed += part.values() if isinstance(part, dict) else part
+    typed = [re.sub(r"{\w*}", " ", part) for part in typed if isinstance(part, str)]
+    typed += [plural(x) for name in SHAPES for x in WORDINGS["en"]["words"][name]]
     texts = [SYSTEM_PROMPT, "system\n", "user\n", "assistant\n"]
+    texts += map(fold, [*typed, *GENERATION_PROMPT.values()])
     for task, kinds in KINDS.items():
-        for kind, zh, _ in product(kinds, (False, True), range(150)):
-            ex = sample_example(rng, task, kind, zh)
-            texts += [m["content"].replace(IMAGE, "") for m in ex.messages]
+        for kind, zh, _ in product(kinds, (False, True), range(60)):
+            messages = sample_example(rng, task, kind, zh).messages
+            texts += [m["content"].replace(IMAGE, "") for m in messages[1::2]]
     chinese = "|".join(sorted(set(ZH_WORDS.values()), key=len, reverse=True))
     piece = chinese + r"|[\u4e00-\u9fff]| ?[A-Za-z]+|[^A-Za-z\s\u4e00-\u9fff]+|\s"
     return list(dict.fromkeys(w for text in texts for w in re.findall(piece, text)))
@@ -56,6 +80,7 @@ def build_tokenizer(config: NexusGenConfig | None = None) -> Tokenizer:
     if broken := [w for w in every if len(bpe.encode(w).ids) > 1]:
         examples = f"{len(broken)} words, as {broken[:5]}"
         raise ValueError(f"{vocab_size} tokens are too few: they split {examples}")
+    bpe.normalizer = folding()
     spec = json.loads(bpe.to_str())
     num_words = len(spec["model"]["vocab"])
     spec["model"]["vocab"] |= {f"<unused{k}>": k for k in range(num_words, vocab_size)}
@@ -68,9 +93,17 @@ def build_tokenizer(config: NexusGenConfig | None = None) -> Tokenizer:
 
 
 def translations(tokenizer: Tokenizer) -> dict[int, list[int]]:
-    """The token of each Chinese word -> the tokens of its English translation."""
+    """The token of each Chinese word and of each synonym -> the tokens of the English word."""
+    pairs = [(chinese, english) for english, chinese in ZH_WORDS.items()]
+    for language in ("zh", "en"):
+        for english, synonyms in WORDINGS[language]["words"].items():
+            forms = [x if language == "zh" else f" {x}" for x in synonyms]
+            pairs += [(x, english) for x in forms]
+            if english in SHAPES and language == "en":
+                pairs += [(plural(x), english) for x in forms]
     found: dict[int, list[int]] = {}
-    for english, chinese in ZH_WORDS.items():
-        (token,) = tokenizer.encode(chinese).ids
-        found.setdefault(token, tokenizer.encode(f" {english}").ids)
+    for word, english in pairs:
+        ids, meaning = tokenizer.encode(word).ids, tokenizer.encode(f" {english}").ids
+        if len(ids) == 1 and ids != meaning:
+            found.setdefault(ids[0], meaning)
     return found
