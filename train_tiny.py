@@ -3,6 +3,7 @@
     python train_tiny.py --minutes 30              # everything, from nothing, into runs/tiny
     python train_tiny.py --minutes 90 --ship       # the same, as the model of this package
     python train_tiny.py --stage ar --minutes 10   # one stage, on top of what the folder holds
+    python train_tiny.py --stage ar --base tiny --minutes 5  # words become images: one lesson
     python train_tiny.py --data my.jsonl           # fine-tune the shipped model on your own data
 
 Stages: `vae` (FLUX's, at toy width) and `vision` (grounding, the stand-in for Qwen2.5-VL's
@@ -64,15 +65,18 @@ def train_vae(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict:
     return summary
 
 
-def train_vision(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict:
+def train_vision(folder: RunFolder, run: Run | None, args: argparse.Namespace) -> dict:
     """The vision tower learns grounding; it is saved in an AR model with fresh weights."""
-    config = folder.config
+    config, summary = folder.config, {}
     ar, tokenizer = init.init_ar(NexusGenAR(config.ar)), build_tokenizer(config)
     init.align_translations(ar.model.embed_tokens, translations(tokenizer))
     init.init_value_copy(ar)  # uses torch's generator: before `fit`, which a resumed run shortens
     init.init_previous_token_heads(ar)
-    summary = fit(pretrain.vision_stage(ar.visual, config, BATCH["vision"]), run)
-    pretrain.whiten(ar.visual, config)
+    if args.base:
+        ar.visual.load_state_dict(RunFolder(model_folder(args.base)).ar().visual.state_dict())
+    else:
+        summary = fit(pretrain.vision_stage(ar.visual, config, BATCH["vision"]), run)
+        pretrain.whiten(ar.visual, config)
     with tempfile.TemporaryDirectory() as tmp_dir:
         file = Path(tmp_dir, "tokenizer.json")
         tokenizer.save(str(file))
@@ -158,7 +162,22 @@ def main(argv: list[str] | None = None) -> int:
         if args.ship:
             export(folder, args)
             print(f"shipped to {args.ship}")
+        print_next(args)
     return status.code
+
+
+def print_next(args: argparse.Namespace) -> None:
+    """Name the sample grids, and the commands that come next."""
+    for file in sorted(args.out.glob("*_final*.png")):
+        print(f"sample grid: {file}")
+    left = [] if args.data else [n for n in TIME_SHARE if not is_finished(args.out, n)]
+    out = shlex.quote(str(args.out))
+    if left:
+        print(f"next: python train_tiny.py --stage {left[0]} --out {out}")
+    if not {*left} - {"editing"}:
+        print(f'next: python -m nexus_min generate "a red star" --model {out}/model')
+        groups = " --groups generation" if left else ""
+        print(f"next: python -m nexus_min eval --cases 20 --model {out}/model{groups}")
 
 
 def budget(stage: str, stages: tuple[str, ...], minutes: float, started: float) -> float:
@@ -209,6 +228,8 @@ def prepare(args: argparse.Namespace, folder: RunFolder) -> tuple[str, ...]:
         init_run(args, folder)
         return stages
     stages = tuple(TIME_SHARE) if args.stage == "all" else (args.stage,)
+    if args.base:
+        init_from_base(args, folder)
     for name in DEPENDS_ON.get(args.stage, ()):
         if not is_finished(args.out, name):
             first = f"python train_tiny.py --stage {name} --out {shlex.quote(str(args.out))}"
@@ -232,6 +253,24 @@ def prepare(args: argparse.Namespace, folder: RunFolder) -> tuple[str, ...]:
     return stages
 
 
+def init_from_base(args: argparse.Namespace, folder: RunFolder) -> None:
+    """Copy what --base made before its AR stage, as finished stages; the AR decoder is new."""
+    base = RunFolder(model_folder(args.base).resolve())
+    vae = replace(base.config.autoencoder, scale_factor=1.0, shift_factor=0.0)  # are measured
+    if replace(base.config, autoencoder=vae) != NexusGenConfig.tiny():
+        raise ValueError(f"--base {args.base}: its sizes are not those of NexusGenConfig.tiny()")
+    if folder.goal.exists():
+        if (read_summary(args.out, "generation") or {}).get("base") != str(base.source):
+            raise ValueError(f"{args.out} holds a model without this --base; give another --out")
+        return
+    torch.manual_seed(args.seed)
+    folder.save(base.config, autoencoder=base.vae(), generation=base.generation())
+    train_vision(folder, None, args)
+    for name in ("vae", "vision", "generation"):
+        note = {"stage": name, "steps": 0, "seconds": 0.0, "metrics": {}, "base": str(base.source)}
+        write_summary(args.out, note, f"copied from {args.base}")
+
+
 def replace_text(file: Path, text: str) -> None:
     weights.replace_file(file, lambda path: path.write_text(text, "utf-8"))
 
@@ -244,12 +283,10 @@ def check_writable(folder: Path) -> None:
 
 
 def check_goal(goal: Path) -> None:
-    """An error when a folder cannot be replaced by a shipped model, or holds anything else."""
+    """Refuse a folder that a shipped model cannot replace, or that holds anything else."""
     known = {file.relative_to(weights.TINY) for file in weights.TINY.rglob("*")}
-    for path in goal.rglob("*"):
-        if path.relative_to(goal) not in known:
-            told = f"holds {path.relative_to(goal)}, which is no part of a shipped model"
-            raise ValueError(f"--ship {goal}: {told}; give another folder")
+    if other := next((p for p in goal.rglob("*") if p.relative_to(goal) not in known), None):
+        raise ValueError(f"--ship {goal}: {other} is no part of a shipped model; give another")
     check_writable(goal)
     check_writable(goal.resolve().parent)
 
@@ -321,7 +358,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, default=30.0, help="budget of the chosen stages")
     add("--steps", type=int, help="steps of each stage, instead of minutes")
     add("--seed", type=int, default=0, help="of all random numbers")
-    add("--out", type=Path, help="folder of the run (runs/tiny; runs/own)")
+    add("--base", help="the model whose tower and decoder --stage ar uses: a folder, or tiny")
+    add("--out", type=Path, help="folder of the run (runs/tiny; runs/own; runs/ar with --base)")
     add("--workers", type=int, default=1, help="only 1: training runs in one process, with threads")
     add("--quiet", action="store_true", help="no progress bar")
     goal = {"type": Path, "nargs": "?", "const": weights.TINY}
@@ -340,9 +378,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise ValueError("--workers must be at most 1: training runs in one process, with threads")
     if args.check and not args.data:
         raise ValueError("--check needs --data")
+    if args.base and (args.data or args.stage != "ar"):
+        raise ValueError("--base is for --stage ar")
     if args.ship and args.data:
         raise ValueError("--ship is for whole runs; with --data the folder's model/ is the model")
-    args.out = args.out or Path("runs/own" if args.data else "runs/tiny")
+    args.out = args.out or Path("runs", "own" if args.data else "ar" if args.base else "tiny")
     return args
 
 

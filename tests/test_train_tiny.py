@@ -120,7 +120,7 @@ def test_ship_never_replaces_a_folder_of_other_files(trained, micro, tmp_path, c
     (goal / "sub").mkdir(parents=True)
     (goal / "sub" / "letter.txt").write_text("dear reader")
     told = refused(capsys, "--out", trained, *MICRO, "--ship", goal)
-    assert f"--ship {goal}: holds sub, which is no part of a shipped model" in told
+    assert f"--ship {goal}: {goal}/sub is no part of a shipped model" in told
     assert list(goal.rglob("*.txt"))
 
 
@@ -147,6 +147,31 @@ def test_the_same_command_gives_the_same_model(trained, micro, tmp_path):
     """Bit for bit, on one thread: all stages in one command, or each by its own."""
     assert train_tiny.main(["--out", str(tmp_path), *MICRO]) == 0
     assert files_of(tmp_path / "model") == files_of(trained / "model")
+
+
+def test_the_ar_stage_on_the_parts_of_a_known_model(trained, micro, tmp_path, capsys):
+    """Its decoder starts anew: as much training with the same seed makes the same model."""
+    out, base = tmp_path / "my run", str(trained / "model")
+    argv = ["--stage", "ar", "--base", base, "--out", str(out), *MICRO]
+    assert train_tiny.main(argv) == 0
+    text = capsys.readouterr().out
+    made, known = files_of(out / "model"), files_of(trained / "model")
+    editing = Path("Nexus-GenV2/edit_decoder.safetensors")
+    assert made == {k: x for k, x in known.items() if k != editing}
+    assert f"sample grid: {out}/ar_final_generate.png" in text
+    assert f"generate \"a red star\" --model '{out}'/model\n" in text
+    assert f"next: python train_tiny.py --stage editing --out '{out}'" in text
+    assert train_tiny.main(argv) == 0 and "ar is finished" in capsys.readouterr().out
+    assert files_of(out / "model") == made
+    assert train_tiny.main(["--stage", "editing", "--out", str(out), *MICRO]) == 0
+    assert f"eval --cases 20 --model '{out}'/model\n" in capsys.readouterr().out
+    assert files_of(out / "model") == known
+
+
+def test_the_first_stage_says_what_comes_next(trained, micro, tmp_path, capsys):
+    assert train_tiny.main(["--stage", "vae", "--out", str(tmp_path), *MICRO]) == 0
+    told = capsys.readouterr().out
+    assert f"vae_final.png\nnext: python train_tiny.py --stage vision --out {tmp_path}\n" in told
 
 
 @pytest.mark.parametrize("stage", train_tiny.TIME_SHARE)
@@ -293,6 +318,20 @@ def test_ship_needs_every_stage(capsys, tmp_path, micro):
     line = refused(capsys, *argv)
     assert "--ship needs every stage, not trained yet: vision, generation, ar, editing" in line
     assert not goal.exists() and not (tmp_path / "run").exists()
+
+
+def test_a_base_that_does_not_fit(capsys, trained, micro, tmp_path):
+    other, out = shutil.copytree(trained / "model", tmp_path / "other"), tmp_path / "run"
+    sizes = json.loads((other / "nexus_min.json").read_text())
+    sizes["mmdit"]["depth"] += 1
+    (other / "nexus_min.json").write_text(json.dumps(sizes))
+    argv = ["--stage", "ar", "--out", out, *MICRO, "--base"]
+    told = refused(capsys, *argv, other)
+    assert f"--base {other}: its sizes are not those of NexusGenConfig.tiny()" in told
+    assert "no model folder 'nowhere'" in refused(capsys, *argv, "nowhere")
+    assert "--base is for --stage ar" in refused(capsys, *MICRO, "--base", trained / "model")
+    told = refused(capsys, *argv[:3], trained, *MICRO, "--base", trained / "model")
+    assert f"{trained} holds a model without this --base" in told
 
 
 def test_a_broken_checkpoint_is_one_line(tmp_path, capsys):

@@ -180,8 +180,7 @@ def score_edits(model, kind, zh, n, seed, name="", save=None) -> Iterator[Score]
     texts, embeds = predict(model, cases)
     inputs = embeds, [Image.fromarray(x) for x in sources], seed
     images = {d: sample_images(model, d, *inputs) for d in ("editing", "generation")}
-    drawn = {f"{d}_decoder": x for d, x in images.items()}
-    _save_samples(save, name, source=sources, target=targets, **drawn)
+    _save_samples(save, name, source=sources, target=targets, **images)
     images["no_texture"] = [render(replace(ex.scenes[1], texture=None)) for ex in cases]
     score = Score.of(name, are_exact(images["editing"], [ex.scenes[1] for ex in cases]))
     if told := [t.endswith(ex.answer) for t, ex in zip(texts, cases, strict=True) if ex.answer]:

@@ -47,18 +47,15 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def save_grid(path: Path, **rows: np.ndarray) -> None:
-    """Write a PNG of named rows: the first ten images uint8 [n, H, W, 3] of each, twice as large.
-
-    The names stand in a margin on the left; their words are separated by "_".
-    """
+    """Write a PNG of rows of ten images uint8 [n, H, W, 3], twice as large, beside their names."""
     strips = [rearrange(row[:10], "n h w C -> h (n w) C") for row in rows.values()]
     image = Image.fromarray(np.concatenate(strips))
     image = image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST)
     page = Image.new("RGB", (image.width + MARGIN, image.height), "white")
     page.paste(image, (MARGIN, 0))
     for i, name in enumerate(rows):
-        top = image.height * i // len(rows)
-        ImageDraw.Draw(page).multiline_text((6, top + 6), name.replace("_", "\n"), "black")
+        corner = 6, image.height * i // len(rows) + 6
+        ImageDraw.Draw(page).text(corner, name.replace("_", "\n"), "black")
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path)
 
