@@ -101,9 +101,10 @@ def translations(tokenizer: Tokenizer) -> dict[int, list[int]]:
             pairs += [(x, english) for x in forms]
             if english in SHAPES and language == "en":
                 pairs += [(plural(x), english) for x in forms]
-    found: dict[int, list[int]] = {}
+    found, plain = {}, Tokenizer.from_str(tokenizer.to_str())
+    plain.normalizer = None  # these are folded words; `tokenizers` panics where it inserts a space
     for word, english in pairs:
-        ids, meaning = tokenizer.encode(word).ids, tokenizer.encode(f" {english}").ids
+        ids, meaning = plain.encode(word).ids, plain.encode(f" {english}").ids
         if len(ids) == 1 and ids != meaning:
             found.setdefault(ids[0], meaning)
     return found
