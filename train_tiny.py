@@ -104,7 +104,7 @@ def train_ar(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict:
     if is_finished(run.folder, "generation"):  # otherwise without images of progress
         parts = folder.generation(), folder.vae(), folder.empty_prompt(), config
         preview = toy.PreviewSampler(*parts)
-    summary = fit(toy.ar_stage(ar, folder.tokenizer(), config, BATCH["ar"], preview), run)
+    summary = fit(toy.ar_stage(ar, folder.tokenizer(), config, BATCH["ar"], run, preview), run)
     folder.save(config, ar=ar)
     return summary
 

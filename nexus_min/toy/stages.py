@@ -26,17 +26,20 @@ from ..model.vision import QwenViT
 from ..sampling import velocity_field
 from ..tokenizer import IMAGE, QwenTokenizer
 from ..train import finetune
+from ..train.data import encode
 from ..train.finetune import Recipe, decoder_context
 from ..train.stage import Run, Stage, mixed_precision
 from .edits import EDITS
 from .pictures import agreement, embed_views, exactness, save_grid, scenes, to_uint8, to_unit
-from .tasks import Example, sample_example
-from .world import STYLES, render
+from .tasks import Example, rewrite, sample_example
+from .world import STYLES, choice, render
 
 POOL = 24_576  # most images that are embedded once for a decoder stage
 UND, GEN, EDIT, MULTI_TURN = "understand", "generate", "edit", "multi_turn"
 MIXTURE = (UND, GEN, GEN, EDIT)  # 1:2:1, pre-training
 FINE_TUNING = (UND, EDIT, GEN, EDIT, UND, GEN, EDIT, MULTI_TURN)  # more of what takes longest
+CHUNKS = 16  # of examples that the AR stage learns from at a time
+CHUNK = {UND: 16, GEN: 24, EDIT: 16, MULTI_TURN: 8}
 PRETRAINED = 0.4  # share of the AR stage before fine-tuning
 # Shares of EDITS for the editing decoder: what must be drawn anew is harder than what only changes.
 DECODER_EDIT_SHARES = np.array([3, 4, 2, 4, 2, 3, 2]) / 20
@@ -60,12 +63,46 @@ def ar_batch_loss(ar: NexusGenAR, tokenizer, config, batch: list[Example]) -> AR
 
 
 class Curriculum:
-    """Examples of all tasks; scenes grow from one object to four, and the tasks' shares change."""
+    """Examples of all tasks, whose images are embedded once and serve in many wordings.
 
-    def draw(self, rng: np.random.Generator, n: int, progress: float) -> list[dict]:
+    Scenes grow from one object to four, and the tasks' shares change. A window of CHUNKS chunks of
+    examples moves on with progress. What it holds follows from seed and progress alone.
+    """
+
+    def __init__(self, ar: NexusGenAR, config: NexusGenConfig, run: Run):
+        self.ar, self.config, self.seed, self.chunks = ar, config, run.seed, {}
+        self.count = max(1, int(run.steps / 12 if run.steps else run.seconds / 2))
+
+    def draw(
+        self, rng: np.random.Generator, n: int, progress: float
+    ) -> tuple[list[Example], Tensor]:
+        """n examples in new words, and the embeddings [images, N, C] of their scenes."""
         most = 1 if progress < 0.03 else 2 if progress < 0.1 else 4
-        tasks = cycle(MIXTURE if progress < PRETRAINED else FINE_TUNING)
-        return [toy_line(sample_example(rng, task, most=most)) for task in islice(tasks, n)]
+        first = int(progress * max(0, self.count - CHUNKS))
+        window = range(first, min(self.count, first + CHUNKS))
+        self.chunks = {k: self.chunks.get(k) or self.make(k) for k in window}
+        tasks, picks = cycle(MIXTURE if progress < PRETRAINED else FINE_TUNING), []
+        for task in islice(tasks, n):
+            for _ in range(100):  # tries
+                ex, embeds = choice(rng, self.chunks[choice(rng, window)][task])
+                if ex.spec or len(ex.scenes[0].objects) <= most:
+                    break
+            picks.append((rewrite(rng, ex), embeds))
+        examples, embeds = zip(*picks, strict=True)
+        return list(examples), torch.cat(embeds)
+
+    @torch.no_grad()
+    def make(self, k: int) -> dict[str, list[tuple[Example, Tensor]]]:
+        """Examples by task, each with the embeddings of its scenes."""
+        rng = np.random.default_rng([self.seed, 7, k])
+        chunk = {}
+        for task, count in CHUNK.items():
+            examples = [sample_example(rng, task) for _ in range(count)]
+            images = to_unit([render(scene) for ex in examples for scene in ex.scenes])
+            embeds = embed_views(self.ar.visual, images, self.config.target_size)
+            parts = embeds.float().split([len(ex.scenes) for ex in examples])
+            chunk[task] = list(zip(examples, parts, strict=True))
+        return chunk
 
 
 def ar_stage(
@@ -73,9 +110,20 @@ def ar_stage(
     tokenizer: QwenTokenizer,
     config: NexusGenConfig,
     batch: int,
+    run: Run,
     preview: PreviewSampler | None = None,
 ) -> Stage:
     """Multi-task training with the vision tower frozen."""
+    ar.visual.requires_grad_(False)
+    curriculum = Curriculum(ar, config, run)
+    side = config.target_size // config.ar.vision.patch_size
+
+    def loss(rng, progress):
+        examples, embeds = curriculum.draw(rng, batch, progress)
+        conversations, grid = [ex.messages for ex in examples], [(1, side, side)] * len(embeds)
+        encoded = encode(conversations, torch.tensor(grid), tokenizer, config)
+        out = finetune.embedded_loss(ar, conversations, encoded, grid, embeds.flatten(0, 1), rng)
+        return finetune.loss_and_terms(out)
 
     def sample(path):
         rng, metrics = np.random.default_rng(4), {}
@@ -95,9 +143,8 @@ def ar_stage(
                 save_grid(path.with_stem(f"{path.stem}_{task}"), **rows)
         return metrics
 
-    settings = tokenizer, config, Curriculum(), batch
-    stage = finetune.autoregressive_stage(ar, *settings, read_earlier=True)
-    return replace(stage, lr=4e-3, adamw_lr=3e-3, sample=sample)
+    modules, adamw_only = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")
+    return Stage("ar", modules, loss, 4e-3, 3e-3, adamw_only=adamw_only, sample=sample)
 
 
 @torch.no_grad()

@@ -113,9 +113,10 @@ def _multi_turn(rng: Rng, kind: str, scenes: tuple, spec: dict, zh: bool) -> Exa
     if first is None:
         return None
     messages, is_captioned, edits = list(first.messages), kind == "understand", scenes[count:]
-    turns = [*edits, *[None] * (2 - len(edits))]
-    source = scenes[count - 1]
-    for target in turns if rng.random() < 0.5 else turns[::-1]:
+    turns, source = [*edits, *[None] * (2 - len(edits))], scenes[count - 1]
+    if len(edits) < 2 and rng.random() < 0.5:  # two edits keep their order
+        turns.reverse()
+    for target in turns:
         if target:
             text = instruction(voice, source, target)
             reply = plan(source, target, zh) + EDITING_REPLY[first.language]

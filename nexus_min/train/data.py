@@ -195,18 +195,26 @@ def collate(lines: Sequence[dict], tokenizer: QwenTokenizer, config: NexusGenCon
     else:
         columns = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         pixels, grid = torch.empty(0, columns), torch.empty(0, 3, dtype=torch.long)
-    counts = iter((grid.prod(1) // vision.spatial_merge_size**2).tolist())
+    return Batch(
+        *encode([line["messages"] for line in lines], grid, tokenizer, config), pixels, grid
+    )
+
+
+def encode(
+    conversations: Sequence[Sequence[dict]], grid: Tensor, tokenizer, config: NexusGenConfig
+) -> list[Tensor]:
+    """ids, labels and slots [B, L], right-padded; grid [n, 3] of all images in reading order."""
+    counts = iter((grid.prod(1) // config.ar.vision.spatial_merge_size**2).tolist())
     encoded = [
-        tokenizer.encode_training(line["messages"], [next(counts) for _ in row])
-        for line, row in zip(lines, views, strict=True)
+        tokenizer.encode_training(messages, [next(counts) for _ in image_roles(messages)])
+        for messages in conversations
     ]
     columns = zip(*encoded, strict=True)
     fills = (config.ar.pad_token_id, IGNORE, False)
-    padded = [
+    return [
         pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
         for rows, fill in zip(columns, fills, strict=True)
     ]
-    return Batch(*padded, pixels, grid)
 
 
 # ---- embeddings computed ahead -----------------------------------------------------------------

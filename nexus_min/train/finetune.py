@@ -67,23 +67,34 @@ class TaskMixture:
 
 
 def lines_loss(ar: NexusGenAR, tokenizer, config, lines: list[dict], rng=None) -> ARLoss:
-    """Equation 3 on lines, with the vision tower frozen.
+    """Equation 3 on lines, with the vision tower frozen."""
+    batch, embeds = collate(lines, tokenizer, config), None
+    if grid := tuple(map(tuple, batch.image_grid_thw.tolist())):
+        with torch.no_grad():
+            embeds = ar.visual(batch.pixel_values.to(ar.visual.patch_embed.proj.weight), grid)
+    return embedded_loss(ar, [x["messages"] for x in lines], batch[:3], grid, embeds, rng)
+
+
+def embedded_loss(
+    ar: NexusGenAR, conversations: list, encoded: Sequence[Tensor], grid, embeds, rng=None
+) -> ARLoss:
+    """Equation 3 on encoded conversations, whose images are given as embeddings [n, C].
 
     With `rng`, half of the conversations that continue after an image of the assistant read it, as
     a `Chat` does, instead of predicting it.
     """
-    batch = collate(lines, tokenizer, config)
-    for slots, line in zip(batch.slot_mask, lines, strict=True):
-        earlier = sum(m["content"].count(IMAGE) for m in line["messages"][1:-1:2])
+    ids, labels, slot_mask = encoded
+    for slots, messages in zip(slot_mask, conversations, strict=True):
+        earlier = sum(m["content"].count(IMAGE) for m in messages[1:-1:2])
         if rng and earlier and rng.random() < 0.5:
-            slots[slots.nonzero()[: earlier * config.ar.num_image_slots]] = False
-    weight, embeds = ar.visual.patch_embed.proj.weight, None
-    ids, labels, slots = (x.to(weight.device) for x in batch[:3])
-    grid = tuple(map(tuple, batch.image_grid_thw.tolist()))
-    if grid:
-        with torch.no_grad():
-            embeds = ar.visual(batch.pixel_values.to(weight), grid)
-    return packed_ar_loss(ar, ids, labels, None, batch.image_grid_thw, embeds, slots)
+            slots[slots.nonzero()[: earlier * ar.config.num_image_slots]] = False
+    device = ar.lm_head.weight.device
+    ids, labels, slot_mask = (x.to(device) for x in (ids, labels, slot_mask))
+    return packed_ar_loss(ar, ids, labels, None, torch.tensor(grid), embeds, slot_mask)
+
+
+def loss_and_terms(out: ARLoss) -> tuple[Tensor, dict]:
+    return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
 
 
 def autoregressive_stage(
@@ -93,7 +104,6 @@ def autoregressive_stage(
     mixture: TaskMixture,
     batch: int,
     lora_rank: int = 0,
-    read_earlier: bool = False,
 ) -> Stage:
     """Multi-task training with the vision tower frozen, of all weights or by LoRA."""
     ar.visual.requires_grad_(False)
@@ -105,8 +115,7 @@ def autoregressive_stage(
     def loss(rng, progress):
         lines = mixture.draw(rng, batch, progress)
         sources[:] = [line["where"] for line in lines if "where" in line]
-        out = lines_loss(ar, tokenizer, config, lines, rng if read_earlier else None)
-        return out.loss, {"ce": out.ce, "mse": out.mse, "one_minus_cos": out.one_minus_cos}
+        return loss_and_terms(lines_loss(ar, tokenizer, config, lines))
 
     modules, adamw_only = nn.ModuleDict({"ar": ar}), ("embed", "lm_head")
     rates = {"lr": 1e-3, "adamw_lr": 7e-4}
