@@ -45,7 +45,7 @@ from nexus_min.train.trainer import fit
 from nexus_min.weights import model_folder
 
 # The stages in order, with their share of --minutes.
-TIME_SHARE = {"vae": 0.13, "vision": 0.14, "generation": 0.29, "ar": 0.34, "editing": 0.10}
+TIME_SHARE = {"vae": 0.09, "vision": 0.12, "generation": 0.23, "ar": 0.35, "editing": 0.21}
 BATCH = dict.fromkeys(TIME_SHARE, 32) | {"vae": 16}
 DEPENDS_ON = {"vae": (), "vision": (), "generation": ("vae", "vision"), "ar": ("vision",)}
 DEPENDS_ON["editing"] = tuple(DEPENDS_ON)
@@ -116,7 +116,7 @@ def train_editing(folder: RunFolder, run: Run, args: argparse.Namespace) -> dict
     pool = toy.editing_pool(ar, vae, folder.tokenizer(), config, run)
     run = run.after(time.perf_counter() - started)
     (mmdit, adapter), merger = folder.generation(), weights.make_merger(config)
-    merger.layers[0].load_state_dict(ar.model.layers[0].state_dict())
+    init.init_merger(merger, ar)
     decoder = weights.EditingDecoder(mmdit, merger)
     preview = toy.PreviewSampler(decoder, vae, folder.empty_prompt(), config)
     adapter.requires_grad_(False)

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..model.autoregressive import NexusGenAR
 from ..model.mmdit import MMDiT
+from ..model.projector import ImageEmbeddingMerger
 from ..model.rope import apply_rope_half, mrope_cos_sin
 
 COSINE = 0.8  # between a word and its translation
@@ -70,6 +71,13 @@ def init_previous_token_heads(ar: NexusGenAR, strength: float = 4.0) -> None:
         query = apply_rope_half(key, *mrope_cos_sin(positions, *rope)).flatten()
         layer.self_attn.q_proj.bias[: len(query)] = query
         layer.self_attn.k_proj.bias[: config.head_dim] = key  # which both heads share
+
+
+def init_merger(merger: ImageEmbeddingMerger, ar: NexusGenAR) -> None:
+    """The AR model's first layer, as the identity: each token starts as its own embedding."""
+    merger.layers[0].load_state_dict(ar.model.layers[0].state_dict())
+    nn.init.zeros_(merger.layers[0].self_attn.o_proj.weight)
+    nn.init.zeros_(merger.layers[0].mlp.down_proj.weight)
 
 
 def init_mmdit(mmdit: MMDiT) -> MMDiT:

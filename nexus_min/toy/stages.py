@@ -281,7 +281,7 @@ def editing_pool(
             "latents": vae.encode(target * 2 - 1),
         }
 
-    return build_pool(run, 16, make)
+    return build_pool(run, 12, make)
 
 
 def generation_stage(preview: PreviewSampler, pool: dict[str, Tensor], batch: int) -> Stage:
