@@ -12,6 +12,9 @@ import random
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from safetensors import safe_open
+
+from nexus_min.weights import AR_FILE, TINY
 
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 SKY, VERMILION, YELLOW, BLACK = "#56B4E9", "#D55E00", "#F0E442", "#000000"
@@ -46,6 +49,15 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def claim(holds: bool) -> bool:
+    """For `assert`: what a well-trained model does. A model of less than half an hour may fail."""
+    with safe_open(TINY / f"{AR_FILE}.safetensors", "pt") as file:
+        minutes = float(file.metadata()["minutes"])
+    if not holds and minutes < 30:
+        print(f"Not so with this model, which was trained for {minutes:.0f} minutes.")
+    return bool(holds) or minutes < 30
 
 
 def fingerprint(module: torch.nn.Module) -> str:
