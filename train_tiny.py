@@ -36,7 +36,7 @@ from nexus_min.model.mmdit import MMDiT
 from nexus_min.offload import explain_oom
 from nexus_min.toy import init, pretrain
 from nexus_min.toy import stages as toy
-from nexus_min.toy.vocabulary import build_tokenizer, translations, words
+from nexus_min.toy.vocabulary import build_tokenizer, known_facts, translations
 from nexus_min.train import finetune
 from nexus_min.train.data import MessageDataset, check_file
 from nexus_min.train.run_folder import RunFolder
@@ -306,7 +306,7 @@ def export(folder: RunFolder, args: argparse.Namespace) -> None:
         "minutes": f"{sum(s['seconds'] for s in done.values()) / 60:.1f}",
         "metrics": json.dumps({name: s["metrics"] for name, s in done.items()}),
     }
-    known = json.dumps(sorted({word.strip() for word in words()} - {""}), ensure_ascii=False)
+    known = json.dumps(known_facts(), ensure_ascii=False)
     options, goal = {"dtype": torch.float16, "metadata": facts}, args.ship.resolve()
     check_goal(goal)
     with tempfile.TemporaryDirectory(dir=goal.parent, prefix=f".{goal.name}.") as tmp_dir:

@@ -367,7 +367,8 @@ def warn_oov(model: str, text: str, image=None) -> None:
     if not file.is_file():
         return
     try:
-        words = unknown_words(text, json.loads(file.read_text("utf-8")))
+        known = json.loads(file.read_text("utf-8"))
+        words = unknown_words(text, known["words"] if isinstance(known, dict) else known)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file}: not a list of words ({error}); delete it") from None
     if words:

@@ -14,9 +14,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from ..config import NexusGenConfig
 from ..tokenizer import GENERATION_PROMPT, IMAGE, SYSTEM_PROMPT
-from .language import WORDINGS, ZH_WORDS, plural
+from .language import NUMBERS, WORDINGS, ZH_WORDS, plural
 from .tasks import KINDS, sample_example
-from .world import SHAPES
+from .world import BACKGROUNDS, CANVAS, COLORS, RADIUS, SHAPES
 
 SPECIAL = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
@@ -64,6 +64,29 @@ def words() -> list[str]:
     chinese = "|".join(sorted(set(ZH_WORDS.values()), key=len, reverse=True))
     piece = chinese + r"|[\u4e00-\u9fff]| ?[A-Za-z]+|[^A-Za-z\s\u4e00-\u9fff]+|\s"
     return list(dict.fromkeys(w for text in texts for w in re.findall(piece, text)))
+
+
+def known_facts() -> dict:
+    """What `toy_words.json` beside the tiny model says that it knows."""
+
+    def names(*known: str, key: str = "words") -> list[str]:
+        forms = [WORDINGS[lang][key] for lang in ("en", "zh")]
+        if key != "words":
+            return [x for part in forms for x in part]
+        return [x for name in known for part in forms for x in part[name]]
+
+    nouns = [x for x in names(*SHAPES) + names(key="thing") if x not in ("one", "那个")]
+    return {
+        "words": sorted({word.strip() for word in words()} - {""}),
+        "objects": nouns + [plural(x) for x in nouns if x.isascii()],
+        "colors": names(*COLORS),
+        "backgrounds": names(*BACKGROUNDS),
+        "background": ["background", "behind", "背景", "底"],
+        "adjectives": names(*RADIUS) + names(key="outlined"),
+        "numbers": {x: k for k, name in enumerate(NUMBERS) for x in names(name)},
+        "sizes": [CANVAS],
+        "most_objects": len(NUMBERS) - 1,
+    }
 
 
 def build_tokenizer(config: NexusGenConfig | None = None) -> Tokenizer:
