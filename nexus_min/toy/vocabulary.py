@@ -75,7 +75,8 @@ def known_facts() -> dict:
             return [x for part in forms for x in part]
         return [x for name in known for part in forms for x in part[name]]
 
-    nouns = [x for x in names(*SHAPES) + names(key="thing") if x not in ("one", "那个")]
+    others = ("one", "那个", "plus")  # these words also mean something else
+    nouns = [x for x in names(*SHAPES) + names(key="thing") if x not in others]
     return {
         "words": sorted({word.strip() for word in words()} - {""}),
         "objects": nouns + [plural(x) for x in nouns if x.isascii()],
@@ -84,6 +85,7 @@ def known_facts() -> dict:
         "background": ["background", "behind", "背景", "底"],
         "adjectives": names(*RADIUS) + names(key="outlined"),
         "numbers": {x: k for k, name in enumerate(NUMBERS) for x in names(name)},
+        "rgb": {"colors": list(COLORS.values()), "backgrounds": list(BACKGROUNDS.values())},
         "sizes": [CANVAS],
         "most_objects": len(NUMBERS) - 1,
     }
