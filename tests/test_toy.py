@@ -10,7 +10,7 @@ import pytest
 
 from nexus_min.toy import score
 from nexus_min.toy.prompts import CATEGORIES, LAYOUTS, canonical_scene, satisfies
-from nexus_min.toy.tasks import Example, generation_example
+from nexus_min.toy.tasks import Example, sample_example
 from nexus_min.toy.world import (
     BACKGROUNDS,
     CENTERS,
@@ -268,7 +268,7 @@ def test_l1_outside_counts_the_untouched_pixels_only():
 
 def prompts(kind: str, n: int = 60) -> list[Example]:
     rng = np.random.default_rng(list(kind.encode()))
-    return [generation_example(rng, kind, zh=i % 5 == 0) for i in range(n)]
+    return [sample_example(rng, "generate", kind, zh=i % 5 == 0) for i in range(n)]
 
 
 def changes(scene: Scene, spec: dict) -> list[tuple[str, Scene, bool]]:
