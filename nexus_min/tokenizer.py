@@ -105,9 +105,9 @@ class QwenTokenizer:
         hidden = {token["id"]: "" for token in added if token["special"]}
         self._shown = self._names | hidden | {self.special_ids[VISION_START]: IMAGE}
         plain = {"added_tokens": [], "truncation": None, "padding": None}
-        self._text, self._fold = Tokenizer.from_str(json.dumps(spec | plain)), None
-        if (spec.get("normalizer") or {}).get("type") == "Sequence":
-            self._fold, self._text.normalizer = self._text.normalizer, None
+        self._text, self.fold = Tokenizer.from_str(json.dumps(spec | plain)), str
+        if (spec.get("normalizer") or {}).get("type") == "Sequence":  # what users write, as read
+            self.fold, self._text.normalizer = self._text.normalizer.normalize_str, None
         self._assistant = self.encode("assistant\n")
         self.turn_end = [self.special_ids[IM_END], *self.encode("\n")]  # closes a message
 
@@ -126,10 +126,6 @@ class QwenTokenizer:
         last = max(*self._text.get_vocab().values(), *ids.values())
         if last >= config.text.vocab_size:
             raise ValueError(f"the tokenizer has the id {last}, the model {config.text.vocab_size}")
-
-    def fold(self, text: str) -> str:
-        """What users write, as the model reads it."""
-        return self._fold.normalize_str(text) if self._fold else text
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; never a special one, whatever the text spells."""
