@@ -28,7 +28,7 @@ from nexus_min.toy.pretrain import (
 from nexus_min.toy.tasks import sample_example
 from nexus_min.toy.world import COLORS, RADIUS, SHAPES, Object, Scene, render
 from nexus_min.train import finetune
-from nexus_min.train.stage import mixed_precision
+from nexus_min.train.stage import Run, mixed_precision
 
 RED_STAR, RED_CIRCLE = Object("star", "red", "small", 2), Object("circle", "red", "large", 7, 1.5)
 ANY = CLASSES
@@ -125,6 +125,22 @@ def test_earlier_images_of_a_conversation_are_predicted_or_read(monkeypatch):
         finetune.lines_loss(model.ar, model.tokenizer, model.config, lines, coin)
     assert slots[0] == [n * sum(c) for c in counts]
     assert slots[1] == [n * c[-1] for c in counts]
+
+
+def test_images_embedded_once_give_the_loss_of_the_images(tmp_path):
+    """And what is drawn follows from seed and progress: not from what was drawn before."""
+    model, run = make_tiny(), Run(tmp_path, seed=2, steps=400)
+    inputs = model.ar, model.tokenizer, model.config
+    stage, rng = stages.ar_stage(*inputs, 12, run), np.random.default_rng(1)
+    for progress in (0.2, 0.6):  # the stage has a window of examples, which moves
+        loss, _ = stage.loss(np.random.default_rng(1), progress)
+    fresh = stages.Curriculum(model.ar, model.config, run)
+    examples, _ = fresh.draw(rng, 12, 0.6)
+    assert {ex.task for ex in examples} == {"understand", "generate", "edit", "multi_turn"}
+    lines = [stages.toy_line(ex) for ex in examples]
+    torch.testing.assert_close(loss, finetune.lines_loss(*inputs, lines, rng).loss)
+    others = fresh.draw(np.random.default_rng(1), 12, 0.6)[0]
+    assert others == examples != fresh.draw(np.random.default_rng(2), 12, 0.6)[0]
 
 
 def test_a_fresh_model_hands_on_what_it_looks_at_and_says_what_is_there():
