@@ -166,11 +166,11 @@ class T5Config(Config):
 
 
 TINY_TOKEN_IDS = {  # the special tokens follow 256 bytes and the merges, in Qwen's order
-    "pad_token_id": 1258,  # <|endoftext|>
-    "eos_token_id": 1260,  # <|im_end|>
-    "vision_start_token_id": 1267,
-    "vision_end_token_id": 1268,
-    "image_token_id": 1270,
+    "pad_token_id": 1450,  # <|endoftext|>
+    "eos_token_id": 1452,  # <|im_end|>
+    "vision_start_token_id": 1459,
+    "vision_end_token_id": 1460,
+    "image_token_id": 1462,
 }
 
 
@@ -210,7 +210,7 @@ class NexusGenConfig(Config):
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,  # each serves 2 query heads
-            vocab_size=1280,
+            vocab_size=1472,
             rope_theta=10_000.0,  # most frequencies are low, so attention can go by content
             mrope_section=(4, 5, 7),  # unequal, so that a test notices swapped axes
             max_position_embeddings=2048,

@@ -50,7 +50,8 @@ def instruction(voice: Voice, scene: Scene, target: Scene) -> str:
         key, slots = "rebackground", {"color": voice.word(target.background)}
     elif not gone:
         name, place = voice.noun(come[0].key), voice.place(come[0].cell)
-        key, slots = "add", {"a": voice.article(name), "x": name, "place": place}
+        goal = voice.place(come[0].cell, "goals")
+        key, slots = "add", {"a": voice.article(name), "x": name, "place": place, "goal": goal}
     else:
         old, form = gone[0], None
         while form is None:
@@ -61,7 +62,7 @@ def instruction(voice: Voice, scene: Scene, target: Scene) -> str:
             key, slots = "move", slots | {"goal": goal, "place": place}
         elif come and come[0].shape != old.shape:
             name = voice.noun((come[0].shape, None, None))
-            key, slots = "replace", slots | {"a": voice.article(name)}
+            key, slots = "replace", slots | {"a": voice.article(name), "b": name}
         elif come:
             key, slots = "recolor", slots | {"color": voice.word(come[0].color)}
     return voice.utter("polite", voice.say(key, **slots))

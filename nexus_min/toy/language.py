@@ -155,7 +155,7 @@ class Voice:
     def article(self, phrase: str) -> str:
         """ "a red star", "one red star", or without."""
         if self.zh:
-            return self.pick(["", "一个", "一个", "个", "1个"]) + phrase
+            return self.pick(["", "一个", "一个", "一个", "个", "1个", "一只"]) + phrase
         a = with_article(phrase)
         return self.pick([a, a, a, a, phrase, f"one {phrase}", f"1 {phrase}"], 0.5)
 
@@ -164,7 +164,7 @@ class Voice:
         if count == 1:
             return self.article(self.noun(form, False, is_outline))
         number, name = self.word(NUMBERS[count]), self.noun(form, True, is_outline)
-        measure = "颗" if form[0] == "star" and self.rng.random() < 0.3 else "个"
+        measure = self.pick(["个", "个", "颗", "只"], 0.6)
         return f"{number}{measure}{name}" if self.zh else f"{number} {name}"
 
     def place(self, cell: int, key: str = "places") -> str:
@@ -188,9 +188,13 @@ class Voice:
 
     def utter(self, key: str, text: str) -> str:
         """What is typed: wrapped in a request, now and then without commas or with odd words."""
-        text = self.say(key, text.rstrip(".?？。") if not self.is_plain else text)
         if self.is_plain:
             return text
+        is_sentence = "." in text or "。" in text  # no request is put around it
+        text = text.translate(dict.fromkeys(map(ord, ".。?？")))
+        text = text if is_sentence else self.say(key, text)
+        if self.rng.random() < 0.06:
+            text = text.replace(" the ", " ")
         if self.rng.random() < 0.12:
             text = text.replace(", ", " ").replace("，", "")
         if self.rng.random() < STRANGE_SHARE:

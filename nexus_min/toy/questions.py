@@ -61,8 +61,11 @@ def make_question(voice: lang.Voice, kind: str, scene: Scene) -> QA | None:
         return _relation(voice, scene)
     elif kind == "exist":
         shape, color = _near_miss(rng, obj)
+        if not voice.is_plain and rng.random() < 0.2:
+            color = None
         name = voice.noun((shape, color, None))
-        slots["a"] = voice.article(name)
+        slots = {"a": voice.article(name), "b": name}
+        slots["x"] = voice.noun((shape, color, None), many=True)
         exists = any(lang.matches(o, (shape, color)) for o in scene.objects)
         answer = ("有" if exists else "没有") if zh else ("yes" if exists else "no")
         reasoning = _verdicts(scene, shape, color, zh)
