@@ -12,8 +12,9 @@ import logging
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +23,6 @@ from .png import MAX_SCALE, check_output, check_writable, read_metadata, save_im
 
 PROGRAM = "nexus_min"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-WORD = r"[a-z\u00c0-\u024f]+|[^\W\d_a-z\u00c0-\u024f]+"  # Latin letters, or other letters
 OPTION = r"--|-[^\d\s]\S*$"  # a word that looks like an option: not "-3", not "- make it red"
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ REPLY = ("language", "fast_preamble", "max_new_tokens")
 PNG_OPTIONS = (*SAMPLING, "language", "max_new_tokens", "dtype", "scale")
 HELP = """\
 /image FILE   attach an image to the next message; repeat it for several images
-/draw TEXT    request an image with the prompt of the training data
+/draw TEXT    draw a description anew, whatever was said before
 /new          start a new conversation
 /quit         leave, as the end of the input does\
 """
@@ -147,7 +147,6 @@ def run_understand(args: argparse.Namespace) -> None:
     image = open_image(args.image, args)
     model = load_model(args, ["ar"])
     reply = model.understand(image, args.question, max_new_tokens=args.max_new_tokens)
-    warn_oov(args.model, args.question, image)
     print(reply, flush=True)
 
 
@@ -164,7 +163,7 @@ def run_edit(args: argparse.Namespace) -> None:
     decoder = "generation" if args.use_generation_decoder else args.decoder
     model = load_model(args, ["ar", decoder, "autoencoder"])
     events = model.edit_steps(image, args.instruction, decoder=decoder, **sampling_kwargs(args))
-    save_events(args, events, {"prompt": args.instruction, "decoder": decoder}, image)
+    save_events(args, events, {"prompt": args.instruction, "decoder": decoder})
 
 
 def run_chat(args: argparse.Namespace) -> None:
@@ -175,17 +174,26 @@ def run_chat(args: argparse.Namespace) -> None:
     images, numbers, is_terminal = [], itertools.count(1), sys.stdin.isatty()
     if is_terminal:
         print(HELP, flush=True)
-    for line in filter(None, map(str.strip, sys.stdin)):
+    for line in typed_lines(is_terminal):
         if line == "/quit":
             return
         with report_errors(PROGRAM) if is_terminal else nullcontext():
             answer(args, chat, line, images, numbers)
 
 
+def typed_lines(is_terminal: bool) -> Iterator[str]:
+    """What is typed, line by line; on a terminal after a prompt sign."""
+    while True:
+        if is_terminal:
+            print("> ", end="", flush=True)
+        if not (line := sys.stdin.readline()):
+            return
+        if line := line.strip():
+            yield line
+
+
 def answer(args: argparse.Namespace, chat, line: str, images: list, numbers: Iterator) -> None:
     """Follow a command, or send a message with the `images` so far and show the reply."""
-    from .tokenizer import GENERATION_PROMPT, check_text, language_of
-
     command, _, rest = line.partition(" ")
     if command == "/image":
         return images.append(open_image(rest.strip(), args))
@@ -195,18 +203,20 @@ def answer(args: argparse.Namespace, chat, line: str, images: list, numbers: Ite
         chat.clear()
         return images.clear()
     if command == "/draw":
-        check_text(rest, "prompt")
-        line = GENERATION_PROMPT[language_of(rest)].format(rest.strip())
+        events = chat.draw(rest.strip())
     elif line.startswith("/"):
         raise ValueError(f"unknown command {command!r}; there are /image /draw /new /quit /help")
-    names, path, attached, images[:] = [], Path(args.output), images[:], []
-    for kind, value in chat.say(line, attached):
+    else:
+        events, images[:] = chat.say(line, images[:]), []
+    names, path = [], Path(args.output)
+    for kind, value in events:
         if kind == "text":
             print(value, end="", flush=True)
         elif kind == "sampling":
             sampling = value
         elif kind == "image":
-            names.append(path.with_stem(f"{path.stem}-{next(numbers)}"))
+            files = (path.with_stem(f"{path.stem}-{n}") for n in numbers)
+            names.append(next(file for file in files if not file.exists()))
             save_image(value, names[-1], metadata(args, sampling, vars(args), {"message": line}))
     print("".join(f"\n{name}" for name in names), flush=True)
 
@@ -322,7 +332,7 @@ def find_device(name: str | None, model: str) -> str:
     raise ValueError(f"this machine, or this build of torch, has no {name}")
 
 
-def save_events(args: argparse.Namespace, events, facts: dict, source=None) -> None:
+def save_events(args: argparse.Namespace, events, facts: dict) -> None:
     """Run the events to the image, save it and print its name; a summary goes to stderr."""
     from tqdm import tqdm
 
@@ -338,7 +348,6 @@ def save_events(args: argparse.Namespace, events, facts: dict, source=None) -> N
     if sampling.negative_prompt and sampling.cfg_scale == 1:
         warn("a negative prompt has no effect at cfg scale 1")
     save_image(image, Path(args.output), metadata(args, sampling, vars(args), facts))
-    warn_oov(args.model, facts["prompt"], source)
     reply = json.dumps(result["text"], ensure_ascii=False)
     summary = f"{image.width}x{image.height}, {sampling.num_steps} steps, {seconds:.1f} s"
     print(one_line(f"{PROGRAM}: {summary}; reply: {reply}"), file=sys.stderr)
@@ -359,38 +368,26 @@ def warn(message: str) -> None:
     print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
 
 
-def warn_oov(model: str, text: str, image=None) -> None:
-    """Warn of words and of an image that a model of the toy world has never seen."""
-    from .weights import model_folder
+@contextmanager
+def warnings_as_lines(command: str) -> Iterator[None]:
+    """Within, each warning of the user's input is one line on stderr, each once but in a chat.
 
-    file = model_folder(model) / "toy_words.json"
-    if not file.is_file():
-        return
-    try:
-        known = json.loads(file.read_text("utf-8"))
-        words = unknown_words(text, known["words"] if isinstance(known, dict) else known)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: not a list of words ({error}); delete it") from None
-    if words:
-        shown = ", ".join(words[:10]) + (" ..." if len(words) > 10 else "")
-        warn(f"words this model has never seen: {shown}")
-    if image is not None:
-        import numpy as np
+    The page shows them to its visitor instead, and an evaluation means to go beyond the training.
+    """
+    show, shown = warnings.showwarning, set()
 
-        from .toy import score
+    def one_line_each(message, category, *place) -> None:
+        from .parts import BeyondTraining
 
-        reading = score.read(np.asarray(image.resize((64, 64)))[None])[0]
-        if not (reading.known and reading.scene.objects):
-            warn("this model has never seen an image like this one")
+        if not issubclass(category, BeyondTraining):
+            return show(message, category, *place)
+        if command not in ("app", "eval") and (command == "chat" or str(message) not in shown):
+            shown.add(str(message))
+            warn(one_line(message))
 
-
-def unknown_words(text: str, known: list[str]) -> list[str]:
-    """Words in Latin letters, and runs of other letters (Chinese), made of no known words."""
-    text, known = text.lower(), [word.lower() for word in known]
-    for word in sorted(known, key=len, reverse=True):
-        text = text if word.isascii() else text.replace(word, " ")
-    known = set(re.findall(WORD, " ".join(known)))
-    return [word for word in dict.fromkeys(re.findall(WORD, text)) if word not in known]
+    with warnings.catch_warnings():
+        warnings.showwarning = one_line_each
+        yield
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -400,7 +397,8 @@ def main(argv: list[str] | None = None) -> None:
     with report_errors(PROGRAM) as status:
         args = parse(sys.argv[1:] if argv is None else argv)
         logging.basicConfig(format=f"{PROGRAM}: warning: %(message)s")
-        args.run(args)
+        with warnings_as_lines(args.command):
+            args.run(args)
     if status.code:
         raise SystemExit(status.code)
 

@@ -14,7 +14,7 @@ Figure 1 of the paper (one model, interleaved turns). The official scripts answe
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,15 @@ from .model.decoder import KVCache
 from .offload import explain_oom
 from .pipeline import Event, sample_images
 from .sampling import ChatInputs, ImageRequest, SamplingParams
-from .tokenizer import GENERATION_REPLY, IMAGE, VISION_START, QwenTokenizer, check_text
+from .tokenizer import (
+    GENERATION_PROMPT,
+    GENERATION_REPLY,
+    IMAGE,
+    VISION_START,
+    QwenTokenizer,
+    check_text,
+    language_of,
+)
 
 HISTORY_MODES = ("slots", "predicted", "reencoded")
 ESCAPED_IMAGE = IMAGE.replace(">", " >")  # a literal `<image>` in the model's text
@@ -94,7 +102,8 @@ class Chat:
         Events: ("text", str) piece by piece; ("embeddings", [1, N, C]) of each image; after the
         text, the events of `pipeline.sample_images` for each image, up to ("image", PIL). `<image>`
         in the text places the user's images; without it they precede the text. A turn that fails,
-        or is not read to its end, leaves the conversation unchanged.
+        or is not read to its end, leaves the conversation unchanged. A small model answers a text
+        that asks for nothing that it knows ("hello") with what it can do.
         """
         with explain_oom(self.model.advice):
             text = text if IMAGE in text else IMAGE * len(images) + text
@@ -103,11 +112,18 @@ class Chat:
             message, counts = {"role": "user", "content": text}, [len(i.embeds) for i in given]
             tokenizer, limit = self.model.part("tokenizer"), self.model.max_prompt_tokens()
             turn = tokenizer.encode_chat([message], counts, continued=bool(self.ids))
+            self.model.known.check(text, [i.image for i in given])
+            if said := self.model.known.introduction(text, bool(self.images or given)):
+                yield "text", said
+                self.messages += [message, {"role": "assistant", "content": said}]
+                return
             prompt, history = self.ids + turn, self.images + given
             if (n := len(prompt)) > limit:
                 raise ValueError(f"the conversation has {n} tokens, over {limit}: start a new one")
             self.cache.crop(min(self.num_cached, self.cache.length))  # drops a turn that failed
             tokens, reply, embeds = yield from self._reply(prompt, history)
+            if embeds:
+                self.model.known.check("", (), self.sampling.resolve(self.model.config, 1.0))
             drawn = yield from self._sample_images(reply, embeds, history)
             grid = self.model.config.ar.slot_grid
             new = [ChatImage(i, e, grid) for i, e in zip(drawn, embeds, strict=True)]
@@ -118,6 +134,29 @@ class Chat:
             self.images, self.num_images = history + new, self.num_images + len(new)
             self.num_cached = self.cache.length
             self.messages += [message, {"role": "assistant", "content": reply}]
+
+    @torch.no_grad()
+    def draw(self, prompt: str) -> Iterator[Event]:
+        """A turn that draws a description anew; what was said before plays no part.
+
+        Yields the events of `generate_steps`. Later turns read the image as they read a user's.
+        """
+        options = asdict(self.sampling) | {"seed": self.sampling.seed + self.num_images}
+        result = {}
+        for kind, value in self.model.generate_steps(
+            prompt, max_new_tokens=self.max_new_tokens, **options
+        ):
+            result[kind] = value
+            yield kind, value
+        content = GENERATION_PROMPT[language_of(prompt)].format(prompt)
+        reply = result["text"].replace(IMAGE, ESCAPED_IMAGE) + IMAGE
+        turn = [{"role": "user", "content": content}, {"role": "assistant", "content": reply}]
+        new = ChatImage(result["image"], result["embeddings"][0], self.model.config.ar.slot_grid)
+        new = self._encode(new.image) if self.keep == "reencoded" else new
+        encode, counts = self.model.tokenizer.encode_chat, [len(new.embeds)]
+        self.ids = self.ids + encode(turn, counts, False, continued=bool(self.ids))
+        self.images, self.num_images = [*self.images, new], self.num_images + 1
+        self.messages += turn
 
     def _reply(self, prompt: list[int], images: list[ChatImage]) -> Iterator[Event]:
         """Yield the reply; return its ids, none of them an image's, its text and the embeddings."""

@@ -4,14 +4,20 @@
 release, like the shipped tiny model's, has them all.
 """
 
+import json
 import logging
-from collections.abc import Callable, Sequence
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from . import weights
@@ -22,13 +28,14 @@ from .model.autoregressive import NexusGenAR
 from .model.mmdit import context_ids_generation
 from .model.text_encoders import CLIPTextModel, T5Encoder, clip_tokenizer, t5_tokenizer
 from .offload import PROFILES, Offloader, Target, advice, explain_oom, memory_needed, to_fp8, towers
-from .sampling import Context
-from .tokenizer import QwenTokenizer, check_text, rust_panic_as_error
+from .sampling import Context, SamplingParams
+from .tokenizer import IMAGE, QwenTokenizer, check_text, rust_panic_as_error
 from .weights import AR_FOLDER, AS_STORED, FLUX_FOLDER, EditingDecoder, GenerationDecoder
 
 logger = logging.getLogger(__name__)
 PARTS = ("ar", "generation", "editing", "autoencoder")
-
+WORD = r"[a-z\u00c0-\u024f]+|[^\W\d_a-z\u00c0-\u024f]+"  # Latin letters, or other letters
+ABOUT = "what toy_words.json beside the model lists"
 PART_NAMES = {
     "ar": "autoregressive model",
     "generation": "generation decoder",
@@ -36,6 +43,126 @@ PART_NAMES = {
     "text_encoders": "text encoders (CLIP and T5), which a negative prompt needs",
     "empty_prompt": "constants of the empty prompt",
 }
+
+
+class BeyondTraining(UserWarning):
+    """A text, an image or a size unlike all that the model was trained on."""
+
+
+def warn_caller(sentence: str) -> None:
+    """Warn at the line that called this package, each time that it does."""
+    frame, inside = sys._getframe(1), ("nexus_min", "torch", "contextlib")
+    while frame.f_back and frame.f_globals["__name__"].startswith(inside):
+        frame = frame.f_back
+    place = frame.f_code.co_filename, frame.f_lineno
+    warnings.warn_explicit(sentence, BeyondTraining, *place)
+
+
+class Answer(str):
+    """A reply to a question; `answer` is its end, `reasoning` ("" for none) what leads there."""
+
+    answer: str
+    reasoning: str
+
+    @classmethod
+    def of(cls, reply: str, is_reasoned: bool = True) -> "Answer":
+        """Parse "a star at the top, ... a star at the top: star", unless `is_reasoned` is false."""
+        ends = [m.span() for m in re.finditer("[:.] |[：。]", reply)] if is_reasoned else []
+        start, end = ends[-1] if ends else (0, 0)
+        self = cls(reply)
+        self.reasoning, self.answer = reply[:start].strip(), reply[end:].strip()
+        return self
+
+
+def any_of(words: Iterable[str]) -> str:
+    """A pattern of one of these words, the longest that fits; Latin ones match whole."""
+    forms = [rf"\b{re.escape(w)}\b" if w.isascii() else re.escape(w) for w in words]
+    return f"(?:{'|'.join(sorted(forms, key=len, reverse=True)) or '(?!)'})"
+
+
+class Known:
+    """What a small model knows; `check` tells of what is beyond it.
+
+    facts: of `toy_words.json` beside the model (`toy.vocabulary.known_facts`), or only its list of
+    words. None, as at full scale, is a model that is held to know everything.
+    """
+
+    def __init__(self, facts: Any = None, size: int = 0, fold: Callable[[str], str] = str):
+        facts = {"words": facts} if isinstance(facts, list) else facts
+        self.facts, self.fold = {**({"sizes": [size]} if facts else {}), **(facts or {})}, fold
+        get = self.facts.get
+        words = [word.lower() for word in get("words", ())]
+        self.latin = set(re.findall(WORD, " ".join(words)))
+        self.other = re.compile(any_of(w for w in words if not w.isascii()))
+        kinds = ("objects", "colors", "backgrounds", "background", "adjectives", "numbers")
+        noun, color, ground, behind, size, number = (any_of(get(kind, ())) for kind in kinds)
+        thing = f"(?:(?:{color}|{ground}|{size})(?:的| )?){{0,4}}{noun}"
+        self.objects = re.compile(rf"(?:({number}|\b\d{{1,6}})[个颗]?(?:的| )?)?{thing}")
+        self.ground = re.compile(behind)
+        # a color of backgrounds right before an object, or where no word means the background
+        self.painted = re.compile(f"({ground})(?:的| )?{thing}")
+        self.behind = re.compile(f"({color})(?:的| )?{behind}")
+        self.alone = re.compile(rf"(?<!\bon )(?<!\bover )(?<!\bagainst )({ground})")
+
+    @classmethod
+    def read(cls, folder: Path, size: int, tokenizer: QwenTokenizer) -> "Known":
+        """What the model in a folder knows; size: of its images, in pixels."""
+        file = folder / "toy_words.json"
+        if not file.is_file():
+            return cls()
+        try:
+            return cls(json.loads(file.read_text("utf-8")), size, tokenizer.fold)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{file}: not a list of words ({error}); delete it") from None
+
+    def check(
+        self,
+        text: str,
+        images: Sequence[Image.Image] = (),
+        sampling: SamplingParams | None = None,
+        tell: Callable[[str], None] = warn_caller,
+    ) -> None:
+        """Call `tell` with a sentence for each way in which a task is beyond the training."""
+        if not self.facts:
+            return
+        get, text = self.facts.get, self.fold(text.replace(IMAGE, " ")).lower()
+        about = get("about", ABOUT)
+        words = re.findall(WORD, self.other.sub(" ", text))
+        if strange := [word for word in dict.fromkeys(words) if word not in self.latin]:
+            shown = ", ".join(strange[:10]) + (" ..." if len(strange) > 10 else "")
+            tell(f"words this model has never seen: {shown}; it knows {about}")
+        numbers = {"": 1, **get("numbers", {})}
+        found = [m for m in self.objects.finditer(text) if m[0] not in get("conjunctions", ())]
+        named = [m[1] or "" for m in found]
+        count = sum(numbers[n] if n in numbers else int(n) for n in named)
+        if count > (most := get("most_objects", count)):
+            tell(f"this model draws at most {most} objects, not {count}: name fewer of them")
+        of_objects = self.painted if self.ground.search(text) else self.alone
+        for pattern, what in ((of_objects, "backgrounds"), (self.behind, "objects")):
+            if wrong := ", ".join(dict.fromkeys(pattern.findall(text))):
+                tell(f"this model knows {wrong} as a color of {what} only; it knows {about}")
+        sizes = get("sizes")
+        if sampling and not {sampling.height, sampling.width} <= {*sizes}:
+            size, only = f"{sampling.width}x{sampling.height}", ", ".join(f"{n}x{n}" for n in sizes)
+            tell(f"this model draws at {only}, not at {size}: draw so, then enlarge the image")
+        rgb = np.array([c for colors in get("rgb", {}).values() for c in colors], np.int16)
+        views = [np.asarray(image.convert("RGB").resize((64, 64)), np.int16) for image in images]
+        off = [abs(view[:, :, None] - rgb).max(-1).min(-1) for view in views if len(rgb)]
+        if any((levels < 36).mean() < 0.8 for levels in off):  # from the nearest known color
+            tell(f"this model has never seen an image like this one; it knows {about}")
+
+    def answer(self, reply: str) -> Answer:
+        """A reply in its parts; one of a model at full scale is all answer."""
+        return Answer.of(reply, bool(self.facts))
+
+    def introduction(self, text: str, has_images: bool) -> str:
+        """What a small model can do, for a text that asks for nothing that it knows; else ""."""
+        text = self.fold(text.replace(IMAGE, " ")).lower()
+        asks = {*re.findall(WORD, text)} & self.latin or self.other.search(text)
+        if asks and not has_images and "objects" in self.facts:
+            asks = self.objects.search(text)  # there is no image to ask about
+        is_small = self.facts and not asks
+        return f"I draw, change and describe {self.facts.get('about', ABOUT)}." if is_small else ""
 
 
 class TextEncoders(NamedTuple):
@@ -114,6 +241,7 @@ class Parts:
     text_encoders: TextEncoders | None = None
     read_text_encoders: Callable[[], TextEncoders] | None = None  # for one negative prompt each
     offloader: Offloader | None = None  # None: every part works where its weights are
+    known: Known = field(default_factory=Known)
 
     @classmethod
     def load(
@@ -136,6 +264,7 @@ class Parts:
         folder, device = weights.model_folder(model), torch.device(device)
         config = weights.load_config(folder)
         tokenizer = read_tokenizer(folder, config)
+        known = Known.read(folder, config.image_size, tokenizer)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         target = {"device": device, "dtype": dtype}
         is_resident = device.type == "cpu" and not fp8 and memory in ("auto", "resident")
@@ -153,7 +282,7 @@ class Parts:
                 if name in loaded:
                     to_fp8(loaded[name].mmdit)
             offloader = None if is_resident else Offloader(memory, loaded, Target(device, dtype))
-        self = cls(config, tokenizer, **loaded, offloader=offloader)
+        self = cls(config, tokenizer, **loaded, offloader=offloader, known=known)
         if (folder / FLUX_FOLDER / "text_encoder").is_dir():  # the tiny model has none
             self.read_text_encoders = lambda: read_text_encoders(folder, config, load_kwargs)
         if "generation" in parts or "editing" in parts:

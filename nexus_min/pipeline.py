@@ -24,7 +24,7 @@ from .model import autoregressive, flow
 from .model.decoder import KVCache
 from .model.mmdit import MMDiT, context_ids_editing, context_ids_generation
 from .offload import explain_oom
-from .parts import Parts
+from .parts import Answer, Parts
 from .sampling import (
     TEXT_OPTIONS,
     ChatInputs,
@@ -55,16 +55,17 @@ Event = tuple[str, Any]  # the name of an intermediate, and its value
 @torch.no_grad()
 def understand(
     model: NexusGen, images: Sequence[ImageLike], question: str, max_new_tokens: int = 1024
-) -> str:
+) -> Answer:
     """Images and a question -> the answer."""
     check_text(question, "question")
     # 1. The vision tower embeds the images. The text becomes ids, with image tokens in their place.
     text = question if IMAGE in question else IMAGE * len(images) + question
     inputs = model.chat_inputs(text, images)
+    model.known.check(question, images)
     # 2. The AR model continues, one token after the other.
     ids = [value for kind, value in model.reply(inputs, max_new_tokens) if kind == "token"]
     # 3. The ids become text.
-    return model.tokenizer.decode(ids).strip()
+    return model.known.answer(model.tokenizer.decode(ids).strip())
 
 
 @torch.no_grad()
@@ -84,6 +85,7 @@ def plan_generation(
     language = language_of(prompt, language)
     # 1. The prompt, in the template of its language, becomes ids.
     inputs = model.generation_inputs(prompt, language)
+    model.known.check(prompt, (), params)
     # 2. The AR model replies: text, then the embeddings of all image slots in one causal pass.
     text, embeds = model.predict_embeddings(
         inputs, GENERATION_REPLY[language], fast_preamble, max_new_tokens
@@ -114,6 +116,7 @@ def plan_edit(
     # 1. The vision tower embeds the source image; the instruction becomes ids.
     source = load_image(image)
     inputs = model.editing_inputs(source, instruction)
+    model.known.check(instruction, [source], params)
     # 2. The AR model predicts the embeddings of the target, as for a prompt.
     text, embeds = model.predict_embeddings(inputs, sentence, fast_preamble, max_new_tokens)
     # The editing decoder also reads the source, at twice the side: 324 embeddings beside 81.
@@ -157,10 +160,10 @@ class NexusGen(Parts):
 
     def understand(
         self, image: ImageLike | Sequence[ImageLike], question: str, *, max_new_tokens: int = 1024
-    ) -> str:
+    ) -> Answer:
         """Answer a question about one image, several (a list) or none (None or [])."""
         images = list(image) if isinstance(image, (list, tuple)) else [image]
-        images = [i for i in images if i is not None]
+        images = [load_image(i) for i in images if i is not None]
         with explain_oom(self.advice):
             return understand(self, images, question, max_new_tokens)
 
@@ -185,7 +188,8 @@ class NexusGen(Parts):
         language: "en" or "zh", by default by the characters. fast_preamble: reply with the training
         data's sentence instead of generating one. The other options: see `SamplingParams`.
         """
-        *_, (_, image) = self.generate_steps(**self._options(locals()))
+        options = {k: v for k, v in locals().items() if k not in ("self", "unknown")} | unknown
+        *_, (_, image) = self.generate_steps(**options)
         return image
 
     def generate_steps(self, prompt: str, **options) -> Iterator[Event]:
@@ -219,7 +223,8 @@ class NexusGen(Parts):
         decoder: "editing" preserves what the instruction leaves alone; "generation" makes the image
         anew, for conceptual edits. The other options: see `generate`.
         """
-        *_, (_, edited) = self.edit_steps(**self._options(locals()))
+        options = {k: v for k, v in locals().items() if k not in ("self", "unknown")} | unknown
+        *_, (_, edited) = self.edit_steps(**options)
         return edited
 
     def edit_steps(self, image: ImageLike, instruction: str, **options) -> Iterator[Event]:
@@ -229,12 +234,6 @@ class NexusGen(Parts):
             yield "text", request.text
             yield "embeddings", request.embeds
             yield from sample_images(self, [request])
-
-    @staticmethod
-    def _options(arguments: dict[str, Any]) -> dict[str, Any]:
-        """A method's `locals()` as options; `SamplingParams.of` rejects unknown ones by name."""
-        unknown = arguments.pop("unknown")
-        return {k: v for k, v in arguments.items() if k != "self"} | unknown
 
     # ---- steps 1 and 2: the autoregressive model -----------------------------------------------
 
@@ -314,9 +313,7 @@ class NexusGen(Parts):
     @torch.no_grad()
     def reference_embeds(self, image: ImageLike) -> Tensor:
         """The source as the editing decoder sees it, at `config.reference_size`: [1, M, C]."""
-        view = reference_view(
-            load_image(image), self.config.reference_size
-        )  # squeezed, not cropped
+        view = reference_view(load_image(image), self.config.reference_size)  # squeezed
         return self.embed_images([view])[0].unsqueeze(0)
 
     # ---- step 3: the context -------------------------------------------------------------------

@@ -65,7 +65,7 @@ def test_editing_and_asking(handlers, photo):
     assert said == dict(model.edit_steps(photo, "white", **options))["text"] != ""
     for image in (photo, None):
         want = model.understand(image, "what?", max_new_tokens=2)
-        assert list(handlers.understand(image, "what?")) == [want]
+        assert list(handlers.understand(image, "what?")) == [(want, "")]
 
 
 def test_a_conversation_keeps_its_turns_and_takes_the_form_of_each(handlers, photo):

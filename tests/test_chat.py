@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from nexus_min import __main__ as command_line
 from nexus_min.__main__ import HELP, main
 from nexus_min.chat import ESCAPED_IMAGE, HISTORY_MODES, Chat, reply_text
 from nexus_min.model import autoregressive
+from nexus_min.parts import Known
 from nexus_min.pipeline import NexusGen
 from nexus_min.sampling import SamplingParams
-from nexus_min.tokenizer import GENERATION_REPLY
+from nexus_min.tokenizer import GENERATION_PROMPT, GENERATION_REPLY, check_text
 from nexus_min.train.data import check_line
 
 AN_IMAGE = object()  # in a script: here comes an image
@@ -290,6 +292,56 @@ def test_characters_of_several_tokens_come_whole(tiny, script):
     assert list(talk.say("nothing")) == [] and talk.messages[-1]["content"] == ""
 
 
+# ---- what a turn is not ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", HISTORY_MODES)
+def test_a_drawing_begins_anew_and_joins_the_conversation(tiny, script, keep):
+    talk, prompt = chat(tiny, keep=keep, decoder="editing", seed=5), "a circle <b>"
+    script("It is ", AN_IMAGE)
+    list(talk.say("change it", [photo()]))
+    script("Here: ", AN_IMAGE)
+    drawn = list(talk.draw(prompt))
+    script("Here: ", AN_IMAGE)
+    want = tiny.generate(prompt, seed=6, num_steps=1)  # no edit, and of no history
+    assert dict(drawn)["image"].tobytes() == want.tobytes()
+    assert [m["role"] for m in talk.messages[2:]] == ["user", "assistant"]
+    assert talk.messages[2]["content"] == GENERATION_PROMPT["en"].format(prompt)
+    assert talk.messages[3]["content"] == "Here: <image>"
+    counts = [len(image.embeds) for image in talk.images]
+    assert tiny.tokenizer.encode_chat(talk.messages, counts, False) == talk.ids
+    script("It is ", AN_IMAGE)
+    got = list(talk.say("change it"))
+    assert len(talk.images) == 4 and dict(got)["sampling"].seed == 7
+    assert talk.images[2].image.tobytes() == want.tobytes()
+
+
+def test_a_drawing_that_fails_leaves_no_trace(tiny, script):
+    talk = chat(tiny)
+    script("a")
+    list(talk.say("hello"))
+    before = list(talk.ids), list(talk.messages)
+    script("Here: ", AN_IMAGE)
+    next(talk.draw("a circle"))
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        list(talk.draw(" "))
+    assert (talk.ids, talk.messages) == before and not talk.images
+
+
+def test_hello_gets_words_of_a_small_model(tiny, script):
+    small = replace(tiny, known=Known(["a", "star", "what", "it"], 64))
+    talk = chat(small)
+    with pytest.warns(UserWarning, match="never seen: hello"):
+        events = list(talk.say("hello"))
+    ((kind, said),) = events
+    assert kind == "text" and said.startswith("I draw, change and describe ")
+    assert [m["content"] for m in talk.messages] == ["hello", said] and talk.ids == []
+    script("Here: ", AN_IMAGE)
+    assert "image" in dict(talk.say("a star"))
+    script("white")
+    assert list(talk.say("what"))[-1] == ("text", "e")
+
+
 # ---- on a terminal -------------------------------------------------------------------------------
 
 
@@ -311,6 +363,11 @@ class Stub:
             yield "sampling", SamplingParams(64, 64, 1, 1.0)
             yield "image", photo()
 
+    def draw(self, prompt):
+        self.heard.append(f"draw {prompt}")
+        check_text(prompt, "prompt")
+        yield from self.say("draw", [])
+
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
@@ -319,6 +376,7 @@ class Terminal(io.StringIO):
 
 def test_lines_are_messages_or_commands(tmp_path, monkeypatch, capsys):
     photo().save(tmp_path / "a b.png")
+    (tmp_path / "p-2.png").write_text("mine")
     monkeypatch.chdir(tmp_path)
     stub = Stub()
     monkeypatch.setattr("nexus_min.chat.Chat", lambda *_, **__: stub)
@@ -327,13 +385,17 @@ def test_lines_are_messages_or_commands(tmp_path, monkeypatch, capsys):
     lines += ["/nonsense", "/draw 圆", "/draw", "draw", "/image a b.png", "/new", "more", "/help"]
     monkeypatch.setattr("sys.stdin", Terminal("\n".join([*lines, "/quit", "never"])))
     main(["chat", "-o", "p.png", "--scale", "2"])
-    said = "根据以下描述生成一张图像：圆"
-    want = [("draw", 0), ("what?", 2), ("stop", 0), (said, 0), ("draw", 0), "clear", ("more", 0)]
+    want = [("draw", 0), ("what?", 2), ("stop", 0), "draw 圆", ("draw", 0), "draw ", ("draw", 0)]
+    want += ["clear", ("more", 0)]
     assert stub.heard == want
-    with Image.open("p-2.png") as image:
-        assert image.text["message"] == "draw" and image.size == (100, 60)
+    for name, message in (("p-3.png", "/draw 圆"), ("p-4.png", "draw")):
+        with Image.open(name) as image:
+            assert image.text["message"] == message and image.size == (100, 60)
+    assert (tmp_path / "p-2.png").read_text() == "mine"
     out, err = capsys.readouterr()
-    assert out == f"{HELP}\nyes\np-1.png\nyes\nyes\nyes\np-2.png\nyes\n{HELP}\n"
+    assert out.count("> ") == len(lines) + 1 and f"{HELP}\n> yes" in out
+    out = out.replace("> ", "")
+    assert out == f"{HELP}\nyes\np-1.png\nyes\nyes\np-3.png\nyes\np-4.png\nyes\n{HELP}\n"
     reasons = ["stopped", "cannot read image 'none.png'", "unknown command '/nonsense'"]
     reasons.append("prompt is empty")
     for reason, line in zip(reasons, err.splitlines(), strict=True):
@@ -347,7 +409,7 @@ def test_a_conversation_through_a_pipe(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/quit\n"))
     main(["chat", *options])
     out, err = capsys.readouterr()
-    assert out.endswith("\n") and err == ""
+    assert out.endswith("\n") and not out.startswith("> ") and err == ""
     monkeypatch.setattr("sys.stdin", io.StringIO("/image none.png\nhello\n"))
     with pytest.raises(SystemExit) as end:
         main(["chat", *options])

@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tiny_model import save_tiny
 
-from nexus_min.__main__ import COMMANDS, main, parse, unknown_words
+from nexus_min.__main__ import COMMANDS, main, parse
 from nexus_min.cli import HelpFormatter, Parser
 from nexus_min.toy.evaluate import add_arguments as add_eval_arguments
 
@@ -292,27 +292,6 @@ def test_a_forged_image_is_one_clear_line(here, capsys, folder, case):
     status, out, err = run(capsys, "generate", "--like", "x.png", "--model", folder)
     assert status == 2 and out == "" and says in err.splitlines()[-1]
     assert sorted(p.name for p in here.iterdir()) == ["photo.png", "x.png"]
-
-
-# ---- warnings ----------------------------------------------------------------------------------
-
-
-def test_unknown_words():
-    known = ["a", "Red", "circle", "top-left", "红色", "圆", "的"]
-    assert unknown_words("A red circle, top-left! 2", known) == []
-    assert unknown_words("a café zebra ZEBRA", known) == ["café", "zebra"]
-    assert unknown_words("红色的圆", known) == []
-    assert unknown_words("红色的猫和圆circle", known) == ["猫和"]
-
-
-def test_unknown_words_warn_when_the_model_lists_its_own(here, capsys, folder, tmp_path_factory):
-    listed = shutil.copytree(folder, tmp_path_factory.mktemp("listed") / "model")
-    (listed / "toy_words.json").write_text(json.dumps(["a", "red", "circle"]), "utf-8")
-    status, out, err = run(capsys, "generate", "a red zebra", "--model", str(listed), *FAST)
-    assert (status, out) == (0, "generated.png\n")
-    assert err.startswith("nexus_min: warning: words this model has never seen: zebra\n")
-    err = run(capsys, "generate", "a red circle", "--model", str(listed), *FAST)[2]
-    assert "warning" not in err
 
 
 # ---- bad input ---------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class Handlers:
     def generate(self, prompt: str, *form) -> Iterator[tuple[Any, str, str]]:
         """A prompt -> (image, reply, facts)."""
         options = self.options(prompt, *form) | {"max_new_tokens": self.limits.tokens}
-        yield from self.watch(self.model.generate_steps(prompt or "", **options))
+        yield from self.watch(self.model.generate_steps(prompt or "", **options), prompt)
 
     def edit(self, image, instruction: str, decoder: str, *form) -> Iterator[tuple[Any, str, str]]:
         """An image and an instruction -> (image, reply, facts)."""
@@ -70,13 +70,16 @@ class Handlers:
             raise ValueError("upload an image first")
         options = self.options(instruction, *form) | {"max_new_tokens": self.limits.tokens}
         source, text = load_upload(image), instruction or ""
-        yield from self.watch(self.model.edit_steps(source, text, decoder=decoder, **options))
+        events = self.model.edit_steps(source, text, decoder=decoder, **options)
+        yield from self.watch(events, text, source)
 
-    def understand(self, image, question: str) -> Iterator[str]:
-        """An image, or none, and a question -> the answer."""
+    def understand(self, image, question: str) -> Iterator[tuple[str, str]]:
+        """An image, or none, and a question -> (the answer, what is beyond the training)."""
         self.options(question, 0, 0, 0, 0)  # checks the length of the text
         source, tokens = load_upload(image) if image else None, self.limits.tokens
-        yield self.model.understand(source, question or "", max_new_tokens=tokens)
+        reply, notes = self.model.understand(source, question or "", max_new_tokens=tokens), []
+        self.model.known.check(question, [source] if image else [], tell=notes.append)
+        yield reply, "\n".join(notes)
 
     def chat(
         self, chat: Chat | None, text: str, image, keep: str, *form
@@ -85,16 +88,21 @@ class Handlers:
         if chat is None or chat.keep != keep:
             chat = Chat(self.model, keep, max_new_tokens=self.limits.tokens)
         chat.sampling = SamplingParams(**self.options(text, *form))
+        text, source = text or "", load_upload(image) if image else None
         past = [m | {"content": m["content"].replace(IMAGE, IMAGE_MARK)} for m in chat.messages]
-        past.append({"role": "user", "content": (IMAGE_MARK if image else "") + (text or "")})
+        past.append({"role": "user", "content": (IMAGE_MARK if image else "") + text})
         latest = chat.images[-1].image if chat.images else None
-        events = chat.say(text or "", [load_upload(image)] if image else [])
-        for new, reply, facts in self.watch(events):
+        events = chat.say(text, [source] if image else [])
+        for new, reply, facts in self.watch(events, text, source):
             reply = {"role": "assistant", "content": reply.replace(IMAGE, IMAGE_MARK) or "..."}
             yield chat, [*past, reply], new or latest, facts
 
-    def watch(self, events: Iterator) -> Iterator[tuple[Any, str, str]]:
-        """(image so far, text so far, facts), whenever one of them changes."""
+    def watch(self, events: Iterator, asked: str, source=None) -> Iterator[tuple[Any, str, str]]:
+        """(image so far, text so far, facts), whenever one of them changes.
+
+        The facts end with what is beyond the model's training, a line each.
+        """
+        notes, check = {}, self.model.known.check
         image, text, facts, interval, start = None, "", "", 1, time.perf_counter()
         offloader = self.model.offloader
         has_previews = offloader is None or offloader.profile == "resident"  # no weights move
@@ -102,7 +110,9 @@ class Handlers:
             for kind, value in events:
                 if kind == "text":
                     text += value
+                    check(asked, [source] if source else [], tell=notes.setdefault)
                 elif kind == "sampling":
+                    check("", (), value, notes.setdefault)
                     interval = -(-value.num_steps // PREVIEWS)
                     facts = f"seed {value.seed}, {value.num_steps} steps, cfg {value.cfg_scale:g}"
                     facts += f", {value.width} x {value.height} px; "
@@ -112,7 +122,8 @@ class Handlers:
                     image = value
                 else:
                     continue
-                yield image, text, f"{facts}{time.perf_counter() - start:.1f} s"
+                seconds = f"{time.perf_counter() - start:.1f} s"
+                yield image, text, "\n".join((facts + seconds, *notes))
 
 
 def load_upload(path: str) -> Image.Image:
@@ -179,11 +190,12 @@ def build(model: NexusGen, limits: Limits) -> Any:
     decoder = gr.Radio(["editing", "generation"], value="editing", label="Decoder")
     editing = [upload("Source"), gr.Textbox(label="Instruction"), decoder]
     asking = [upload("Image to ask about"), gr.Textbox(label="Question")]
+    answers = [gr.Textbox(label=label) for label in ("Answer", "Note")]
     outputs = [chat, history, *results()]
     tabs = {  # name: button, handler, inputs, further inputs in one row, outputs
         "Draw": ("Draw", do.generate, [gr.Textbox(label="Prompt")], form(), results("Reply")),
         "Edit": ("Edit", do.edit, editing, form(), results("Reply")),
-        "Ask": ("Ask", do.understand, asking, [], [gr.Textbox(label="Answer")]),
+        "Ask": ("Ask", do.understand, asking, [], answers),
         "Conversation": ("Send", do.chat, [chat, message, added, keep], form(), outputs),
     }
     with gr.Blocks(title="nexus_min", analytics_enabled=False) as page:

@@ -10,9 +10,9 @@ Each step copies or compares words right before it, which a tiny model learns fa
 learns to look the same thing up in an image.
 """
 
-import re
 from typing import NamedTuple
 
+from ..parts import Answer
 from . import language as lang
 from .world import COLORS, SHAPES, Object, Rng, Scene, choice
 
@@ -34,7 +34,7 @@ def with_reasoning(qa: QA, zh: bool) -> str:
 
 def final_answer(reply: str) -> str:
     """The answer at the end of a reply: "a star at the top, ... a star at the top: star"."""
-    return re.split("[:.] |[：。]", reply)[-1].strip()
+    return Answer.of(reply).answer
 
 
 def scene_caption(scene: Scene, zh: bool) -> str:

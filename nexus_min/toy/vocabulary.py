@@ -69,22 +69,23 @@ def words() -> list[str]:
 def known_facts() -> dict:
     """What `toy_words.json` beside the tiny model says that it knows."""
 
-    def names(*known: str, key: str = "words") -> list[str]:
-        forms = [WORDINGS[lang][key] for lang in ("en", "zh")]
-        if key != "words":
-            return [x for part in forms for x in part]
-        return [x for name in known for part in forms for x in part[name]]
+    def names(*known: str) -> list[str]:
+        return [x for lang in ("en", "zh") for k in known for x in WORDINGS[lang]["words"][k]]
 
-    others = ("one", "那个", "plus")  # these words also mean something else
-    nouns = [x for x in names(*SHAPES) + names(key="thing") if x not in others]
+    things, outlined = (WORDINGS["en"][k] + WORDINGS["zh"][k] for k in ("thing", "outlined"))
+    nouns = [x for x in names(*SHAPES) + things if x not in ("one", "那个")]
+    about = [", ".join(part) for part in (map(plural, SHAPES), COLORS, BACKGROUNDS)]
+    more = dict(zip("五六七八九十", range(5, 11), strict=True))
     return {
+        "about": "{} in {} on {}".format(*about),
         "words": sorted({word.strip() for word in words()} - {""}),
         "objects": nouns + [plural(x) for x in nouns if x.isascii()],
+        "conjunctions": ["plus"],  # unless more is said of it
         "colors": names(*COLORS),
         "backgrounds": names(*BACKGROUNDS),
         "background": ["background", "behind", "背景", "底"],
-        "adjectives": names(*RADIUS) + names(key="outlined"),
-        "numbers": {x: k for k, name in enumerate(NUMBERS) for x in names(name)},
+        "adjectives": names(*RADIUS) + outlined,
+        "numbers": {x: k for k, name in enumerate(NUMBERS) for x in names(name)} | more,
         "rgb": {"colors": list(COLORS.values()), "backgrounds": list(BACKGROUNDS.values())},
         "sizes": [CANVAS],
         "most_objects": len(NUMBERS) - 1,
