@@ -97,12 +97,12 @@ class Known:
         kinds = ("objects", "colors", "backgrounds", "background", "adjectives", "numbers")
         noun, color, ground, behind, size, number = (any_of(get(kind, ())) for kind in kinds)
         thing = f"(?:(?:{color}|{ground}|{size})(?:的| )?){{0,4}}{noun}"
-        self.objects = re.compile(rf"(?:({number}|\b\d{{1,6}})[个颗]?(?:的| )?)?{thing}")
+        self.objects = re.compile(rf"(?:({number}|\b\d{{1,6}})[个颗只]?(?:的| )?)?{thing}")
         self.ground = re.compile(behind)
         # a color of backgrounds right before an object, or where no word means the background
         self.painted = re.compile(f"({ground})(?:的| )?{thing}")
         self.behind = re.compile(f"({color})(?:的| )?{behind}")
-        self.alone = re.compile(rf"(?<!\bon )(?<!\bover )(?<!\bagainst )({ground})")
+        self.alone = re.compile(rf"(?<!\bon )(?<!\bover )(?<!\bagainst )(?<!\bfront of )({ground})")
 
     @classmethod
     def read(cls, folder: Path, size: int, tokenizer: QwenTokenizer) -> "Known":

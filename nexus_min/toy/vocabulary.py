@@ -75,7 +75,7 @@ def known_facts() -> dict:
     things, outlined = (WORDINGS["en"][k] + WORDINGS["zh"][k] for k in ("thing", "outlined"))
     nouns = [x for x in names(*SHAPES) + things if x not in ("one", "那个")]
     about = [", ".join(part) for part in (map(plural, SHAPES), COLORS, BACKGROUNDS)]
-    more = dict(zip("五六七八九十", range(5, 11), strict=True))
+    more = {f"{x}个": k for k, x in enumerate("五六七八九十", 5)}
     return {
         "about": "{} in {} on {}".format(*about),
         "words": sorted({word.strip() for word in words()} - {""}),
