@@ -204,9 +204,9 @@ def test_the_page_notes_what_is_beyond(model, tmp_path):
         assert facts.count(CAT) == facts.count("like this one") == 1 and facts.count("\n") == 2
         [(_, notes)] = handlers.understand(file, "a cat?")
         assert notes.count(CAT) == notes.count("like this one") == 1 and notes.count("\n") == 1
-        *_, (_, shown, _, facts) = handlers.chat(None, "hello", None, "slots", *form, 64, 64)
+        *_, (_, shown, _, facts) = handlers.chat(None, "zebra", None, "slots", *form, 64, 64)
         assert shown[-1]["content"].startswith("I draw, change and describe circles, squares")
-        assert facts.count("never seen: hello") == 1
+        assert facts.count("never seen: zebra") == 1
 
 
 def test_the_command_line_warns_in_one_line_once(folder, tmp_path, monkeypatch, capsys):
