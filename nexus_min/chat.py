@@ -141,11 +141,9 @@ class Chat:
 
         Yields the events of `generate_steps`. Later turns read the image as they read a user's.
         """
-        options = asdict(self.sampling) | {"seed": self.sampling.seed + self.num_images}
-        result = {}
-        for kind, value in self.model.generate_steps(
-            prompt, max_new_tokens=self.max_new_tokens, **options
-        ):
+        options, seed = asdict(self.sampling), (self.sampling.seed or 0) + self.num_images
+        options, result = options | {"seed": seed, "max_new_tokens": self.max_new_tokens}, {}
+        for kind, value in self.model.generate_steps(prompt, **options):
             result[kind] = value
             yield kind, value
         content = GENERATION_PROMPT[language_of(prompt)].format(prompt)

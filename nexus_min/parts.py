@@ -54,23 +54,23 @@ def warn_caller(sentence: str) -> None:
     frame, inside = sys._getframe(1), ("nexus_min", "torch", "contextlib")
     while frame.f_back and frame.f_globals["__name__"].startswith(inside):
         frame = frame.f_back
-    place = frame.f_code.co_filename, frame.f_lineno
-    warnings.warn_explicit(sentence, BeyondTraining, *place)
+    warnings.warn_explicit(sentence, BeyondTraining, frame.f_code.co_filename, frame.f_lineno)
 
 
 class Answer(str):
-    """A reply to a question; `answer` is its end, `reasoning` ("" for none) what leads there."""
+    """A reply to a question; `answer` is its end, `reasoning` ("" for none) what leads there.
+
+    A small model says "a star at the top, ... a star at the top: star"; others only answer.
+    """
 
     answer: str
     reasoning: str
 
     @classmethod
     def of(cls, reply: str, is_reasoned: bool = True) -> "Answer":
-        """Parse "a star at the top, ... a star at the top: star", unless `is_reasoned` is false."""
-        ends = [m.span() for m in re.finditer("[:.] |[：。]", reply)] if is_reasoned else []
-        start, end = ends[-1] if ends else (0, 0)
-        self = cls(reply)
-        self.reasoning, self.answer = reply[:start].strip(), reply[end:].strip()
+        parts = re.fullmatch("(?s)(?:(.*)(?:[:.] |[：。]))?(.*)", reply) if is_reasoned else None
+        self, (before, end) = cls(reply), parts.groups() if parts else ("", reply)
+        self.reasoning, self.answer = (before or "").strip(), end.strip()
         return self
 
 
@@ -89,7 +89,7 @@ class Known:
 
     def __init__(self, facts: Any = None, size: int = 0, fold: Callable[[str], str] = str):
         facts = {"words": facts} if isinstance(facts, list) else facts
-        self.facts, self.fold = {**({"sizes": [size]} if facts else {}), **(facts or {})}, fold
+        self.facts, self.fold = {"sizes": [size], **facts} if facts else {}, fold
         get = self.facts.get
         words = [word.lower() for word in get("words", ())]
         self.latin = set(re.findall(WORD, " ".join(words)))
@@ -131,9 +131,8 @@ class Known:
         if strange := [word for word in dict.fromkeys(words) if word not in self.latin]:
             shown = ", ".join(strange[:10]) + (" ..." if len(strange) > 10 else "")
             tell(f"words this model has never seen: {shown}; it knows {about}")
-        numbers = {"": 1, **get("numbers", {})}
-        found = [m for m in self.objects.finditer(text) if m[0] not in get("conjunctions", ())]
-        named = [m[1] or "" for m in found]
+        numbers, found = {None: 1, **get("numbers", {})}, self.objects.finditer(text)
+        named = [m[1] for m in found if m[0] not in get("conjunctions", ())]
         count = sum(numbers[n] if n in numbers else int(n) for n in named)
         if count > (most := get("most_objects", count)):
             tell(f"this model draws at most {most} objects, not {count}: name fewer of them")
@@ -151,18 +150,14 @@ class Known:
         if any((levels < 36).mean() < 0.8 for levels in off):  # from the nearest known color
             tell(f"this model has never seen an image like this one; it knows {about}")
 
-    def answer(self, reply: str) -> Answer:
-        """A reply in its parts; one of a model at full scale is all answer."""
-        return Answer.of(reply, bool(self.facts))
-
     def introduction(self, text: str, has_images: bool) -> str:
         """What a small model can do, for a text that asks for nothing that it knows; else ""."""
         text = self.fold(text.replace(IMAGE, " ")).lower()
         asks = {*re.findall(WORD, text)} & self.latin or self.other.search(text)
         if asks and not has_images and "objects" in self.facts:
             asks = self.objects.search(text)  # there is no image to ask about
-        is_small = self.facts and not asks
-        return f"I draw, change and describe {self.facts.get('about', ABOUT)}." if is_small else ""
+        about = self.facts.get("about", ABOUT)
+        return f"I draw, change and describe {about}." if self.facts and not asks else ""
 
 
 class TextEncoders(NamedTuple):

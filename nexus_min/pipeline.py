@@ -65,7 +65,7 @@ def understand(
     # 2. The AR model continues, one token after the other.
     ids = [value for kind, value in model.reply(inputs, max_new_tokens) if kind == "token"]
     # 3. The ids become text.
-    return model.known.answer(model.tokenizer.decode(ids).strip())
+    return Answer.of(model.tokenizer.decode(ids).strip(), bool(model.known.facts))
 
 
 @torch.no_grad()
@@ -161,7 +161,10 @@ class NexusGen(Parts):
     def understand(
         self, image: ImageLike | Sequence[ImageLike], question: str, *, max_new_tokens: int = 1024
     ) -> Answer:
-        """Answer a question about one image, several (a list) or none (None or [])."""
+        """Answer a question about one image, several (a list) or none (None or []).
+
+        The reply is a text with the attributes `answer` and `reasoning`.
+        """
         images = list(image) if isinstance(image, (list, tuple)) else [image]
         images = [load_image(i) for i in images if i is not None]
         with explain_oom(self.advice):

@@ -245,7 +245,7 @@ def test_an_answer_is_the_reply_and_its_parts(reply, reasoning, answer):
         assert same == reply and isinstance(same, str) and json.dumps([same]) == json.dumps([reply])
         assert (same.reasoning, same.answer) == (reasoning, answer)
     assert final_answer(reply) == answer
-    plain = Known().answer(reply)
+    plain = Answer.of(reply, False)
     assert (plain, plain.reasoning, plain.answer) == (reply, "", reply)
 
 

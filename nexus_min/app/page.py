@@ -122,8 +122,8 @@ class Handlers:
                     image = value
                 else:
                     continue
-                seconds = f"{time.perf_counter() - start:.1f} s"
-                yield image, text, "\n".join((facts + seconds, *notes))
+                facts_now = f"{facts}{time.perf_counter() - start:.1f} s"
+                yield image, text, "\n".join((facts_now, *notes))
 
 
 def load_upload(path: str) -> Image.Image:
