@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .gradients import normalize
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), then times weight: [..., C] -> [..., C]."""
@@ -18,7 +20,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # fp32 inside; the cast comes before the weight, as in the official code
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        return self.weight * normalize(x.float(), self.eps).to(x.dtype)
 
 
 class SwiGLU(nn.Module):

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import MMDiTConfig
+from .gradients import join_inputs, normalize, split_outputs
 from .rope import apply_rope_interleaved, flux_rope
 
 PATCH = 2  # latent cells along one side of an image token
@@ -169,17 +170,18 @@ class QKNorm(nn.Module):
         self.key_norm = RMSNormScale(dim)
 
     def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, L, 3*H*D] -> normed queries and keys [2, B, H, L, D], values [B, H, L, D]."""
+        """[B, L, 3*H*D] -> normed queries and keys [B, L, 2, H, D], values [B, L, H, D]."""
         # one RMSNorm over both, since they have one shape
-        scale = torch.stack((self.query_norm.scale, self.key_norm.scale))
-        heads = rearrange(qkv, "B L (K H D) -> K B H L D", K=3, D=scale.shape[1])
-        qk = F.rms_norm(heads[:2], scale.shape[1:], eps=EPS)
-        return qk * scale[:, None, None, None], heads[2]
+        scale = torch.stack((self.query_norm.scale, self.key_norm.scale)).unsqueeze(1)
+        qk, v = qkv.unflatten(-1, (3, -1, scale.shape[-1])).split((2, 1), dim=2)
+        return normalize(qk, EPS) * scale, v.squeeze(2)
 
 
-def attention(qk: Tensor, v: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """qk [2, B, H, L, D], v [B, H, L, D] of the joint sequence -> [B, L, H*D]."""
-    q, k = apply_rope_interleaved(qk, *rope)
+def attention(qk: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], skip: int = 0) -> Tensor:
+    """qk [B, L, 2, H, D], v [B, L, H, D] of the joint sequence -> [B, L - skip, H*D]."""
+    cos, sin = (rearrange(r, "B 1 L D -> B L 1 1 D") for r in rope)
+    q, k = apply_rope_interleaved(qk, cos, sin).unbind(2)
+    q, k, v = (x.transpose(1, 2) for x in (q[:, skip:], k, v))
     return rearrange(F.scaled_dot_product_attention(q, k, v), "B H L D -> B L (H D)")
 
 
@@ -229,8 +231,8 @@ class DoubleStreamBlock(nn.Module):
         img_qkv = self.img_attn.qkv(modulated_norm(img, *img_mod1[:2]))
         txt_qkv = self.txt_attn.qkv(modulated_norm(txt, *txt_mod1[:2]))
         (img_qk, img_v), (txt_qk, txt_v) = self.img_attn.norm(img_qkv), self.txt_attn.norm(txt_qkv)
-        # the streams meet here: concatenate along L, dim 3 of qk [2, B, H, L, D] and dim 2 of v
-        joint = attention(torch.cat((txt_qk, img_qk), 3), torch.cat((txt_v, img_v), 2), rope)
+        # the streams meet here: concatenate along L
+        joint = attention(torch.cat((txt_qk, img_qk), 1), torch.cat((txt_v, img_v), 1), rope)
         txt_attn, img_attn = joint.split((txt.shape[1], img.shape[1]), dim=1)
         # x + gate * f(x), for the attention and then for the MLP
         img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_attn))
@@ -257,10 +259,10 @@ class SingleStreamBlock(nn.Module):
     ) -> Tensor:
         """x [B, L, C] (context first) -> [B, L - skip, C]: all but the first `skip` tokens."""
         # attention and MLP read one norm, and share their Linears
-        qkv, hidden = self.linear1(modulated_norm(x, *mod[:2])).split(self.widths, dim=-1)
-        attn = attention(*self.norm(qkv), rope)[:, skip:]
-        hidden = F.gelu(hidden[:, skip:], approximate="tanh")
-        out = self.linear2(torch.cat((attn, hidden), dim=-1))
+        x_norm = modulated_norm(x, *mod[:2])
+        qkv, hidden = split_outputs(self.linear1, x_norm, self.widths, skip)
+        attn = attention(*self.norm(qkv), rope, skip)
+        out = join_inputs(self.linear2, attn, F.gelu(hidden, approximate="tanh"))
         return torch.addcmul(x[:, skip:], mod.gate, out)
 
 

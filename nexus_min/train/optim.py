@@ -28,18 +28,18 @@ def newton_schulz(matrices: Tensor) -> Tensor:
     G <- P G P: only the first G and the product of all P touch X itself.
     """
     a, b, c = COEFFICIENTS
-    is_tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if is_tall else matrices).float()
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    gram, product = x @ x.mT, None
+    x, is_tall = matrices.float(), matrices.shape[-2] > matrices.shape[-1]
+    gram, product = x.mT @ x if is_tall else x @ x.mT, None
+    square = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None].clamp_min(1e-14)  # |X|^2
+    gram = gram / square
     for left in reversed(range(ITERATIONS)):
         step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         step.diagonal(dim1=-2, dim2=-1).add_(a)
         product = step if product is None else step @ product
         if left:
             gram = step @ gram @ step
-    x = product @ x
-    return x.mT if is_tall else x
+    product = product * square.rsqrt()
+    return x @ product.mT if is_tall else product @ x
 
 
 class Muon(torch.optim.Optimizer):
@@ -88,7 +88,9 @@ def make_optimizers(stage: Stage) -> list[torch.optim.Optimizer]:
         optimizers.append(Muon(matrices, stage.lr))
     if others:
         lr = stage.adamw_lr or stage.lr
-        optimizers.append(torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
+        optimizers.append(
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+        )
     return optimizers
 
 

@@ -1,6 +1,6 @@
 """Speed of this checkout beside another one: best and median CPU seconds, and the ratio new / old.
 
-    python tests/benchmarks/against.py OLD_TREE [--rounds 3]
+    python tests/benchmarks/against.py OLD_TREE [--rounds 3] [--works training]
 
 Fresh processes of both trees take turns on one thread each. CPU time is measured, which other work
 on the machine hardly changes. A ratio below 1: this checkout is faster. About four minutes.
@@ -21,7 +21,8 @@ from statistics import median
 
 import torch
 
-from nexus_min.config import ARConfig, MMDiTConfig, TextConfig, VisionConfig
+import nexus_min
+from nexus_min.config import ARConfig, MMDiTConfig, NexusGenConfig, TextConfig, VisionConfig
 from nexus_min.pipeline import NexusGen
 
 HERE = Path(__file__).resolve()
@@ -29,12 +30,14 @@ PROMPT = "a red star left of a blue circle"
 REPEATS = 4  # of each work in one process
 
 
+def is_new() -> bool:
+    """Whether the tree has folders. An editable install would lend its own to one without."""
+    return Path(nexus_min.__file__).with_name("model").exists()
+
+
 def module(name: str):
     """A file of model/; in old trees it stands in the package itself."""
-    try:
-        return importlib.import_module(f"nexus_min.model.{name}")
-    except ModuleNotFoundError:
-        return importlib.import_module(f"nexus_min.{name}")
+    return importlib.import_module(f"nexus_min.{'model.' if is_new() else ''}{name}")
 
 
 def cold() -> Callable:  # import, load and one image
@@ -94,6 +97,43 @@ def train_step() -> Callable:
     return lambda: ar_loss(model, input_ids=ids, **inputs).loss.backward()
 
 
+def decoder_steps(name: str) -> Callable:
+    """Eight training steps of a decoder of the tiny model, with optimizers and average."""
+    toy, config = importlib.import_module("nexus_min.toy.stages"), NexusGenConfig.tiny()
+    trainer = importlib.import_module(f"nexus_min.{'train.trainer' if is_new() else 'training'}")
+    run_class = importlib.import_module("nexus_min.train.stage").Run if is_new() else trainer.Run
+    pool, mmdit = decoder_pool(config), module("mmdit").MMDiT(config.mmdit)
+    empty, parts = toy.empty_prompt(config), module("projector")
+    adapter = parts.GenerationAdapter(config.ar.text.hidden_size, config.mmdit.context_in_dim)
+    merger = parts.ImageEmbeddingMerger(config.ar.text, config.mmdit.context_in_dim)
+    is_editing, make = name == "editing", getattr(toy, f"{name}_stage")
+    teacher = [adapter.requires_grad_(False)] if is_editing else []
+    projector = merger if is_editing else adapter
+    if is_new():
+        weights = importlib.import_module("nexus_min.weights")
+        decoder = getattr(weights, f"{name.title()}Decoder")(mmdit, projector)
+        stage = make(toy.PreviewSampler(decoder, None, empty, config), *teacher, pool, 32)
+    else:
+        stage = make(mmdit, projector, *teacher, empty, pool, None, config, 32)
+    stage.sample = None
+
+    def train():
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.fit(stage, run_class(Path(folder), steps=8, quiet=True))
+
+    return train
+
+
+def decoder_pool(config: NexusGenConfig) -> dict[str, torch.Tensor]:
+    """256 random samples of a decoder: embeddings, those of a source, latents."""
+    side = config.image_size // config.autoencoder.downsample
+    count = (config.reference_size // config.ar.vision.patch_size // 2) ** 2
+    shapes = {"embeds": (config.ar.num_image_slots, config.ar.text.hidden_size)}
+    shapes["refs"] = count, config.ar.text.hidden_size
+    shapes["latents"] = config.autoencoder.z_channels, side, side
+    return {name: torch.randn(256, *shape).half() for name, shape in shapes.items()}
+
+
 TINY = {"hidden_size": 128, "num_heads": 4, "axes_dim": (8, 12, 12), "context_in_dim": 64}
 WORKS = {
     "`python -m nexus_min generate`, cold": cold,
@@ -103,6 +143,8 @@ WORKS = {
     "vision tower, full width, 2 blocks": vision,
     "greedy decode, 64 tokens": decode,
     "AR training step, tiny": train_step,
+    "generation decoder, 8 training steps": partial(decoder_steps, "generation"),
+    "editing decoder, 8 training steps": partial(decoder_steps, "editing"),
 }
 
 
@@ -111,11 +153,11 @@ def cpu_seconds() -> float:
     return time.process_time() + sum(os.times()[2:4])
 
 
-def measure() -> dict[str, list[float]]:
+def measure(part: str) -> dict[str, list[float]]:
     """CPU seconds of every work, in this process; the first run of each is not counted."""
     torch.set_num_threads(1)
     found: dict[str, list[float]] = {}
-    for name, make in WORKS.items():
+    for name, make in ((k, v) for k, v in WORKS.items() if part in k):
         torch.manual_seed(0)
         run, times = make(), [cpu_seconds()]
         with torch.set_grad_enabled("training" in name):
@@ -129,9 +171,10 @@ def measure() -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("old_tree", type=Path, metavar="OLD_TREE")
+    parser.add_argument("--works", default="", help="only those whose name has this in it")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each tree")
     args = parser.parse_args()
-    old, new, command = {}, {}, [sys.executable, str(HERE), "measure"]
+    old, new, command = {}, {}, [sys.executable, str(HERE), "measure", args.works]
     for tree, times in [(args.old_tree.resolve(), old), (HERE.parents[2], new)] * args.rounds:
         env = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
         with tempfile.TemporaryDirectory() as folder:
@@ -147,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure())) if sys.argv[1:] == ["measure"] else main()
+    print(json.dumps(measure(sys.argv[2]))) if sys.argv[1] == "measure" else main()
