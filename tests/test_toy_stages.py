@@ -153,9 +153,10 @@ def test_a_fresh_model_hands_on_what_it_looks_at_and_says_what_is_there():
     assert torch.equal(said, torch.arange(config.text.vocab_size))
     one = torch.ones(1, 1, 1, config.text.head_dim)
     for layer in ar.model.layers:
-        x = torch.randn(1, 1, config.text.hidden_size)  # a single token can only look at itself
+        x = torch.randn(64, 1, config.text.hidden_size)  # a single token can only look at itself
         handed_on = layer.self_attn(x, one, 0 * one)
-        assert torch.cosine_similarity(handed_on, x, dim=-1).item() > 0.6  # 64 of 128: 0.7
+        alike = torch.cosine_similarity(handed_on, x, dim=-1).mean().item()
+        assert alike > 0.65  # 64 of 128: 0.7; a single token: 0.58 to 0.83
         assert handed_on.norm() < 0.5 * x.norm()
 
 
