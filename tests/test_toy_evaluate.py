@@ -298,14 +298,14 @@ def test_every_word_is_one_token(toy):
     assert [w for w in every if len(toy.encode(w)) != 1] == []
 
 
-@pytest.mark.parametrize("as_typed", [False, True])
+@pytest.mark.parametrize("words", ["any", "as typed"])
 @pytest.mark.parametrize("zh", [False, True])
 @pytest.mark.parametrize("task", KINDS)
-def test_words_stay_whole_in_new_company(toy, monkeypatch, task, zh, as_typed):
+def test_words_stay_whole_in_new_company(toy, monkeypatch, task, zh, words):
     monkeypatch.setattr(language, "STRANGE_SHARE", 0)
     rng = np.random.default_rng(5)
     for unseen in (False, True) * 20:
-        ex = sample_example(rng, task, zh=zh, unseen=unseen, as_typed=as_typed)
+        ex = sample_example(rng, task, zh=zh, unseen=unseen, words=words)
         text = toy.fold(ex.messages[0]["content"].replace("<image>", ""))
         pieces = [toy.decode([i]) for i in toy.encode(text)]
         assert "".join(pieces) == text

@@ -62,13 +62,13 @@ def named_in(text: str, zh: bool) -> set[str]:
     return {meaning[x] for x in re.findall(pattern if zh else rf"\b({pattern})\b", text.lower())}
 
 
-@pytest.mark.parametrize("as_typed", [False, True])
+@pytest.mark.parametrize("words", ["any", "as typed"])
 @pytest.mark.parametrize("zh", [False, True])
 @pytest.mark.parametrize("kind", EDITS)
-def test_an_instruction_names_the_change_and_nothing_else(kind, zh, as_typed):
+def test_an_instruction_names_the_change_and_nothing_else(kind, zh, words):
     rng = np.random.default_rng(0)
     for _ in range(60):
-        ex = sample_example(rng, "edit", kind, zh, as_typed=as_typed)
+        ex = sample_example(rng, "edit", kind, zh, words=words)
         old, new = (set(scene.objects) for scene in ex.scenes)
         gone, come = ({x for o in part for x in o.key[:3]} for part in (old - new, new - old))
         found, wanted = named_in(ex.text, zh), come - gone
@@ -93,13 +93,13 @@ def test_other_words_are_about_the_same_scenes(task):
         assert len({x.text for x in [ex, *again]}) > 1
 
 
-@pytest.mark.parametrize("as_typed", [False, True])
+@pytest.mark.parametrize("words", ["any", "as typed"])
 @pytest.mark.parametrize("zh", [False, True])
 @pytest.mark.parametrize("task", KINDS)
-def test_a_reply_is_in_the_language_of_the_user(task, zh, as_typed):
+def test_a_reply_is_in_the_language_of_the_user(task, zh, words):
     rng = np.random.default_rng(2)
     for _ in range(40):
-        ex = sample_example(rng, task, zh=zh, as_typed=as_typed)
+        ex = sample_example(rng, task, zh=zh, words=words)
         for message in ex.messages:
             assert bool(re.search("[\u4e00-\u9fff]", message["content"])) == zh, message
 

@@ -81,15 +81,15 @@ def sample_examples(
 ) -> list[Example]:
     """n examples of one kind with different texts, as far as there are so many.
 
-    "as typed" stands for all kinds of the task, in wordings that training never shows.
+    In the first wording. "as typed" stands for all kinds, in wordings that training never shows.
     """
-    kinds, as_typed = ((kind,), False) if kind != "as typed" else (MIXED[task], True)
+    kinds, words = (MIXED[task], kind) if kind == "as typed" else ((kind,), "plain")
     spelling = kind.replace("color", "colour").encode()  # keeps the cases of recorded scores
     rng = np.random.default_rng([seed, len(spelling), *spelling, zh, unseen])
     found: dict = {}
     for i in range(40 * n):
         kind = kinds[i % len(kinds)]
-        ex = sample_example(rng, task, kind, zh, unseen=unseen, as_typed=as_typed)
+        ex = sample_example(rng, task, kind, zh, unseen=unseen, words=words)
         found.setdefault(ex.text if task == "generate" else (ex.text, ex.scenes), ex)
         if len(found) == n:
             break

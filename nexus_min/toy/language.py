@@ -107,14 +107,17 @@ def reference(rng: Rng, scene: Scene, obj: Object) -> tuple | None:
 
 
 class Voice:
-    """How one user words things, in one language; `is_unseen`: as no example of training does."""
+    """How one user words things, in one language.
 
-    def __init__(self, rng: Rng, zh: bool, is_unseen: bool = False):
+    words: "any", as in training; "plain", the first wording; "as typed", as training never does
+    """
+
+    def __init__(self, rng: Rng, zh: bool, words: str = "any"):
         language = "zh" if zh else "en"
         self.rng, self.zh, self.wordings = rng, zh, WORDINGS[language]
-        if is_unseen:
+        if words == "as typed":
             self.wordings = self.wordings | WORDINGS["as typed"][language]
-        self.is_plain = not is_unseen and rng.random() < PLAIN_SHARE
+        self.is_plain = words == "plain" or (words == "any" and rng.random() < PLAIN_SHARE)
 
     def pick(self, options: list[str], likely: float = 0.0) -> str:
         """One of the wordings; the first one with at least the probability `likely`."""

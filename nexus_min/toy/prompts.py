@@ -82,7 +82,8 @@ def phrase_prompt(voice: lang.Voice, spec: dict) -> str:
         text = voice.say("related", a=names[0], b=names[1], relation=voice.word(relation))
     else:
         text = voice.join(names) if len(names) > 1 else names[0]
-    return voice.setting(text, spec["background"], is_outline and not adjective)
+    text = voice.setting(text, spec["background"], is_outline and not adjective)
+    return choice(voice.rng, voice.wordings["prompt"][1:3]).format(text) if voice.is_plain else text
 
 
 def satisfies(scene: Scene, spec: dict) -> bool:

@@ -72,13 +72,13 @@ def draw(rng: Rng, task: str, kind: str, most: int = 4) -> tuple[tuple[Scene, ..
 
 
 def write(
-    rng: Rng, task: str, kind: str, scenes: tuple, spec: dict, zh: bool, as_typed: bool = False
+    rng: Rng, task: str, kind: str, scenes: tuple, spec: dict, zh: bool, words: str = "any"
 ) -> Example | None:
     """An example about scenes, in one user's words; None when the scene has no such question.
 
-    `as_typed`: in words that occur in no example of training.
+    words: "any", "plain" or "as typed", see `Voice`.
     """
-    voice, language, answer = Voice(rng, zh, as_typed), "zh" if zh else "en", ""
+    voice, language, answer = Voice(rng, zh, words), "zh" if zh else "en", ""
     if task == "multi_turn":
         return _multi_turn(rng, kind, scenes, spec, zh)
     if task == "generate":
@@ -162,7 +162,7 @@ def sample_example(
     zh: bool | None = None,
     most: int = 4,
     unseen: bool = False,
-    as_typed: bool = False,
+    words: str = "any",
 ) -> Example:
     """A random example of a task, of at most `most` objects; by default as training mixes them."""
     while True:
@@ -171,5 +171,5 @@ def sample_example(
         scenes, spec = draw(rng, task, chosen.split("+")[0], most)
         if any(held_out(scene.key) for scene in scenes) != unseen:
             continue
-        if found := write(rng, task, chosen, scenes, spec, is_zh, as_typed):
+        if found := write(rng, task, chosen, scenes, spec, is_zh, words):
             return found
