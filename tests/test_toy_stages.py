@@ -143,6 +143,19 @@ def test_images_embedded_once_give_the_loss_of_the_images(tmp_path):
     assert others == examples != fresh.draw(np.random.default_rng(2), 12, 0.6)[0]
 
 
+def test_generation_learns_embeddings_also_at_the_places_of_editing():
+    model, share = make_tiny(), stages.GENERATION.place_share
+    n, side = model.config.ar.num_image_slots, model.config.image_size // 8
+    rows = {"embeds": torch.ones(1, n, model.config.ar.text.hidden_size)}
+    rows |= {"refs": rows["embeds"].repeat(1, 4, 1), "latents": torch.ones(1, 16, side, side)}
+    inputs = stages.empty_prompt(model.config), model.config, rows
+    want = finetune.decoder_context(model.editing, *inputs).txt_ids[:, :n]
+    placed = finetune.decoder_context(model.generation, *inputs, is_placed=True).txt_ids
+    assert placed.equal(want) and want.any() and 0 < share < 1
+    for options in ({}, {"is_empty": True, "is_placed": True}):
+        assert not finetune.decoder_context(model.generation, *inputs, **options).txt_ids.any()
+
+
 def test_a_fresh_model_hands_on_what_it_looks_at_and_says_what_is_there():
     config = NexusGenConfig.tiny().ar
     torch.manual_seed(0)

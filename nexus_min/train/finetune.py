@@ -145,6 +145,7 @@ class Recipe:
     times: Callable = shifted_times
     cond_noise: float = 0.12  # up to this much noise on the embeddings
     empty_share: float = 0.1  # batches of the generation decoder with the empty prompt, for CFG
+    place_share: float = 0.0  # batches of it with embeddings at the places that editing gives them
     distill_share: float = 0.0  # of the stage, at its start, which minimizes `distill` instead
 
 
@@ -153,9 +154,17 @@ Decoder = GenerationDecoder | EditingDecoder
 
 
 def decoder_context(
-    decoder: Decoder, empty: dict, config: NexusGenConfig, rows: dict, is_empty: bool = False
+    decoder: Decoder,
+    empty: dict,
+    config: NexusGenConfig,
+    rows: dict,
+    is_empty: bool = False,
+    is_placed: bool = False,
 ) -> Context:
-    """What the MMDiT attends to: adapted embeddings or the empty prompt; or merged embeddings."""
+    """What the MMDiT attends to: adapted embeddings or the empty prompt; or merged embeddings.
+
+    is_placed: the adapted embeddings have the positions that editing gives them, not zeros.
+    """
     if isinstance(decoder, EditingDecoder):
         side = config.reference_size // config.ar.vision.patch_size
         grids = config.ar.slot_grid, (1, side, side)
@@ -164,6 +173,8 @@ def decoder_context(
     else:
         txt = empty["context"] if is_empty else decoder.adapter(rows["embeds"])
         ids = context_ids_generation(txt.shape[1])
+        if is_placed and not is_empty:
+            ids = context_ids_editing(config.ar.slot_grid, None, *rows["latents"].shape[-2:])
     return Context(txt, ids, empty["pooled"])
 
 
@@ -199,8 +210,8 @@ def decoder_stage(
         noise = torch.randn(x0.shape, generator=generator)
         t, weights = recipe.times(batch, generator)
         x0, noise, t = (x.to(weight.device) for x in (x0, noise, t))
-        is_empty = rng.random() < recipe.empty_share
-        context = decoder_context(decoder, empty, config, rows, is_empty)
+        is_empty, is_placed = (rng.random() < x for x in (recipe.empty_share, recipe.place_share))
+        context = decoder_context(decoder, empty, config, rows, is_empty, is_placed)
         field = velocity_field(decoder.mmdit, context, *x0.shape[-2:])
         return rf_loss(field, x0, noise, t, weights), {}
 
