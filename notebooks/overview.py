@@ -17,7 +17,6 @@ from common import BLACK, BLUE, GREEN, ORANGE, PINK, setup
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from nexus_min.pipeline import NexusGen
-from nexus_min.toy.questions import final_answer
 from nexus_min.toy.world import Object, Scene, render
 
 OUTPUT = Path(__file__).with_name("overview.png")
@@ -90,7 +89,7 @@ def results() -> list[tuple[str, list]]:
     source = render(Scene((*objects, Object("triangle", "pink", "large", 7)), "gray"))
     order = "Change the triangle to yellow."
     question = "What color is the triangle?"
-    answer = final_answer(model.understand(source, question))
+    answer = model.understand(source, question).answer
     edited = dict(model.edit_steps(source, order))
     change = fill(f"→ “{edited['text'].split('. ')[1]}.”", 44)
     return [

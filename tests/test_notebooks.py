@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 
@@ -153,6 +155,14 @@ def test_the_runner_picks_notebooks_by_their_names(capsys):
     assert [f.stem for f in run.select(["05"])] == [n for n in EXECUTED if n.startswith("05")]
     assert run.main(["05", "77_missing"]) == 2
     assert capsys.readouterr().err.splitlines() == ["error: no notebook starts with 77_missing"]
+
+
+def test_a_claim_stops_a_notebook_unless_the_model_was_trained_for_minutes(monkeypatch, capsys):
+    common = script("common")
+    assert common.claim(True) and not common.claim(False)  # of the shipped model
+    file = SimpleNamespace(metadata=lambda: {"minutes": "5.2"})
+    monkeypatch.setattr(common, "safe_open", lambda *_: nullcontext(file))
+    assert common.claim(False) and "5 minutes" in capsys.readouterr().out
 
 
 def test_figure_6_can_be_made_again(tmp_path):
