@@ -37,7 +37,7 @@ from nexus_min.offload import Offloader, Target, memory_needed, to_fp8
 from nexus_min.parts import PARTS
 from nexus_min.pipeline import NexusGen
 from nexus_min.tokenizer import QwenTokenizer
-from nexus_min.weights import TINY, EditingDecoder, GenerationDecoder
+from nexus_min.weights import TINY, EditingDecoder, GenerationDecoder, load_config
 
 from .common import peak_rss, seconds
 
@@ -213,7 +213,7 @@ def main() -> None:
         torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
     )
     print(torch.cuda.get_device_name() if gpu else "CPU: no peaks", f"torch {torch.__version__}")
-    config = NexusGenConfig.tiny() if args.tiny else NexusGenConfig.v2()
+    config = load_config(TINY) if args.tiny else NexusGenConfig.v2()
     print(HEADER)
     for line in lines(config, target, args.steps, args.tiny):
         print(line, flush=True)
