@@ -23,7 +23,7 @@ README = HOME / "README.md"
 WINGS = {  # files or folders of the package, and scripts: what they are for
     "tokenizer.py images.py": "text and images <-> ids and tensors",
     "model/text_encoders.py": "CLIP and T5, for empty and negative prompts only",
-    "model/packing.py model/gradients.py": "fast paths of training, equal to the plain ones; read them last",
+    "model/packing.py model/gradients.py": "fast training, equal to the plain one; read last",
     "weights*.py formats.py parts.py ../weights_loader.py": "the official files <-> the models",
     "offload.py": "memory profiles: resident, staged or stream; fp8",
     "chat.py batch.py": "conversations and batches, clients of the pipeline",
