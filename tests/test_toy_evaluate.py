@@ -306,12 +306,13 @@ def test_words_stay_whole_in_new_company(toy, monkeypatch, task, zh, words):
     rng = np.random.default_rng(5)
     for unseen in (False, True) * 20:
         ex = sample_example(rng, task, zh=zh, unseen=unseen, words=words)
-        text = toy.fold(ex.messages[0]["content"].replace("<image>", ""))
-        pieces = [toy.decode([i]) for i in toy.encode(text)]
-        assert "".join(pieces) == text
-        whole = re.findall(r"[A-Za-z]+|[\u4e00-\u9fff]", text)
-        found = [p.strip() for p in pieces if re.search(r"[A-Za-z\u4e00-\u9fff]", p)]
-        assert [w for p in found for w in ([p] if p.isascii() else p)] == whole
+        asked, *replies = (m["content"].replace("<image>", "") for m in ex.messages)
+        for text in (toy.fold(asked), *replies[::2]):  # what users write is folded
+            pieces = [toy.decode([i]) for i in toy.encode(text)]
+            assert "".join(pieces) == text
+            whole = re.findall(r"[A-Za-z]+|[\u4e00-\u9fff]", text)
+            found = [p.strip() for p in pieces if re.search(r"[A-Za-z\u4e00-\u9fff]", p)]
+            assert [w for p in found for w in ([p] if p.isascii() else p)] == whole
 
 
 def test_special_ids_are_the_configurations(tokenizer, toy):

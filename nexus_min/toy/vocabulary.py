@@ -55,7 +55,8 @@ def words() -> list[str]:
             typed += part.values() if isinstance(part, dict) else part
     typed = [re.sub(r"{\w*}", " ", part) for part in typed if isinstance(part, str)]
     typed += [plural(x) for name in SHAPES for x in WORDINGS["en"]["words"][name]]
-    texts = [SYSTEM_PROMPT, "system\n", "user\n", "assistant\n"]
+    # a reply may begin with a word, without a space before it
+    texts = [SYSTEM_PROMPT, "system\n", "user\n", "assistant\n", "The", *ZH_WORDS]
     texts += map(fold, [*typed, *GENERATION_PROMPT.values()])
     for task, kinds in KINDS.items():
         for kind, zh, _ in product(kinds, (False, True), range(60)):
