@@ -79,10 +79,11 @@ def read(model: Any, item: dict, seed: int, max_pixels: int | None = None) -> st
     """The AR model's part of an item: the answer, or the request for an image."""
     if not isinstance(item, dict) or item.get("task") not in TASKS:
         raise ValueError(f"an item needs a `task` of {', '.join(TASKS)}")
-    task, options = item["task"], {k: v for k, v in item.items() if k not in ("task", "id")}
-    if missing := [name for name in TASKS[task] if name not in options]:
+    if missing := [name for name in TASKS[task := item["task"]] if name not in item]:
         raise ValueError(f"the task {task} needs {' and '.join(missing)}")
-    if "image" in TASKS[task]:
+    options = {k: v for k, v in item.items() if k in TASKS[task] or v is not None}
+    options = {k: v for k, v in options.items() if k not in ("task", "id")}
+    if options.get("image") is not None:
         options["image"] = map_images(lambda i: load_image(i, max_pixels), options["image"])
     if not isinstance(text := options[TASKS[task][-1]], str):
         raise ValueError(f"{TASKS[task][-1]} must be a text, not {type(text).__name__}")

@@ -25,7 +25,7 @@ from .images import bound_image, load_image
 from .model.decoder import KVCache
 from .offload import explain_oom
 from .pipeline import Event, sample_images
-from .sampling import ChatInputs, ImageRequest, SamplingParams
+from .sampling import ChatInputs, ImageRequest, SamplingParams, reply_length
 from .tokenizer import (
     GENERATION_PROMPT,
     GENERATION_REPLY,
@@ -82,7 +82,7 @@ class Chat:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.model, self.keep, self.decoder = model, keep, decoder
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = reply_length(max_new_tokens)
         self.sampling = SamplingParams.of("keep", "decoder", "max_new_tokens", **sampling)
         self.sampling.resolve(model.config, 1.0)  # a bad option fails here, not after a reply
         self.clear()
@@ -161,7 +161,7 @@ class Chat:
         ar, tokenizer = self.model.part_on_device("ar"), self.model.tokenizer
         ids = torch.tensor([prompt], device=ar.lm_head.weight.device)
         image_embeds = torch.cat([i.embeds for i in images]) if images else None
-        grids = torch.tensor([i.grid for i in images]) if images else None
+        grids = torch.tensor([i.grid for i in images], device="cpu") if images else None
         inputs = ChatInputs(ids, image_embeds, grids)
         tokens, text, embeds = [], "", []
         for kind, value in self.model.reply(inputs, self.max_new_tokens, self.cache):

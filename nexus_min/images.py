@@ -57,20 +57,25 @@ def bound_image(
 ) -> Image.Image:
     """RGB image at the size of `smart_resize`, BICUBIC: what the AR model reads."""
     h, w = smart_resize(image.height, image.width, factor, min_pixels, max_pixels)
-    return to_rgb(image).resize((w, h), Image.Resampling.BICUBIC)
+    return resize(image, h, w)
+
+
+def resize(image: Image.Image, h: int, w: int, how: int = Image.Resampling.BICUBIC) -> Image.Image:
+    """RGB image at h x w: first the width, then the height. Pillow 13 alone may turn them round."""
+    image = to_rgb(image)
+    return image.resize((w, image.height), how).resize((w, h), how)
 
 
 def reference_view(image: Image.Image, size: int) -> Image.Image:
     """RGB image squeezed to size x size, BILINEAR: the source as the editing decoder reads it."""
-    return to_rgb(image).resize((size, size), Image.Resampling.BILINEAR)
+    return resize(image, size, size, Image.Resampling.BILINEAR)
 
 
 def center_crop_view(image: Image.Image, size: int) -> Image.Image:
     """RGB center square at size x size, BICUBIC: a training target."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = to_rgb(image).crop((left, top, left + side, top + side))
-    return square.resize((size, size), Image.Resampling.BICUBIC)
+    return resize(image.crop((left, top, left + side, top + side)), size, size)
 
 
 def patch_rows(
@@ -113,7 +118,7 @@ def to_unit_range(image: ImageLike) -> Tensor:
     """PIL image or uint8 [H, W, 3] -> fp32 [3, H, W] in [0, 1]."""
     if isinstance(image, Image.Image):
         image = np.array(to_rgb(image))
-    pixels = torch.as_tensor(image)
+    pixels = torch.as_tensor(image, device="cpu")
     if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
         raise ValueError(f"an image must be PIL or uint8 [H, W, 3], got {describe(pixels)}")
     return rearrange(pixels, "H W c -> c H W").float() * (1 / 255)
@@ -121,8 +126,7 @@ def to_unit_range(image: ImageLike) -> Tensor:
 
 def to_latent_image(image: Image.Image, h: int, w: int) -> Tensor:
     """RGB image resized (BICUBIC) to h x w -> [1, 3, h, w] in [-1, 1], for the autoencoder."""
-    image = to_rgb(image).resize((w, h), Image.Resampling.BICUBIC)
-    return to_unit_range(image)[None] * 2 - 1
+    return to_unit_range(resize(image, h, w))[None] * 2 - 1
 
 
 def to_image(x: Tensor) -> Image.Image:

@@ -31,6 +31,7 @@ from .sampling import (
     Context,
     ImageRequest,
     SamplingParams,
+    reply_length,
     velocity_field,
 )
 from .tokenizer import (
@@ -276,13 +277,11 @@ class NexusGen(Parts):
         self, inputs: ChatInputs, max_new_tokens: int = 1024, cache: KVCache | None = None
     ) -> Iterator[Event]:
         """The AR model's reply: ("token", id) and ("image", embeddings [N, C])."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         left = self.config.ar.text.max_position_embeddings - inputs.input_ids.shape[1]
         return autoregressive.generate(
             self.part_on_device("ar"),
             *inputs,
-            max_new_tokens=min(max_new_tokens, left - self.config.ar.num_image_slots),
+            max_new_tokens=min(reply_length(max_new_tokens), left - self.config.ar.num_image_slots),
             repetition_penalty=self.config.repetition_penalty,
             cache=cache,
         )

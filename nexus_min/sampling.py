@@ -1,8 +1,8 @@
 """Sampling one image: its parameters, the context of the MMDiT, the MMDiT as a velocity field.
 
 v(x_t, t) = v_neg + cfg_scale (v_pos - v_neg); each is one pass of the MMDiT with its own context:
-image embeddings for the positive one, T5 states for the negative one. `flow` and `mmdit` do not
-know each other; they meet in this file. Official: `FluxImagePipeline.__call__` of DiffSynth, with
+image embeddings for the positive one, T5 states for the negative one. `flow` knows no
+network; they meet in this file. Official: `FluxImagePipeline.__call__` of DiffSynth, with
 the defaults of Nexus-Gen's `image_generation.py` and `image_editing.py`.
 
 Latents, positions and times stay fp32 whatever the dtype of the network. Noise is drawn on the CPU,
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,20 @@ RANGES = {  # parameter: kind, least and largest value
     "seed": (Integral, 0, 2**63 - 1),
 }
 TEXT_OPTIONS = ("language", "fast_preamble", "max_new_tokens")  # what `generate` takes besides
+
+
+def in_range(name: str, value: Any, kind: type, low: float, high: float) -> Any:
+    """`value` as a plain number; a ValueError names a wrong one."""
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        noun = "whole number" if kind is Integral else "number"
+        raise ValueError(f"{name} must be a {noun} from {low} to {high}, got {value!r}")
+    return int(value) if kind is Integral else float(value)
+
+
+def reply_length(max_new_tokens: int | None) -> int:
+    """Most tokens of a reply; None is 1024."""
+    tokens = 1024 if max_new_tokens is None else max_new_tokens
+    return in_range("max_new_tokens", tokens, Integral, 1, 2**31 - 1)
 
 
 class ChatInputs(NamedTuple):
@@ -75,16 +89,11 @@ class SamplingParams:
     def resolve(self, config: NexusGenConfig, cfg_scale: float) -> SamplingParams:
         """Fill in defaults (cfg_scale: its default), round sides up to tokens, check the ranges."""
         largest = MAX_SCALE * config.image_size
-        ranges = {"height": (Integral, 1, largest), "width": (Integral, 1, largest), **RANGES}
         defaults = SamplingParams(config.image_size, config.image_size, config.num_steps, cfg_scale)
         values = {}
-        for name, (kind, low, high) in ranges.items():
-            value = getattr(self, name)
-            value = getattr(defaults, name) if value is None else value
-            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-                noun = "whole number" if kind is Integral else "number"
-                raise ValueError(f"{name} must be a {noun} from {low} to {high}, got {value!r}")
-            values[name] = int(value) if kind is Integral else value
+        for name in ("height", "width", "num_steps", "cfg_scale", "guidance", "seed"):
+            value = getattr(defaults if getattr(self, name) is None else self, name)
+            values[name] = in_range(name, value, *RANGES.get(name, (Integral, 1, largest)))
         values["negative_prompt"] = prompt = self.negative_prompt or ""
         if not isinstance(prompt, str):
             raise ValueError(f"negative_prompt must be a text, got {prompt!r}")
@@ -103,7 +112,7 @@ class SamplingParams:
     def noise(self, config: NexusGenConfig) -> Tensor:
         """x_1 [1, z, h, w], fp32 on the CPU: the same for a seed everywhere."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
-        return torch.randn(self.latent_shape(config), generator=generator)
+        return torch.randn(self.latent_shape(config), generator=generator, **flow.FP32)
 
 
 class ImageRequest(NamedTuple):
@@ -131,7 +140,7 @@ def velocity_field(
     weight = mmdit.img_in.weight  # its device and dtype are the network's
     ids = image_ids(height, width), context.txt_ids
     rope = mmdit.rope(*(i.to(weight.device) for i in ids))
-    strength = torch.full((1,), guidance, device=weight.device)
+    strength = torch.tensor([guidance], dtype=torch.float32, device=weight.device)
     pooled = context.pooled.to(weight)
     cached = precompute_modulations(mmdit, pooled, strength, times)
 

@@ -23,6 +23,7 @@ from nexus_min.images import (
     load_image,
     patch_rows,
     reference_view,
+    resize,
     smart_resize,
     to_image,
     to_latent_image,
@@ -115,6 +116,14 @@ def test_parity_reference_view(official, assert_parity):
     assert_parity(
         "image processor", "02 reference rows", rows, tensors["out/ref_bilinear56_pixel_values"]
     )
+
+
+@pytest.mark.parametrize("size,name", [(252, "target252"), (504, "source504")])
+def test_parity_wide(official, size, name):
+    """To the byte, whatever Pillow's order: a training target and source that are not square."""
+    wide = Image.fromarray(official[0]["in/wide_hwc_uint8"].numpy())
+    digest = hashlib.sha256(resize(wide, size, size).tobytes()).digest()
+    assert digest == bytes(official[0][f"out/{name}_sha256"].tolist())
 
 
 def test_parity_white_target(official, assert_parity):

@@ -120,7 +120,7 @@ def rope_index(
         raise ValueError(f"{shapes} should both be [B, L]")
     grids = [] if image_grid_thw is None else image_grid_thw.tolist()
     image, merge, used = config.image_token_id, config.vision.spatial_merge_size, 0
-    positions, deltas = torch.ones(3, *input_ids.shape, dtype=torch.long), []
+    positions, deltas = torch.ones((3, *input_ids.shape), dtype=torch.long, device="cpu"), []
     for b, (row, kept) in enumerate(zip(input_ids.tolist(), keep.bool().cpu(), strict=True)):
         ids = [token for token, is_kept in zip(row, kept.tolist(), strict=True) if is_kept]
         found, start = [], 0
@@ -140,7 +140,7 @@ def rope_index(
             # image at p: (p, p + row, p + column), same in each frame; next token: max + 1
             found += [(start, start + i, start + j) for i in range(h) for j in range(w)] * t
             start += max(h, w)
-        positions[:, b, kept] = torch.tensor(found, dtype=torch.long).view(-1, 3).T
+        positions[:, b, kept] = positions.new_tensor(found).view(-1, 3).T
         deltas.append([start - len(row)])
     if used != len(grids):
         raise ValueError(f"{len(grids)} grids for {used} images in the text: {grids}")

@@ -46,11 +46,12 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the new k, v [B, H_kv, L, D] of a layer; return all of them, [B, H_kv, S + L, D]."""
         past, end = self.length, self.length + k.shape[2]
-        if layer == len(self._buffers):
-            self._buffers.append(k.new_empty(2, *k.shape[:2], end + self.GROWTH, k.shape[3]))
-        if self._buffers[layer].shape[3] < end:
-            filled = self._buffers[layer][:, :, :, :past]
-            self._buffers[layer] = F.pad(filled, (0, 0, 0, end + self.GROWTH - past))
+        with torch.inference_mode(False):  # begun in inference mode, a cache is of use outside
+            if layer == len(self._buffers):
+                self._buffers.append(k.new_empty(2, *k.shape[:2], end + self.GROWTH, k.shape[3]))
+            if self._buffers[layer].shape[3] < end:
+                filled = self._buffers[layer][:, :, :, :past]
+                self._buffers[layer] = F.pad(filled, (0, 0, 0, end + self.GROWTH - past))
         buffer = self._buffers[layer]
         buffer[0, :, :, past:end], buffer[1, :, :, past:end] = k, v  # in place: no copy of the past
         return buffer[0, :, :, :end], buffer[1, :, :, :end]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], t [B]) -> v [B, ...]
+FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's default is
 SIGMA_MIN = 0.003 / 1.002  # official: the last level above 0, before `time_shift`
 
 
@@ -51,8 +52,8 @@ def schedule(num_steps: int, shift: float = 3.0, strength: float = 1.0) -> Tenso
     if num_steps < 1:
         raise ValueError(f"num_steps must be at least 1, got {num_steps}")
     start = SIGMA_MIN + (1 - SIGMA_MIN) * strength
-    sigmas = time_shift(torch.linspace(start, SIGMA_MIN, num_steps), shift)
-    return torch.cat((sigmas, torch.zeros(1)))  # the last step goes to the data
+    sigmas = time_shift(torch.linspace(start, SIGMA_MIN, num_steps, **FP32), shift)
+    return torch.cat((sigmas, torch.zeros(1, **FP32)))  # the last step goes to the data
 
 
 def training_sigmas(n: int = 1000, shift: float = 3.0) -> Tensor:
@@ -76,12 +77,12 @@ def sample_t(
     from `training_sigmas`.
     """
     if kind == "logit_normal":
-        return torch.randn(n, generator=generator).sigmoid()
+        return torch.randn(n, generator=generator, **FP32).sigmoid()
     if kind == "uniform":
-        return torch.rand(n, generator=generator)
+        return torch.rand(n, generator=generator, **FP32)
     if kind == "official":
         sigmas = training_sigmas(shift=shift)
-        return sigmas[torch.randint(len(sigmas), (n,), generator=generator)]
+        return sigmas[torch.randint(len(sigmas), (n,), generator=generator, device="cpu")]
     raise ValueError(f"kind must be logit_normal, uniform or official, got {kind!r}")
 
 
@@ -127,7 +128,7 @@ def denoise(velocity_fn: Velocity, noise: Tensor, sigmas: Tensor) -> Iterator[St
     x = noise.float()
     times = sigmas.tolist()
     for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
-        velocity = velocity_fn(x, torch.full((len(x),), t, device=x.device)).float()
+        velocity = velocity_fn(x, x.new_full((len(x),), t)).float()
         x0 = euler_step(x, velocity, t, 0.0)  # where the straight line through x_t would end
         x = euler_step(x, velocity, t, t_next)
         yield Step(i, t_next, x, x0)

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import MMDiTConfig
+from .flow import FP32
 from .gradients import join_inputs, normalize, split_outputs
 from .rope import apply_rope_interleaved, flux_rope
 
@@ -50,13 +51,13 @@ def unpatchify(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def image_ids(height: int, width: int) -> Tensor:
     """Positions (0, row, column) of the tokens of a height x width latent: [1, h/2 * w/2, 3]."""
-    rows, columns = torch.arange(height // PATCH).float(), torch.arange(width // PATCH).float()
+    rows, columns = (torch.arange(side // PATCH, **FP32) for side in (height, width))
     return F.pad(torch.cartesian_prod(rows, columns), (1, 0)).unsqueeze(0)
 
 
 def context_ids_generation(n: int) -> Tensor:
     """Zeros [1, n, 3]: neither T5 states nor the generation decoder's context have a position."""
-    return torch.zeros(1, n, 3)
+    return torch.zeros(1, n, 3, **FP32)
 
 
 def context_ids_editing(
@@ -73,8 +74,8 @@ def context_ids_editing(
     ids = []
     for index, (_, h, w) in enumerate(g for g in (target_grid, ref_grid) if g is not None):
         # row i lies at i * height / h of the latent: target, source and image share one frame
-        rows = torch.arange(h // merge) * (height / h)
-        columns = torch.arange(w // merge) * (width / w)
+        rows = torch.arange(h // merge, **FP32) * (height / h)
+        columns = torch.arange(w // merge, **FP32) * (width / w)
         # the first axis tells them apart: 0 is the target, 1 the source
         ids.append(F.pad(torch.cartesian_prod(rows, columns), (1, 0), value=index))
     return torch.cat(ids).unsqueeze(0)

@@ -42,9 +42,9 @@ def merger_positions(grid: Grid, device=None) -> Tensor:
 
     Target and source cover the same range: 9 embeddings in steps of 4, 18 in steps of 2.
     """
-    _, h, w = grid
-    rows = torch.arange(h // MERGE, device=device) * (BASE_GRID / h)
-    columns = torch.arange(w // MERGE, device=device) * (BASE_GRID / w)
+    (_, h, w), options = grid, {"dtype": torch.float32, "device": device}
+    rows = torch.arange(h // MERGE, **options) * (BASE_GRID / h)
+    columns = torch.arange(w // MERGE, **options) * (BASE_GRID / w)
     row, column = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack((torch.zeros_like(row), row, column)).reshape(3, 1, -1)
 

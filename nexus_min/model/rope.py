@@ -66,7 +66,7 @@ def flux_rope(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Ten
     ids64 = ids.detach().cpu().double()  # not every device has fp64
     angles = []
     for axis, dim in enumerate(axes_dim):
-        freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        freqs = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
         angles.append(ids64[..., axis, None] * freqs)
     angle = torch.cat(angles, dim=-1).unsqueeze(1)
     return angle.cos().float().to(ids.device), angle.sin().float().to(ids.device)

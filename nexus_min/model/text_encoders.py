@@ -247,4 +247,4 @@ def padded(tokenizer: Tokenizer, length: int, pad: str) -> Callable[[str], Tenso
     """Truncate and pad every prompt to `length` ids."""
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id(pad), pad_token=pad)
-    return lambda text: torch.tensor([tokenizer.encode(text).ids])
+    return lambda text: torch.tensor([tokenizer.encode(text).ids], device="cpu")

@@ -64,7 +64,7 @@ def frame_runs(grid: Grids) -> list[tuple[tuple[int, int], int]]:
 
 def grid_coords(h: int, w: int) -> Tensor:
     """(row, column) of every cell: [h, w, 2]."""
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    rows, columns = torch.meshgrid(*(torch.arange(n, device="cpu") for n in (h, w)), indexing="ij")
     return torch.stack((rows, columns), dim=-1)
 
 
@@ -91,7 +91,7 @@ def window_index(grid_thw: Tensor | Grids, config: VisionConfig) -> tuple[Tensor
         row, column = (grid_coords(h, w) // side).unbind(-1)  # the window of each unit
         # row * w + column numbers the windows row by row; a stable sort keeps each in natural order
         order = (row * w + column).flatten().argsort(stable=True)
-        starts = start + h * w * torch.arange(count)
+        starts = start + h * w * torch.arange(count, device="cpu")
         index.append((starts[:, None] + order).flatten())
         # the windows at the right and bottom edges may be smaller
         heights, widths = ([min(side, n - i) for i in range(0, n, side)] for n in (h, w))
@@ -105,7 +105,7 @@ def make_segments(lengths: Sequence[int], device: torch.device) -> WindowSegment
     distinct = tuple(sorted(set(lengths)))
     if len(distinct) == 1:
         return WindowSegments(distinct, (slice(None),), None)  # a reshape makes the batch
-    token_length = torch.tensor([n for n in lengths for _ in range(n)])
+    token_length = torch.tensor([n for n in lengths for _ in range(n)], device="cpu")
     order = token_length.argsort(stable=True)  # tokens of the shortest segments come first
     parts = order.split([n * lengths.count(n) for n in distinct])
     rows = tuple(part.to(device) for part in parts)
@@ -258,4 +258,6 @@ class QwenViT(nn.Module):
         shape = (sum(t * h * w for t, h, w in grid), self.patch_embed.proj.weight[0].numel())
         if (actual := tuple(pixel_values.shape)) != shape:
             raise ValueError(f"pixel_values {actual} must be {shape} for grid_thw {grid}")
-        return make_layout(grid, self.config, pixel_values.device)
+        is_traced = type(torch.empty(0, device="cpu")) is not Tensor  # tensors without values
+        make = make_layout.__wrapped__ if is_traced else make_layout
+        return make(grid, self.config, pixel_values.device)
