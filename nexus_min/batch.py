@@ -79,7 +79,8 @@ def read(model: Any, item: dict, seed: int, max_pixels: int | None = None) -> st
     """The AR model's part of an item: the answer, or the request for an image."""
     if not isinstance(item, dict) or item.get("task") not in TASKS:
         raise ValueError(f"an item needs a `task` of {', '.join(TASKS)}")
-    if missing := [name for name in TASKS[task := item["task"]] if name not in item]:
+    task = item["task"]
+    if missing := [name for name in TASKS[task] if name not in item]:
         raise ValueError(f"the task {task} needs {' and '.join(missing)}")
     options = {k: v for k, v in item.items() if k in TASKS[task] or v is not None}
     options = {k: v for k, v in options.items() if k not in ("task", "id")}
