@@ -22,6 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from nexus_min.toy import init, pretrain
 from nexus_min.toy import stages as toy
 from nexus_min.toy.vocabulary import build_tokenizer, known_facts, translations
 from nexus_min.train import finetune
+from nexus_min.train.checkpoint import locked
 from nexus_min.train.data import MessageDataset, check_file
 from nexus_min.train.run_folder import RunFolder
 from nexus_min.train.stage import Run, bf16_is_faster
@@ -131,14 +133,15 @@ TRAIN |= {"ar": train_ar, "editing": train_editing}
 
 def main(argv: list[str] | None = None) -> int:
     """Train the stages in order; return the exit status."""
-    started = time.time()
+    started = time.monotonic()
     resume = "repeat the command to go on from the last checkpoint"
     report = report_errors("train_tiny", f"stopped; {resume}", label="", limit=4000)
-    with report as status, explain_oom(lambda: resume):
+    with report as status, explain_oom(lambda: resume), ExitStack() as stack:
         args = parse(argv)
         if args.check:
             check_data(args)
             return 0
+        stack.enter_context(locked(args.out))
         options = shlex.join(sys.argv[1:] if argv is None else argv)
         command = f"python train_tiny.py {options}".strip()
         folder = RunFolder(args.out / "model", new_config=NexusGenConfig.tiny())
@@ -150,6 +153,8 @@ def main(argv: list[str] | None = None) -> int:
             seconds = None if args.steps else budget(name, stages, args.minutes, started)
             run = Run(args.out, args.seed, seconds, args.steps, quiet=args.quiet)
             run.sample_every = max(60.0, (seconds or 0.0) / 8)
+            run.settings = {"seed": args.seed, "steps": args.steps, "lora": args.lora}
+            run.settings |= {} if args.steps else {"minutes": args.minutes}
             run.bf16 = name != "vae" and bf16_is_faster()
             if args.data:
                 settings = (args.ratio, BATCH[name], args.shard, args.lora)
@@ -157,8 +162,8 @@ def main(argv: list[str] | None = None) -> int:
                 finetune.TRAIN[name](folder, data, run)
             else:
                 write_summary(args.out, TRAIN[name](folder, run, args), command)
-        minutes = (time.time() - started) / 60
-        print(f"trained {args.stage} in {minutes:.1f} minutes: {folder.goal}")
+        minutes = (time.monotonic() - started) / 60
+        print(f"{args.stage} is done after {minutes:.1f} minutes: {folder.goal}")
         if args.ship:
             export(folder, args)
             print(f"shipped to {args.ship}")
@@ -181,11 +186,11 @@ def print_next(args: argparse.Namespace) -> None:
 
 
 def budget(stage: str, stages: tuple[str, ...], minutes: float, started: float) -> float:
-    """Seconds of a stage, less what the stages before it overran (final grids, start-up)."""
+    """Seconds of a stage, less what was lost before it (final grids, start-up), at most a tenth."""
     per_share = 60 * minutes / sum(TIME_SHARE[name] for name in stages)
     before = sum(TIME_SHARE[name] for name in stages[: stages.index(stage)])
-    late = time.time() - started - per_share * before
-    return max(1.0, per_share * TIME_SHARE[stage] - max(0.0, late))
+    late, own = time.monotonic() - started - per_share * before, per_share * TIME_SHARE[stage]
+    return max(1.0, own - min(max(0.0, late), own / 10))
 
 
 def read_summary(out: Path, stage: str) -> dict | None:

@@ -124,7 +124,7 @@ def fill_row(row: dict[str, str], folder: Path, config: NexusGenConfig, read_val
     if component in TOKENIZERS:
         tokenizer_of(file, partial(TOKENIZERS[component], config))
     elif published_hash is None and load_empty_prompt(folder, config) is None:
-        row |= {"state": "stale", "remark": "of other text encoders; computed again when needed"}
+        row |= {"state": "stale", "remark": "of other text encoders, or not finite; computed anew"}
     if published_hash is None:
         return
     tensors = open_weights(file)

@@ -222,6 +222,25 @@ def read_text_encoders(folder: Path, config: NexusGenConfig, load_kwargs: dict) 
     )
 
 
+def read_empty_prompt(folder: Path, config: NexusGenConfig) -> dict[str, Tensor]:
+    """CLIP's `pooled` [1, V] and T5's `context` [1, L, C] of "", in fp32 on the CPU.
+
+    Computed once, block by block, and saved in the model's folder (8 MB): the same numbers whatever
+    the run's dtype and device, and whoever ran first.
+    """
+    if stored := weights.load_empty_prompt(folder, config):
+        return stored
+    encoders = read_text_encoders(folder, config, {"dtype": AS_STORED})
+    with Offloader("stream", {}, Target(torch.device("cpu"), torch.float32)).temporary(encoders):
+        txt, _, pooled = encoders.context("")
+    tensors = {"pooled": pooled, "context": txt}
+    try:
+        weights.save_empty_prompt(folder, tensors)
+    except OSError as error:
+        logger.warning("cannot save the constants of the empty prompt: %s", error)
+    return tensors
+
+
 @dataclass(repr=False)
 class Parts:
     """All towers of one model; those that no task needs may be None."""
@@ -281,19 +300,9 @@ class Parts:
         if (folder / FLUX_FOLDER / "text_encoder").is_dir():  # the tiny model has none
             self.read_text_encoders = lambda: read_text_encoders(folder, config, load_kwargs)
         if "generation" in parts or "editing" in parts:
-            stored = weights.load_empty_prompt(folder, config, **target)
-            self.empty_prompt = stored or self.make_empty_prompt(folder)
+            stored = read_empty_prompt(folder, config)
+            self.empty_prompt = {name: x.to(device, dtype) for name, x in stored.items()}
         return self
-
-    def make_empty_prompt(self, folder: Path) -> dict[str, Tensor]:
-        """CLIP's and T5's output for "": computed once, then saved in the model's folder (4 MB)."""
-        txt, _, pooled = self.encode_text("")
-        tensors = {"pooled": pooled, "context": txt}
-        try:
-            weights.save_empty_prompt(folder, tensors)
-        except OSError as error:
-            logger.warning("cannot save the constants of the empty prompt: %s", error)
-        return tensors
 
     def __repr__(self) -> str:
         """Six lines: the sizes, then every part with its parameters, dtype and device."""

@@ -262,7 +262,9 @@ def decoder_state(mmdit: Component, projector: Component, prefix: str = "") -> d
 
 
 def state_of(component: Component) -> Mapping[str, Tensor]:
-    return component.state_dict() if isinstance(component, nn.Module) else component
+    """The tensors of a module (also of a compiled one, by their plain names), or a state dict."""
+    state = component.state_dict() if isinstance(component, nn.Module) else component
+    return {key.replace("_orig_mod.", ""): tensor for key, tensor in state.items()}
 
 
 CONTENTS = {  # a file without its ending: its tensors, given a config
@@ -292,12 +294,11 @@ def load_config(folder: str | Path) -> NexusGenConfig:
         raise ValueError(f"{file}: not a configuration ({error})") from None
 
 
-def load_empty_prompt(
-    folder: str | Path, config: NexusGenConfig, *, device="cpu", dtype=None
-) -> dict[str, Tensor] | None:
+def load_empty_prompt(folder: str | Path, config: NexusGenConfig) -> dict[str, Tensor] | None:
     """CLIP's `pooled` [1, vec] and T5's `context` [1, L, ctx] of the empty prompt.
 
-    None when the folder's text encoders must compute them: the file is absent or of other encoders.
+    None when the folder's text encoders must compute them: the file is absent, of other encoders,
+    or holds NaN.
     """
     file, made_from = Path(folder) / "empty_prompt.safetensors", encoders_fingerprint(Path(folder))
     is_current = file.is_file() and read_metadata(file).get("encoders", made_from) == made_from
@@ -309,7 +310,12 @@ def load_empty_prompt(
     check_tensors(file, "the MMDiT", shapes, tensors)
     if not 1 <= length[0] <= 512:
         raise ValueError(f"{file}: a context of {length[0]} tokens; T5 gives 1 to 512")
-    return {key: tensor.read().to(device, dtype) for key, tensor in tensors.items()}
+    values = {key: tensor.read() for key, tensor in tensors.items()}
+    if broken := [key for key, value in values.items() if not value.isfinite().all()]:
+        if not made_from:
+            raise ValueError(f"{file}: {', '.join(broken)} holds NaN; download it again")
+        return None
+    return values
 
 
 def save_empty_prompt(folder: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -355,10 +361,10 @@ def save_checkpoint(
     """
     folder, states = Path(folder), {}
     for path, state in {
-        AR_FILE: ar and state_of(ar),
+        AR_FILE: None if ar is None else state_of(ar),
         GENERATION_FILE: generation and decoder_state(*generation),
         EDITING_FILE: editing and decoder_state(*editing, MERGER_PREFIX),
-        AUTOENCODER_FILE: autoencoder and state_of(autoencoder),
+        AUTOENCODER_FILE: None if autoencoder is None else state_of(autoencoder),
     }.items():
         if state:
             expected = file_shapes(path, config)

@@ -79,7 +79,8 @@ def test_two_processes_by_torchrun_then_one(home, tmp_path, capsys):
 
     capsys.readouterr()
     assert train.main([*command, "--seed", "1"]) == 2
-    message = f"fullscale: error: {out} is a run with other data or settings; give another --out\n"
+    message = f"fullscale: error: {out} is a run with other settings: seed was 0, is 1; "
+    message += "give another --out\n"
     assert capsys.readouterr().err == message
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nexus_min.train import checkpoint as checkpoint_module
+from nexus_min.train import trainer
 from nexus_min.train.checkpoint import Checkpoint
 from nexus_min.train.optim import BLOCK, as_matrix, flat_gradient, split_rows
 from nexus_min.train.stage import Run, Schedule, Stage, mixed_precision
@@ -152,7 +153,8 @@ def test_schedule_takes_one_budget(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_seconds_are_kept_and_what_was_spent_counts(tmp_path):
+def test_seconds_are_kept_and_what_was_spent_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "WARMUP", 1)
     run = run_in(tmp_path, seconds=3.0).after(0.5).after(1.0)
     started = time.perf_counter()
     summary = fit(make_stage(pause=0.002), run)

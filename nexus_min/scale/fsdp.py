@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from ..model.decoder import DecoderLayer
 from ..model.mmdit import DoubleStreamBlock, SingleStreamBlock
-from ..train.checkpoint import deferred_interrupt
+from ..train.checkpoint import append_line, deferred_interrupt
 from ..train.stage import Run, Stage, make_rng
 
 BLOCKS = (DecoderLayer, DoubleStreamBlock, SingleStreamBlock)
@@ -250,8 +250,7 @@ def fit(
 
             if rank == 0:
                 line = {"stage": stage.name, "step": state.step, "lr": lr, **metrics}
-                with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                append_line(run.folder / "metrics.jsonl", json.dumps(line))
             bar.set_postfix(loss=metrics["loss"], refresh=False)
             bar.update()
             stop = torch.tensor(int(interrupt.heard))

@@ -27,7 +27,7 @@ from ..offload import explain_oom
 from ..train import finetune
 from ..train.data import MessageDataset
 from ..train.run_folder import RunFolder
-from ..train.stage import Run
+from ..train.stage import Run, changes
 from ..weights import model_folder, replace_file
 from .fsdp import PRESETS, fit, full_state_dict
 
@@ -83,15 +83,17 @@ def train(args: Namespace, device: torch.device) -> None:
     if not lines:
         raise ValueError(f"{args.data}: no lines of the kind {' or '.join(sorted(tasks))}")
     source, bf16 = model_folder(args.model), device.type == "cuda" and not args.fp32
+    if source.resolve() in (out := args.out.resolve(), *out.parents):
+        raise ValueError(f"--out {args.out} lies inside --model {source}; give a folder outside it")
 
     # All that the run's numbers depend on: a run with other settings must not resume here.
-    digest = hashlib.sha256(args.data.read_bytes()).hexdigest()
-    settings = {"model": str(source.resolve()), "data": digest, **asdict(preset)}
-    settings = json.dumps(settings | {"micro": args.micro_batch, "seed": args.seed}, indent=1)
-    file = args.out / "run.json"
-    if file.exists() and file.read_text("utf-8") != settings:
-        raise ValueError(f"{args.out} is a run with other data or settings; give another --out")
-    replace_file(file, lambda path: path.write_text(settings, "utf-8"))
+    digest = hashlib.sha256(args.data.read_bytes()).hexdigest()[:16]
+    settings = {"model": str(source.resolve()), "data": digest, **asdict(preset), "seed": args.seed}
+    text, file = json.dumps(settings, indent=1), args.out / "run.json"
+    before = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    if changed := changes(before, json.loads(text)):
+        raise ValueError(f"{args.out} is a run with other settings: {changed}; give another --out")
+    replace_file(file, lambda path: path.write_text(text, "utf-8"))
 
     budget = {"until": args.until, "save_every": args.save_every}
     loop = partial(fit, preset=preset, micro_batch=args.micro_batch, device=device, **budget)

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a crash or a full disk, and Ctrl-C that waits for the end of a step."""
+"""Checkpoints that survive a crash or a full disk, and signals that wait for the end of a step."""
 
 import os
 import signal
@@ -9,6 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
 
 
 class Checkpoint:
@@ -76,7 +81,7 @@ class Checkpoint:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[SimpleNamespace]:
-    """Within, Ctrl-C only sets `heard`, so that the step under way is completed.
+    """Within, Ctrl-C, SIGTERM and SIGHUP only set `heard`: the step under way is completed.
 
     No `threading.Event`: a second signal within the handler would wait for its lock forever.
     """
@@ -84,8 +89,34 @@ def deferred_interrupt() -> Iterator[SimpleNamespace]:
     if threading.current_thread() is not threading.main_thread():
         yield interrupt  # only the main thread receives signals
         return
-    before = signal.signal(signal.SIGINT, lambda *_: setattr(interrupt, "heard", True))
+    names = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
+    # what the caller ignores (nohup) stays ignored, but for Ctrl-C
+    heard = [s for s in names if s == names[0] or signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, lambda *_: setattr(interrupt, "heard", True)) for s in {*heard}}
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def append_line(file: Path, line: str) -> None:
+    """Append a line of text; half a line that a killed run left is ended first."""
+    with open(file, "a+b") as out:
+        if out.seek(0, os.SEEK_END):
+            out.seek(-1, os.SEEK_END)
+            line = line if out.read(1) == b"\n" else f"\n{line}"
+        out.write(f"{line}\n".encode())
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within, no other command can train in this folder; ValueError where one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another run; give another --out") from None
+        yield

@@ -4,6 +4,7 @@ Both folders have the official layout. `train_tiny.py` reads and writes the same
 training starts from a release and links what it did not train.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..formats import FORMATS
 from ..model.autoencoder import AutoEncoder
 from ..model.autoregressive import NexusGenAR
 from ..model.mmdit import MMDiT
-from ..parts import read_part, read_text_encoders, read_tokenizer
+from ..parts import read_empty_prompt, read_part, read_tokenizer
 from ..tokenizer import QwenTokenizer
 from ..weights import AR_FOLDER, FLUX_FOLDER, EditingDecoder, GenerationDecoder
 
@@ -84,14 +85,9 @@ class RunFolder:
         merger.layers[0].load_state_dict(self.ar().model.layers[0].state_dict())
         return EditingDecoder(self._flux(), merger.to(self.device))
 
-    @torch.no_grad()
     def empty_prompt(self) -> dict[str, Tensor]:
         """CLIP's `pooled` [1, V] and T5's `context` [1, L, C] of the empty prompt."""
-        if stored := weights.load_empty_prompt(self.source, self.config):
-            return stored
-        encoders = read_text_encoders(self.source, self.config, self.load_kwargs)
-        txt, _, pooled = encoders.context("")
-        return {"pooled": pooled, "context": txt}
+        return read_empty_prompt(self.source, self.config)
 
     def all_parts(self) -> dict:
         """Every part, as `save` and `save_checkpoint` take them."""
@@ -106,13 +102,23 @@ class RunFolder:
                 is_decoder = isinstance(part, tuple)
                 parts[name] = tuple(map(gather, part)) if is_decoder else gather(part)
         if rank_and_size()[0] == 0:
-            weights.save_checkpoint(self.goal, config, **parts, dtype=self.dtype)
-            for file in self.source.rglob("*") if self.link_rest else ():
-                link = self.goal / file.relative_to(self.source)
-                if file.is_file() and not link.exists():
-                    link.parent.mkdir(parents=True, exist_ok=True)
-                    link.symlink_to(file.resolve())
+            written = weights.save_checkpoint(self.goal, config, **parts, dtype=self.dtype)
+            if self.link_rest:
+                self.link_others([file for file in written if file.suffix == ".safetensors"])
         barrier()
+
+    def link_others(self, written: list[Path]) -> None:
+        """Links in `goal` to all files of `source` but other forms (shards, .bin) of `written`."""
+        for folder, _, names in os.walk(self.source, followlinks=True):
+            goal = self.goal / Path(folder).relative_to(self.source)
+            forms = tuple(w.stem + mark for w in written if w.parent == goal for mark in ".-")
+            goal.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                file, link = Path(folder, name), goal / name
+                if link not in written and name.startswith(forms):
+                    link.unlink(missing_ok=True)  # it would be read in the place of what is written
+                elif file.is_file() and not link.exists():
+                    link.symlink_to(file.resolve())
 
     def _has(self, stem: str) -> bool:
         return any((self.source / AR_FOLDER / f"{stem}{end}").is_file() for end in FORMATS)

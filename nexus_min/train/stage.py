@@ -6,6 +6,7 @@ position in the data nor the state of a random generator.
 
 from __future__ import annotations
 
+import time
 import timeit
 import zlib
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ class Run:
     save_every: float = 60.0  # seconds
     quiet: bool = False
     bf16: bool = False  # bf16 matrix products in training, over fp32 weights
+    settings: dict = field(default_factory=dict)  # of the command, for `changes`
 
     def after(self, seconds: float) -> Run:
         return replace(self, elapsed_before=self.elapsed_before + seconds)
@@ -96,8 +98,39 @@ class Schedule:
             self.left = max(in_time, 0.8 * self.left - 1)
         self.progress += (1 - self.progress) / (1 + max(0.0, self.left))
 
+    def restore(self, saved: dict, is_extended: bool) -> None:
+        """Go on as `state` said; with a larger budget than then, also after the end."""
+        vars(self).update(saved)
+        in_time = (self.seconds or 0.0) - self.elapsed
+        more = self.steps - self.step if self.steps else in_time * self.step / (self.elapsed or 1.0)
+        if self.finished and is_extended and more >= 1:
+            self.left, self.progress = more, self.step / (self.step + more)
+
     def state(self) -> dict:
         return {name: getattr(self, name) for name in ("step", "elapsed", "progress", "left")}
+
+
+class Clock:
+    """Seconds of work since it was made, on top of `elapsed`: a pause hardly counts.
+
+    A stopped process or a sleeping machine takes no time of the processor; each call counts at most
+    twenty times that, and a second, of the time on the wall.
+    """
+
+    def __init__(self, elapsed: float = 0.0):
+        self.elapsed, self.last = elapsed, (time.perf_counter(), time.process_time())
+
+    def __call__(self) -> float:
+        wall, work = now = time.perf_counter(), time.process_time()
+        seconds = min(wall - self.last[0], 1 + 20 * (work - self.last[1]))
+        self.elapsed, self.last = self.elapsed + seconds, now
+        return self.elapsed
+
+
+def changes(before: dict, now: dict) -> str:
+    """What a repeated command changes: "seed was 0, is 1"; "" for nothing."""
+    names = [name for name in now if name in before and before[name] != now[name]]
+    return ", ".join(f"{name} was {before[name]}, is {now[name]}" for name in names)
 
 
 def make_rng(seed: int, stage: str, step: int, part: int = 0) -> np.random.Generator:

@@ -9,7 +9,6 @@ Losses: `autoregressive.ar_loss` of the AR model (paper section 3.2, lambdas 3, 
 """
 
 import json
-import time
 from dataclasses import replace
 from typing import NoReturn
 
@@ -18,9 +17,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, deferred_interrupt
+from .checkpoint import Checkpoint, append_line, deferred_interrupt
 from .optim import flat_gradient, make_optimizers
-from .stage import Run, Schedule, Stage, make_rng, mixed_precision
+from .stage import WARMUP, Clock, Run, Schedule, Stage, changes, make_rng, mixed_precision
 
 REPORT = 50  # steps whose metrics are averaged into one line
 BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
@@ -36,9 +35,10 @@ def fit(stage: Stage, run: Run) -> dict:
     state = TrainState(stage, run)
     schedule, run = state.schedule, state.run
     if schedule.finished:
+        print(f"{stage.name} is finished ({schedule.step} steps); more --steps or --minutes go on")
         return state.summary()
     saved = sampled = schedule.elapsed
-    start = time.perf_counter() - schedule.elapsed
+    clock = Clock(schedule.elapsed)
     bar = {"desc": stage.name, "initial": schedule.progress, "total": 1.0, "bar_format": BAR}
     bar = tqdm(**bar, smoothing=0, disable=run.quiet)
     with deferred_interrupt() as interrupt, bar, state.checkpoint.mention():
@@ -69,7 +69,7 @@ def fit(stage: Stage, run: Run) -> dict:
             torch._foreach_lerp_(state.average, state.weights, 1.0 - decay)
 
             # Log, save, sample.
-            schedule.tick(time.perf_counter() - start)
+            schedule.tick(clock())
             stop = interrupt.heard
             state.window.append(metrics)
             bar.update(schedule.progress - bar.n)
@@ -85,6 +85,9 @@ def fit(stage: Stage, run: Run) -> dict:
             if schedule.elapsed - sampled > run.sample_every:
                 sampled = schedule.elapsed
                 state.sample(f"{schedule.step:06d}")
+        if run.steps is None and schedule.step < WARMUP:
+            done = f"{schedule.step} steps in {schedule.elapsed:.0f} s, fewer than its warm-up"
+            raise ValueError(f"stage {stage.name}: {done} of {WARMUP}; give more --minutes")
         torch._foreach_copy_(state.weights, state.average)
         state.save()
         state.sample("final")
@@ -109,6 +112,7 @@ class TrainState:
         self.schedule = Schedule(seconds, run.steps)
         run.folder.mkdir(parents=True, exist_ok=True)
         self.metrics: dict[str, float] = {}  # the latest of each name
+        self.changed: list[str] = []  # settings, by a command that went on
         self.window: list[dict[str, float]] = []  # of the steps since the last report
         if saved is not None:
             self.restore(saved)
@@ -122,6 +126,8 @@ class TrainState:
             "schedule": self.schedule.state(),
             "bf16": self.run.bf16,
             "metrics": self.metrics,
+            "settings": self.run.settings,
+            "changed": self.changed,
         }
 
     def restore(self, state: dict) -> None:
@@ -131,13 +137,19 @@ class TrainState:
             torch._foreach_copy_(self.average, state["average"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-            vars(self.schedule).update(state["schedule"])
-            self.metrics = state["metrics"]
+            before, now = state.get("settings", {}), self.run.settings
+            changed = changes(before, now)
+            is_extended = any(before.get(name) != now.get(name) for name in ("steps", "minutes"))
+            self.schedule.restore(state["schedule"], is_extended)
+            self.metrics, self.changed = state["metrics"], state.get("changed", [])
             self.run = replace(self.run, bf16=state["bf16"])  # a run keeps its precision
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             path = self.checkpoint.path
             raise ValueError(f"{path}: does not fit this stage ({reason})") from None
+        if changed:
+            self.changed = [*self.changed, f"step {self.schedule.step}: {changed}"]
+            print(f"{self.stage.name} goes on from step {self.schedule.step}; {changed}")
 
     def save(self) -> None:
         """Write a checkpoint; weights that are not finite go into a dump instead."""
@@ -192,10 +204,10 @@ class TrainState:
         self.metrics |= metrics
         seconds = round(self.schedule.elapsed, 1)
         line = {"stage": self.stage.name, "step": self.schedule.step, "seconds": seconds} | metrics
-        with open(self.run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.run.folder / "metrics.jsonl", json.dumps(line))
 
     def summary(self) -> dict:
         seconds = self.schedule.elapsed + self.run.elapsed_before
         name, steps = self.stage.name, self.schedule.step
-        return {"stage": name, "steps": steps, "seconds": seconds, "metrics": self.metrics}
+        summary = {"stage": name, "steps": steps, "seconds": seconds, "metrics": self.metrics}
+        return summary | ({"changed": self.changed} if self.changed else {})
