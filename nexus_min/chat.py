@@ -25,7 +25,7 @@ from .images import bound_image, load_image
 from .model.decoder import KVCache
 from .offload import explain_oom
 from .pipeline import Event, sample_images
-from .sampling import ChatInputs, ImageRequest, SamplingParams, reply_length
+from .sampling import ChatInputs, ImageRequest, SamplingParams, in_range
 from .tokenizer import (
     GENERATION_PROMPT,
     GENERATION_REPLY,
@@ -82,7 +82,7 @@ class Chat:
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         self.model, self.keep, self.decoder = model, keep, decoder
-        self.max_new_tokens = reply_length(max_new_tokens)
+        self.max_new_tokens = in_range("max_new_tokens", max_new_tokens, 1024)
         self.sampling = SamplingParams.of("keep", "decoder", "max_new_tokens", **sampling)
         self.sampling.resolve(model.config, 1.0)  # a bad option fails here, not after a reply
         self.clear()

@@ -31,7 +31,7 @@ from .sampling import (
     Context,
     ImageRequest,
     SamplingParams,
-    reply_length,
+    in_range,
     velocity_field,
 )
 from .tokenizer import (
@@ -205,30 +205,14 @@ class NexusGen(Parts):
             yield from sample_images(self, [request])
 
     def edit(
-        self,
-        image: ImageLike,
-        instruction: str,
-        *,
-        decoder: str = "editing",
-        height: int | None = None,
-        width: int | None = None,
-        num_steps: int | None = None,
-        cfg_scale: float | None = None,
-        guidance: float = 3.5,
-        negative_prompt: str = "",
-        seed: int = 0,
-        language: str | None = None,
-        fast_preamble: bool = False,
-        max_new_tokens: int = 1024,
-        **unknown,
+        self, image: ImageLike, instruction: str, *, decoder: str = "editing", **options
     ) -> Image.Image:
         """Change an image by an instruction.
 
         decoder: "editing" preserves what the instruction leaves alone; "generation" makes the image
         anew, for conceptual edits. The other options: see `generate`.
         """
-        options = {k: v for k, v in locals().items() if k not in ("self", "unknown")} | unknown
-        *_, (_, edited) = self.edit_steps(**options)
+        *_, (_, edited) = self.edit_steps(image, instruction, decoder=decoder, **options)
         return edited
 
     def edit_steps(self, image: ImageLike, instruction: str, **options) -> Iterator[Event]:
@@ -277,11 +261,12 @@ class NexusGen(Parts):
         self, inputs: ChatInputs, max_new_tokens: int = 1024, cache: KVCache | None = None
     ) -> Iterator[Event]:
         """The AR model's reply: ("token", id) and ("image", embeddings [N, C])."""
+        most = in_range("max_new_tokens", max_new_tokens, 1024)
         left = self.config.ar.text.max_position_embeddings - inputs.input_ids.shape[1]
         return autoregressive.generate(
             self.part_on_device("ar"),
             *inputs,
-            max_new_tokens=min(reply_length(max_new_tokens), left - self.config.ar.num_image_slots),
+            max_new_tokens=min(most, left - self.config.ar.num_image_slots),
             repetition_penalty=self.config.repetition_penalty,
             cache=cache,
         )

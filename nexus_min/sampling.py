@@ -1,8 +1,8 @@
 """Sampling one image: its parameters, the context of the MMDiT, the MMDiT as a velocity field.
 
 v(x_t, t) = v_neg + cfg_scale (v_pos - v_neg); each is one pass of the MMDiT with its own context:
-image embeddings for the positive one, T5 states for the negative one. `flow` knows no
-network; they meet in this file. Official: `FluxImagePipeline.__call__` of DiffSynth, with
+image embeddings for the positive one, T5 states for the negative one. `flow` and `mmdit` do not
+know each other; they meet in this file. Official: `FluxImagePipeline.__call__` of DiffSynth, with
 the defaults of Nexus-Gen's `image_generation.py` and `image_editing.py`.
 
 Latents, positions and times stay fp32 whatever the dtype of the network. Noise is drawn on the CPU,
@@ -35,18 +35,14 @@ RANGES = {  # parameter: kind, least and largest value
 TEXT_OPTIONS = ("language", "fast_preamble", "max_new_tokens")  # what `generate` takes besides
 
 
-def in_range(name: str, value: Any, kind: type, low: float, high: float) -> Any:
-    """`value` as a plain number; a ValueError names a wrong one."""
+def in_range(name: str, value: Any, default: float, limits: tuple = (Integral, 1, 2**31)) -> float:
+    """`value`, or `default` for None, as a plain number; a ValueError names a wrong one."""
+    kind, low, high = limits
+    value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
         noun = "whole number" if kind is Integral else "number"
         raise ValueError(f"{name} must be a {noun} from {low} to {high}, got {value!r}")
     return int(value) if kind is Integral else float(value)
-
-
-def reply_length(max_new_tokens: int | None) -> int:
-    """Most tokens of a reply; None is 1024."""
-    tokens = 1024 if max_new_tokens is None else max_new_tokens
-    return in_range("max_new_tokens", tokens, Integral, 1, 2**31 - 1)
 
 
 class ChatInputs(NamedTuple):
@@ -92,8 +88,8 @@ class SamplingParams:
         defaults = SamplingParams(config.image_size, config.image_size, config.num_steps, cfg_scale)
         values = {}
         for name in ("height", "width", "num_steps", "cfg_scale", "guidance", "seed"):
-            value = getattr(defaults if getattr(self, name) is None else self, name)
-            values[name] = in_range(name, value, *RANGES.get(name, (Integral, 1, largest)))
+            value, limits = getattr(self, name), RANGES.get(name, (Integral, 1, largest))
+            values[name] = in_range(name, value, getattr(defaults, name), limits)
         values["negative_prompt"] = prompt = self.negative_prompt or ""
         if not isinstance(prompt, str):
             raise ValueError(f"negative_prompt must be a text, got {prompt!r}")

@@ -600,6 +600,22 @@ def released_folder(tiny_folder, tmp_path_factory):
     return folder
 
 
+def test_the_empty_prompt_does_not_depend_on_who_ran_first(released_folder):
+    file, parts = released_folder / "empty_prompt.safetensors", ["generation"]
+    expected = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        file.unlink(missing_ok=True)
+        model = NexusGen.load(released_folder, dtype=dtype, parts=parts)
+        assert {x.dtype for x in model.empty_prompt.values()} == {dtype}
+        stored = load_file(file)
+        expected = expected or stored
+        assert all(x.dtype == torch.float32 for x in stored.values())
+        assert all(torch.equal(stored[name], x) for name, x in expected.items())
+    save_file({k: v * torch.nan for k, v in expected.items()}, file)  # as fp16 once made them
+    again = NexusGen.load(released_folder, parts=parts).empty_prompt
+    assert all(torch.equal(again[name], x) for name, x in expected.items())
+
+
 def test_text_encoders_are_read_for_each_negative_prompt_and_freed(released_folder):
     model = NexusGen.load(released_folder, parts=["ar", "generation", "autoencoder"])
     assert model.empty_prompt["context"].shape == (1, 512, 96)

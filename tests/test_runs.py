@@ -161,6 +161,7 @@ def test_a_run_does_not_lie_in_its_model(tmp_path, capsys):
     assert not (tmp_path / "model/out").exists()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself
 def test_a_compiled_module_is_saved_under_its_plain_names(tmp_path):
     model = make_tiny(0)
     parts = {"ar": torch.compile(model.ar), "autoencoder": torch.compile(model.autoencoder)}

@@ -288,11 +288,6 @@ def extend_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
 # ---- text --------------------------------------------------------------------------------------
 
 
-def greedy(logits: Tensor) -> int:
-    """The most likely token of logits [vocab]."""
-    return int(logits.argmax())
-
-
 def penalize(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
     """Repetition penalty (CTRL): logits [vocab] of `ids` / penalty if positive, else * penalty."""
     x = logits[ids]
@@ -307,7 +302,7 @@ def generate(
     image_grid_thw: Tensor | None = None,
     max_new_tokens: int = 1024,
     repetition_penalty: float = 1.05,
-    sample: Callable[[Tensor], int] = greedy,
+    sample: Callable[[Tensor], int | Tensor] = torch.argmax,
     cache: KVCache | None = None,
 ) -> Iterator[tuple[str, int | Tensor]]:
     """Continue one prompt [1, L]; yield ("token", id) and ("image", embeddings [N, C]).
@@ -343,7 +338,7 @@ def generate(
             if not logits.isfinite().all():
                 why = f"its weights are broken, or {hidden.dtype} is too narrow for them"
                 raise ValueError(f"logits are NaN or infinite: {why}")
-            token = sample(logits.index_fill(0, banned, -torch.inf))
+            token = int(sample(logits.index_fill(0, banned, -torch.inf)))
         if token in (config.eos_token_id, config.pad_token_id):
             return
         yield "token", token

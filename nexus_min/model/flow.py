@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x_t [B, ...], t [B]) -> v [B, ...]
-FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's default is
+FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
 SIGMA_MIN = 0.003 / 1.002  # official: the last level above 0, before `time_shift`
 
 

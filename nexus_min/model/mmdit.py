@@ -20,9 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..config import MMDiTConfig
-from .flow import FP32
 from .gradients import join_inputs, normalize, split_outputs
-from .rope import apply_rope_interleaved, flux_rope
+from .rope import FP32, apply_rope_interleaved, flux_rope
 
 PATCH = 2  # latent cells along one side of an image token
 EPS = 1e-6  # of every norm in this file

@@ -15,6 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+FP32 = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+
 
 def frequencies(dim: int, theta: float, device=None) -> Tensor:
     """theta^(-2i/dim) for i = 0 .. dim/2 - 1, fp32: [dim/2]."""

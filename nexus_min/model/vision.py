@@ -258,6 +258,6 @@ class QwenViT(nn.Module):
         shape = (sum(t * h * w for t, h, w in grid), self.patch_embed.proj.weight[0].numel())
         if (actual := tuple(pixel_values.shape)) != shape:
             raise ValueError(f"pixel_values {actual} must be {shape} for grid_thw {grid}")
-        is_traced = type(torch.empty(0, device="cpu")) is not Tensor  # tensors without values
-        make = make_layout.__wrapped__ if is_traced else make_layout
+        is_real = type(torch.empty(0, device="cpu")) is Tensor  # under a trace, values are missing
+        make = make_layout if is_real else make_layout.__wrapped__
         return make(grid, self.config, pixel_values.device)

@@ -10,11 +10,6 @@ from types import SimpleNamespace
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock
-    fcntl = None
-
 
 class Checkpoint:
     """The complete state of a stage in one file, and the state before it in `NAME.previous.ckpt`.
@@ -115,8 +110,11 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            import fcntl  # Windows has no such lock
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
         except BlockingIOError:
             raise ValueError(f"{folder} is in use by another run; give another --out") from None
         yield
