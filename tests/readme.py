@@ -57,7 +57,7 @@ def label(name: str) -> str:
     """`name` in Markdown, as a link where the folder has a README."""
     readme = PACKAGE / name / "README.md"
     text = f"`{name.removeprefix('../')}{'' if name.endswith('.py') else '/'}`"
-    return f"[{text}]({readme.relative_to(HOME).as_posix()})" if readme.is_file() else text
+    return f"[{text}]({readme.relative_to(PACKAGE).as_posix()})" if readme.is_file() else text
 
 
 def wings() -> str:
@@ -67,6 +67,21 @@ def wings() -> str:
         labels = ", ".join(label(name) for name in names.split())
         rows.append(f"| {labels} | {count_lines(*wing_files(names))} | {about} |")
     rows.append(f"| **all source, with the core** | **{count_lines(*SOURCES)}** | |")
+    return "\n".join(rows)
+
+
+def maths() -> str:
+    """Markdown table of the README: four towers of the parity table, as stored."""
+    chosen = {
+        "vision": "Qwen2.5-VL's vision tower",
+        "slots": "its decoder, 81 slots",
+        "mmdit": "FLUX.1's MMDiT",
+        "autoencoder": "FLUX.1's autoencoder",
+    }
+    rows = ["| ours beside the official one | largest error | limit |", "|---|---:|---:|"]
+    stored = [[c.strip() for c in r.split("|")] for r in section("parity")[1].split("\n")]
+    errors = {row[1]: row[3:5] for row in stored}
+    rows += [f"| {chosen[tower]} | {' | '.join(errors[tower])} |" for tower in chosen]
     return "\n".join(rows)
 
 
@@ -173,7 +188,8 @@ def making() -> str:
 
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "core": (README, core),
-    "wings": (README, wings),
+    "wings": (PACKAGE / "README.md", wings),
+    "maths": (README, maths),
     "summary": (README, summary),
     "scores": (TOY, scores),
     "making": (TOY, making),
