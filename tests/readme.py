@@ -38,12 +38,12 @@ WINGS = {  # files or folders of the package, and scripts: what they are for
 
 def core() -> str:
     """Markdown table of the twelve core files in reading order."""
-    rows = ["| | file | lines | what it is |", "|---:|---|---:|---|"]
-    for number, file in enumerate(CORE_FILES, 1):
+    rows = ["| file | lines | what it is |", "|---|---:|---|"]
+    for file in CORE_FILES:
         about = ast.get_docstring(ast.parse(text_of(file))).split("\n\n")[0].replace("\n", " ")
         name = file.relative_to(HOME).as_posix()
-        rows.append(f"| {number} | [`{name}`]({name}) | {count_lines(file)} | {about} |")
-    rows.append(f"| | **the core** | **{count_lines(*CORE_FILES)}** | |")
+        rows.append(f"| [`{name}`]({name}) | {count_lines(file)} | {about} |")
+    rows.append(f"| **the core** | **{count_lines(*CORE_FILES)}** | |")
     return "\n".join(rows)
 
 
