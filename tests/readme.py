@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from house import CORE_FILES, HOME, PACKAGE, SOURCES, count_lines, text_of
+from safetensors import safe_open
 
 README = HOME / "README.md"
 WINGS = {  # files or folders of the package, and scripts: what they are for
@@ -37,12 +38,12 @@ WINGS = {  # files or folders of the package, and scripts: what they are for
 
 def core() -> str:
     """Markdown table of the twelve core files in reading order."""
-    rows = ["| | file | lines | what it is |", "|---:|---|---:|---|"]
-    for number, file in enumerate(CORE_FILES, 1):
+    rows = ["| file | lines | what it is |", "|---|---:|---|"]
+    for file in CORE_FILES:
         about = ast.get_docstring(ast.parse(text_of(file))).split("\n\n")[0].replace("\n", " ")
         name = file.relative_to(HOME).as_posix()
-        rows.append(f"| {number} | [`{name}`]({name}) | {count_lines(file)} | {about} |")
-    rows.append(f"| | **the core** | **{count_lines(*CORE_FILES)}** | |")
+        rows.append(f"| [`{name}`]({name}) | {count_lines(file)} | {about} |")
+    rows.append(f"| **the core** | **{count_lines(*CORE_FILES)}** | |")
     return "\n".join(rows)
 
 
@@ -56,7 +57,7 @@ def label(name: str) -> str:
     """`name` in Markdown, as a link where the folder has a README."""
     readme = PACKAGE / name / "README.md"
     text = f"`{name.removeprefix('../')}{'' if name.endswith('.py') else '/'}`"
-    return f"[{text}]({readme.relative_to(HOME).as_posix()})" if readme.is_file() else text
+    return f"[{text}]({readme.relative_to(PACKAGE).as_posix()})" if readme.is_file() else text
 
 
 def wings() -> str:
@@ -66,6 +67,21 @@ def wings() -> str:
         labels = ", ".join(label(name) for name in names.split())
         rows.append(f"| {labels} | {count_lines(*wing_files(names))} | {about} |")
     rows.append(f"| **all source, with the core** | **{count_lines(*SOURCES)}** | |")
+    return "\n".join(rows)
+
+
+def maths() -> str:
+    """Markdown table of the README: four towers of the parity table, as stored."""
+    chosen = {
+        "vision": "Qwen2.5-VL's vision tower",
+        "slots": "its decoder, 81 slots",
+        "mmdit": "FLUX.1's MMDiT",
+        "autoencoder": "FLUX.1's autoencoder",
+    }
+    rows = ["| ours beside the official one | largest error | limit |", "|---|---:|---:|"]
+    stored = [[c.strip() for c in r.split("|")] for r in section("parity")[1].split("\n")]
+    errors = {row[1]: row[3:5] for row in stored}
+    rows += [f"| {chosen[tower]} | {' | '.join(errors[tower])} |" for tower in chosen]
     return "\n".join(rows)
 
 
@@ -95,9 +111,88 @@ def speed() -> str:
     return subprocess.check_output(command, cwd=HOME, text=True).strip()
 
 
+TOY = PACKAGE / "toy/README.md"
+PAPER = {  # of Nexus-Gen*, tuned for generation (table 3, GenEval): for orientation only
+    "geneval-toy / single": 0.97,
+    "geneval-toy / two": 0.93,
+    "geneval-toy / counting": 0.64,
+    "geneval-toy / colors": 0.88,
+    "geneval-toy / position": 0.83,
+    "geneval-toy / attribution": 0.62,
+    "geneval-toy: all": 0.81,
+}
+OUTSIDE = {  # L1 outside the edits of textured images
+    "l1_outside_editing": "L1 outside the edit, editing decoder",
+    "l1_outside_generation": "L1 outside the edit, generation decoder",
+    "l1_outside_no_texture": "L1 outside the edit, true target without texture",
+    "ratio": "L1 outside the edit, editing : generation decoder",
+}
+SUMMARY = {  # rows of the README's table: rows of `eval`
+    "images of short prompts (GenEval's six categories)": "geneval-toy: all",
+    "images of long captions, the whole scene": "long captions",
+    "answers to questions": "questions: all",
+    "edits, the whole scene": "edits: all",
+    "**as people type it**: images": "as typed / prompts",
+    "**as people type it**: answers": "as typed / questions",
+    "**as people type it**: edits": "as typed / edits",
+}
+
+
+def shipped_scores(language: str) -> dict[str, dict]:
+    """Row of `eval` without its language -> its values. From
+
+    python -m nexus_min eval --languages en --json tests/benchmarks/scores_en.json  # and zh
+    """
+    rows = json.loads((HOME / f"tests/benchmarks/scores_{language}.json").read_text("utf-8"))
+    return {re.sub(rf" {language}\b| \(.*\)", "", row["name"]): row for row in rows}
+
+
+def scores() -> str:
+    """Markdown table of all scores of the shipped model."""
+    both = [shipped_scores(language) for language in ("en", "zh")]
+    rows = ["| score | English | Chinese | paper |", "|---|---|---|---|"]
+
+    def add(name: str, show: Callable[[dict], str], label: str = "") -> None:
+        cells = [show(score[name]) if name in score else "-" for score in both]
+        rows.append(f"| {label or name} | {' | '.join(cells)} | {PAPER.get(label or name, '-')} |")
+
+    english = both[0]
+    for name in (name for name, row in english.items() if row["n"]):
+        if not name.startswith("in training /"):
+            add(name, lambda row: "{:.3f} [{:.2f}, {:.2f}]".format(row["rate"], *row["interval"]))
+    for name in (name for name, row in english.items() if "told" in row):
+        add(name, lambda row: f"{row['told']:.3f}", f"{name}: the plan is right")
+    for key, label in OUTSIDE.items():
+        add("L1 outside, editing / generation", lambda row, key=key: f"{row[key]:.4f}", label)
+    return "\n".join(rows)
+
+
+def summary() -> str:
+    """Markdown table of the README: what comes out right, in both languages."""
+    english, chinese = map(shipped_scores, ("en", "zh"))
+    rows = ["| right, of 200 unseen cases of each kind | English | Chinese |", "|---|---:|---:|"]
+    for label, name in SUMMARY.items():
+        rows.append(f"| {label} | {english[name]['rate']:.2f} | {chinese[name]['rate']:.2f} |")
+    return "\n".join(rows)
+
+
+def making() -> str:
+    """Markdown table of the stages that made the shipped model, by its metadata."""
+    with safe_open(PACKAGE / "checkpoints/tiny/empty_prompt.safetensors", "pt") as file:
+        facts = file.metadata()
+    rows = ["| stage | steps | minutes |", "|---|---:|---:|"]
+    for name, (_, steps, seconds) in json.loads(facts["stages"]).items():
+        rows.append(f"| `{name}` | {steps} | {seconds / 60:.1f} |")
+    return "\n".join([*rows, f"| `{facts['command']}` | | {float(facts['minutes']):.0f} |"])
+
+
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "core": (README, core),
-    "wings": (README, wings),
+    "wings": (PACKAGE / "README.md", wings),
+    "maths": (README, maths),
+    "summary": (README, summary),
+    "scores": (TOY, scores),
+    "making": (TOY, making),
     "parity": (HOME / "tests/README.md", parity),
     "speed": (HOME / "tests/benchmarks/README.md", speed),
 }

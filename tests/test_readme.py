@@ -15,7 +15,8 @@ TEXT = readme.README.read_text("utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 QUICK = TEXT.split("## Quick start")[1].split("\n## ")[0]
 OTHERS = ("tests/README.md", "tests/benchmarks/README.md", "notebooks/README.md")
-ALL = {name: Path(readme.HOME, name).read_text("utf-8") for name in ("README.md", *OTHERS)}
+WINGS = ("nexus_min/README.md", "nexus_min/toy/README.md")
+ALL = {name: Path(readme.HOME, name).read_text("utf-8") for name in ("README.md", *WINGS, *OTHERS)}
 MODULES = sorted(
     {m for t in ALL.values() for m in re.findall(r"-m (nexus_min(?:\.\w+)*|tests\.[\w.]+)", t)}
 )
@@ -29,7 +30,7 @@ def test_quick_start_has_two_shell_blocks_and_the_second_is_what_ci_runs():
     assert ci.endswith(shell[1])
 
 
-@pytest.mark.parametrize("name", ["core", "wings", "speed"])
+@pytest.mark.parametrize("name", ["core", "wings", "maths", "summary", "scores", "making", "speed"])
 def test_tables_are_up_to_date(name):
     make = readme.TABLES[name][1]
     assert readme.section(name)[1] == make(), f"python tests/readme.py {name} --write"
