@@ -1,7 +1,7 @@
 """Train the tiny Nexus-Gen through the paper's stages, on a laptop CPU.
 
     python train_tiny.py --minutes 30              # everything, from nothing, into runs/tiny
-    python train_tiny.py --minutes 90 --ship       # the same, as the model of this package
+    python train_tiny.py --minutes 75 --ship       # the same, as the model of this package
     python train_tiny.py --stage ar --minutes 10   # one stage, on top of what the folder holds
     python train_tiny.py --stage ar --base tiny --minutes 5  # words become images: one lesson
     python train_tiny.py --data my.jsonl           # fine-tune the shipped model on your own data
