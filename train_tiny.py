@@ -141,11 +141,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.check:
             check_data(args)
             return 0
-        stack.enter_context(locked(args.out))
+        is_locked = args.out.is_dir() and stack.enter_context(locked(args.out))
         options = shlex.join(sys.argv[1:] if argv is None else argv)
         command = f"python train_tiny.py {options}".strip()
         folder = RunFolder(args.out / "model", new_config=NexusGenConfig.tiny())
         stages = prepare(args, folder)
+        is_locked = is_locked or stack.enter_context(locked(args.out))
         for name in stages:
             if not args.data and is_finished(args.out, name):
                 continue

@@ -191,7 +191,7 @@ def test_killed_between_its_last_checkpoint_and_its_model(trained, micro, tmp_pa
 
 def test_budget_of_the_stages(monkeypatch):
     stages, now, total = tuple(train_tiny.TIME_SHARE), 1000.0, 0.0
-    monkeypatch.setattr(train_tiny.time, "time", lambda: now)
+    monkeypatch.setattr(train_tiny.time, "monotonic", lambda: now)
     for stage in stages:  # each takes 3 s longer than its budget, the last one too
         seconds = train_tiny.budget(stage, stages, 10, started=1000.0)
         total += seconds + 3
@@ -201,6 +201,8 @@ def test_budget_of_the_stages(monkeypatch):
     share = train_tiny.TIME_SHARE["ar"]
     assert train_tiny.budget("ar", stages, 10, started=1000.0) == pytest.approx(600 * share)
     assert train_tiny.budget("ar", ("ar",), 10, started=1000.0) == 600
+    now = 9000.0  # a stop, not a stage that was late: it takes at most a tenth
+    assert train_tiny.budget("ar", stages, 10, started=1000.0) == pytest.approx(540 * share)
 
 
 def test_the_loop_is_four_calls_below_main(micro, tmp_path, monkeypatch):

@@ -105,10 +105,10 @@ def append_line(file: Path, line: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[bool]:
     """Within, no other command can train in this folder; ValueError where one does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "a") as file:
         try:
             import fcntl  # Windows has no such lock
 
@@ -117,4 +117,4 @@ def locked(folder: Path) -> Iterator[None]:
             pass
         except BlockingIOError:
             raise ValueError(f"{folder} is in use by another run; give another --out") from None
-        yield
+        yield True
