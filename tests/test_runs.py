@@ -24,6 +24,8 @@ from nexus_min.train.run_folder import RunFolder
 from nexus_min.train.stage import Clock, changes
 from nexus_min.train.trainer import fit
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 # ---- time ----------------------------------------------------------------------------------------
 
 
@@ -86,8 +88,17 @@ def test_more_steps_go_on_and_a_repeated_command_says_so(tmp_path, capsys):
     assert len(means) == 2 and means[1] >= 3 / 8  # of the stage, before each step
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_save_the_step_under_way(tmp_path, number):
+@pytest.fixture
+def heard():
+    """Signals as in a terminal: whoever ran pytest in the background may ignore some."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_signals_save_the_step_under_way(tmp_path, heard, number):
     seen = []
 
     def at_step():
