@@ -103,7 +103,7 @@ class Chat:
         text, the events of `pipeline.sample_images` for each image, up to ("image", PIL). `<image>`
         in the text places the user's images; without it they precede the text. A turn that fails,
         or is not read to its end, leaves the conversation unchanged. A small model answers a text
-        that asks for nothing that it knows ("hello") with what it can do.
+        that asks for nothing that it knows ("hello") with what it can do; it draws the first other.
         """
         with explain_oom(self.model.advice):
             text = text if IMAGE in text else IMAGE * len(images) + text
@@ -116,6 +116,9 @@ class Chat:
             if said := self.model.known.introduction(text, bool(self.images or given)):
                 yield "text", said
                 self.messages += [message, {"role": "assistant", "content": said}]
+                return
+            if self.model.known.facts and not (self.images or given):  # nothing else to talk about
+                yield from self.draw(text)
                 return
             prompt, history = self.ids + turn, self.images + given
             if (n := len(prompt)) > limit:
