@@ -41,10 +41,19 @@ def core() -> str:
     rows = ["| file | lines | what it is |", "|---|---:|---|"]
     for file in CORE_FILES:
         about = ast.get_docstring(ast.parse(text_of(file))).split("\n\n")[0].replace("\n", " ")
-        name = file.relative_to(HOME).as_posix()
+        name = file.relative_to(PACKAGE).as_posix()
         rows.append(f"| [`{name}`]({name}) | {count_lines(file)} | {about} |")
     rows.append(f"| **the core** | **{count_lines(*CORE_FILES)}** | |")
     return "\n".join(rows)
+
+
+def reading() -> str:
+    """The core files in reading order, with their lines."""
+    names = [
+        (file.stem, file.relative_to(HOME).as_posix(), count_lines(file)) for file in CORE_FILES
+    ]
+    files = " → ".join(f"[`{stem}`]({name}) {lines}" for stem, name, lines in names)
+    return f"{files}: {count_lines(*CORE_FILES)} lines in all."
 
 
 def wing_files(names: str) -> list[Path]:
@@ -187,7 +196,8 @@ def making() -> str:
 
 
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
-    "core": (README, core),
+    "reading": (README, reading),
+    "core": (PACKAGE / "README.md", core),
     "wings": (PACKAGE / "README.md", wings),
     "maths": (README, maths),
     "summary": (README, summary),

@@ -30,7 +30,9 @@ def test_quick_start_has_two_shell_blocks_and_the_second_is_what_ci_runs():
     assert ci.endswith(shell[1])
 
 
-@pytest.mark.parametrize("name", ["core", "wings", "maths", "summary", "scores", "making", "speed"])
+@pytest.mark.parametrize(
+    "name", ["reading", "core", "wings", "maths", "summary", "scores", "making", "speed"]
+)
 def test_tables_are_up_to_date(name):
     make = readme.TABLES[name][1]
     assert readme.section(name)[1] == make(), f"python tests/readme.py {name} --write"
