@@ -221,10 +221,10 @@ def main(words: list[str]) -> None:
     for name in [word for word in words if word != "--write"] or TABLES:
         file, make = TABLES[name]
         table = make()
-        print(table, end="\n\n")
         if "--write" in words:
             before, _, after = section(name)
             file.write_text(before + table + after, "utf-8")
+        print(table, end="\n\n")
 
 
 if __name__ == "__main__":
